@@ -1,0 +1,38 @@
+# make demo      set up and watch it meta-train          make test   set up and pass every test
+# make bench     the benchmark suite                     make lint   ruff
+# make gpu-check tests, compute-sanitizer and benchmarks on a CUDA machine, with PYTHON's own torch, no network
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
+
+.PHONY: demo test bench lint build gpu-check clean
+demo: $(VENV)/built
+	$(VENV)/bin/fastmeta demo
+
+test: $(VENV)/built
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/built
+	$(PY) -m benchmarks $(BENCH_ARGS)
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+
+build: $(VENV)/built
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(NATIVE)
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+gpu-check:
+	PYTHON=$(PYTHON) OUT=$(OUT) bash benchmarks/gpu_check.sh
+
+clean:
+	rm -rf $(VENV) build *.egg-info fastmeta/*.so

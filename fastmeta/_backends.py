@@ -1,0 +1,240 @@
+"""Which implementation of an op runs: the one place where that is decided.
+
+Automatic choice takes the first backend that can serve the call and falls back; a backend asked for by
+`use_backend` or `FASTMETA_BACKEND` runs or says why it cannot.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastmeta import _native
+from fastmeta._spec import Args, OpSpec
+
+METRICS = ("sqeuclidean", "euclidean", "cosine", "dot", "manhattan")
+ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid", "silu", "gelu", "sine")
+_ENUMS = {"metric": METRICS, "activation": ACTIVATIONS}
+
+# how often each (op, backend) ran since the start of the process
+calls: Counter[tuple[str, str]] = Counter()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of the ops: `why_not` is None or the sentence that says why it cannot serve a call."""
+
+    name: str
+    devices: tuple[str, ...]
+    missing: Callable[[str], str | None]  # device type -> why nothing of it can run there
+    why_not: Callable[[OpSpec, Args], str | None]
+    run: Callable[[OpSpec, Args], object]
+
+
+def _tensors(args: Args) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from arg
+
+
+def _map_tensors(args: Args, function) -> Args:
+    return tuple(
+        function(arg)
+        if isinstance(arg, Tensor)
+        else [function(t) for t in arg]
+        if isinstance(arg, (list, tuple))
+        else arg
+        for arg in args
+    )
+
+
+def _contiguous(args: Args) -> Args:
+    return type(args)(_map_tensors(args, Tensor.contiguous))
+
+
+def _dtype(args: Args) -> torch.dtype:
+    return next(t.dtype for t in _tensors(args) if t.is_floating_point())
+
+
+# reference ------------------------------------------------------------------------------------------------------
+
+
+_AUTOGRAD_KEYS = [
+    key
+    for name, key in torch._C.DispatchKey.__members__.items()
+    if name in ("AutogradFunctionality", "AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView")
+]
+
+
+def _run_reference(spec: OpSpec, args: Args):
+    # the reference of a backward op differentiates the forward's, but below the dispatcher autograd is switched off
+    # by key, without a word; switch it on again
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD_KEYS:
+        excluded = excluded.remove(key)
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # its tensors cannot be differentiated, copies made outside it can
+            return _run_reference(spec, _map_tensors(args, torch.clone))
+    with (
+        torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded),
+        torch.no_grad(),
+        torch.autocast(next(_tensors(args)).device.type, enabled=False),
+    ):
+        outputs = spec.reference(*args)
+    return outputs.contiguous() if isinstance(outputs, Tensor) else _contiguous(outputs)
+
+
+# cpp and cuda: the compiled extension ---------------------------------------------------------------------------
+
+
+def _native_missing(device_type: str) -> str | None:
+    if _native.why_missing is not None:
+        return f"{_native.why_missing}; pip install --no-build-isolation . (or make build) builds it"
+    if not _native.has_kernel("pairwise_distance", device_type):
+        return "the native extension was built without CUDA kernels; FASTMETA_BUILD_CUDA=1 pip install " \
+               "--no-build-isolation . builds them, given nvcc and a CUDA build of torch"
+    return None
+
+
+_NATIVE_DTYPES = {
+    "cpu": (torch.float32, torch.float64),
+    "cuda": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
+}
+
+
+def _native_why_not(spec: OpSpec, args: Args) -> str | None:
+    device_type, dtype = next(_tensors(args)).device.type, _dtype(args)
+    if dtype not in _NATIVE_DTYPES[device_type]:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in _NATIVE_DTYPES[device_type])
+        return f"dtype {str(dtype).removeprefix('torch.')} is not one of {allowed}"
+    return None
+
+
+@cache
+def _native_op(name: str):
+    return getattr(torch.ops.fastmeta_native, name).default
+
+
+def _run_native(spec: OpSpec, args: Args):
+    plain = [
+        _ENUMS[name].index(arg) if name in _ENUMS else arg
+        for name, arg in zip(spec.argument_names, _contiguous(args), strict=True)
+    ]
+    return _native_op(spec.name)(*plain)
+
+
+# triton ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _triton_kernels():
+    return importlib.import_module("fastmeta.kernels")
+
+
+def _triton_missing(device_type: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton brings it"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "CPU tensors run in Triton's interpreter only; set TRITON_INTERPRET=1 before Python starts"
+    return None
+
+
+def _triton_why_not(spec: OpSpec, args: Args) -> str | None:
+    return _triton_kernels().why_not(spec.name, *args)
+
+
+def _run_triton(spec: OpSpec, args: Args):
+    return getattr(importlib.import_module(f"fastmeta.kernels.{spec.name.removesuffix('_bwd')}"), spec.name)(
+        *_contiguous(args)
+    )
+
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("cuda", ("cuda",), _native_missing, _native_why_not, _run_native),
+        Backend("cpp", ("cpu",), _native_missing, _native_why_not, _run_native),
+        Backend("triton", ("cuda", "cpu"), _triton_missing, _triton_why_not, _run_triton),
+        Backend("reference", ("cpu", "cuda"), lambda device_type: None, lambda spec, args: None, _run_reference),
+    )
+}
+# in order of preference; the interpreter is for tests, so Triton is no automatic choice on the CPU
+AUTOMATIC = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+
+def _known(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{where} must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+_from_environment = os.environ.get("FASTMETA_BACKEND") or None
+_forced: list[str] = []  # of the process, not of a thread: autograd runs CUDA backwards in threads of its own
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on backend `name`: "reference", "cpp", "triton" or "cuda".
+
+    Raises:
+        ValueError: no backend of that name; inside the block, a call that the backend cannot serve.
+    """
+    _forced.append(_known(name, "use_backend(name)"))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def forced_backend() -> str | None:
+    """The backend asked for by `use_backend` or `FASTMETA_BACKEND`, if any."""
+    if _forced:
+        return _forced[-1]
+    return None if _from_environment is None else _known(_from_environment, "FASTMETA_BACKEND")
+
+
+@cache
+def why_missing(name: str, device_type: str) -> str | None:
+    """Why backend `name` can run nothing on tensors of `device_type`; None if it can."""
+    backend = BACKENDS[name]
+    if device_type not in backend.devices:
+        return f"it serves {' and '.join(backend.devices)} tensors, not {device_type}"
+    return backend.missing(device_type)
+
+
+def why_not(name: str, spec: OpSpec, args: Args) -> str | None:
+    """Why backend `name` cannot serve this call, as a sentence; None if it can."""
+    return why_missing(name, next(_tensors(args)).device.type) or BACKENDS[name].why_not(spec, args)
+
+
+def choose(spec: OpSpec, args: Args) -> Backend:
+    """The backend that runs this call."""
+    forced = forced_backend()
+    if forced is not None:
+        reason = why_not(forced, spec, args)
+        if reason is not None:
+            raise ValueError(f"backend {forced} was asked for, but cannot run {spec.name}: {reason}")
+        return BACKENDS[forced]
+    for name in AUTOMATIC[next(_tensors(args)).device.type]:
+        if why_not(name, spec, args) is None:
+            return BACKENDS[name]
+    raise AssertionError("the reference serves every call")
+
+
+def run(spec: OpSpec, args: Args):
+    """Check what only the data tells, choose a backend and run the op on it."""
+    if spec.check is not None:
+        spec.check(*args)
+    backend = choose(spec, args)
+    calls[spec.name, backend.name] += 1
+    return backend.run(spec, args)

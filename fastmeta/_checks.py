@@ -1,0 +1,104 @@
+"""Argument errors, all of one form: the argument, what came, what is allowed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_check_labels = os.environ.get("FASTMETA_CHECK_LABELS", "1") != "0"
+
+
+def tensor(name: str, value, layout: str) -> None:
+    """`value` is a floating tensor with the dimensions of `layout`, such as "[T, S, D]"."""
+    tensor_of_any_shape(name, value, f" of shape {layout}")
+    if value.dim() != layout.count(",") + 1:
+        raise ValueError(f"{name} must have shape {layout}, got {list(value.shape)}")
+
+
+def tensor_of_any_shape(name: str, value, of_shape: str = "") -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor{of_shape}, got {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {_dtype(value)}")
+    if value.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} must be on the CPU or a CUDA device, got {value.device}")
+
+
+def choice_of_tasks(name: str, value: Tensor, tasks: int) -> None:
+    """The leading size of `value` is the number of tasks, or 1."""
+    if value.shape[0] not in (1, tasks):
+        raise ValueError(f"{name} has T = {value.shape[0]} (shape {list(value.shape)}), but the others have {tasks}")
+
+
+def labels(name: str, value, layout: str, like: Tensor, like_name: str) -> None:
+    """`value` holds int64 class labels, one per row of `like`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be an int64 tensor of shape {layout}, got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {_dtype(value)}")
+    if value.shape != like.shape[:2]:
+        raise ValueError(
+            f"{name} must have shape {layout} = {list(like.shape[:2])} to match {like_name}, got {list(value.shape)}"
+        )
+    same_device(name, value, like_name, like)
+
+
+def same_size(name: str, value: Tensor, axis: int, axis_name: str, other_name: str, size: int) -> None:
+    if value.shape[axis] != size:
+        raise ValueError(
+            f"{name} has {axis_name} = {value.shape[axis]} (shape {list(value.shape)}), but {other_name} has {size}"
+        )
+
+
+def same_kind(first_name: str, first: Tensor, **others: Tensor) -> None:
+    """All tensors have the dtype and device of the first."""
+    for name, other in others.items():
+        if other.dtype != first.dtype:
+            raise TypeError(f"{name} is {_dtype(other)}, but {first_name} is {_dtype(first)}: they must agree")
+        same_device(name, other, first_name, first)
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} is on {value.device}, but {other_name} is on {other.device}: they must agree")
+
+
+def choice(name: str, value, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def class_count(value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"num_classes must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"num_classes must be at least 0, got {value}")
+
+
+def check_labels(enabled: bool) -> None:
+    """Switch the range check of labels on CUDA tensors, which waits for the GPU (default: on).
+
+    Labels on the CPU are always checked. `FASTMETA_CHECK_LABELS=0` sets the default to off.
+    """
+    global _check_labels
+    _check_labels = enabled
+
+
+def label_range(name: str, value: Tensor, num_classes: int) -> None:
+    """Labels lie in [0, num_classes). Reads the data: called below the dispatcher, where there are real tensors."""
+    if value.numel() == 0:
+        return
+    if value.is_cuda and (not _check_labels or torch.cuda.is_current_stream_capturing()):
+        return
+    low, high = (int(bound) for bound in torch.aminmax(value))
+    if low < 0 or high >= num_classes:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name} must lie in [0, num_classes) = [0, {num_classes}), got {wrong}")
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")

@@ -1,0 +1,329 @@
+"""Turns an `OpSpec` into a dispatcher op that autograd, `torch.compile` and `torch.func` understand.
+
+Every formula hangs on the op and the backend is chosen below it (`_backends.run`), so that all backends share one
+gradient, switch per call and break no graph.
+
+Three ways into an op:
+- normally the dispatcher op itself, with the gradient registered on it;
+- under `torch.func` transforms an `autograd.Function` with a vmap rule, because gradients registered on a dispatcher
+  op fail there; while compiling under such a transform the plain-torch reference, because an `autograd.Function`
+  inside `torch.compile` gives wrong second derivatives;
+- in forward mode the reference, because a dispatcher op would return a zero tangent without a word.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastmeta import _backends
+from fastmeta._spec import Args, OpSpec
+
+LIBRARY = torch.library.Library("fastmeta", "DEF")
+_functions: dict[str, type[torch.autograd.Function]] = {}
+
+
+def define(spec: OpSpec) -> None:
+    """Register `spec` with the dispatcher and with autograd."""
+    LIBRARY.define(spec.schema)
+    qualified = f"fastmeta::{spec.name}"
+
+    def implementation(*args):
+        return _backends.run(spec, args)
+
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(spec.name, implementation, key)
+    torch.library.register_fake(qualified, spec.fake, lib=LIBRARY)
+
+    def setup_context(ctx, inputs, output):
+        _save(ctx, spec, inputs)
+        if spec.differentiable_outputs is not None:
+            ctx.mark_non_differentiable(*output[spec.differentiable_outputs :])
+
+    def backward(ctx, *grads):
+        args = _saved(ctx)
+        gradients: list = [[None] * len(arg) if _is_list(arg) else None for arg in args]
+        for position, gradient in _gradients(spec, args, grads, ctx.needs_input_grad):
+            gradients[position] = gradient
+        return tuple(gradients)
+
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+    _functions[spec.name] = _make_function(spec)
+
+
+def call(spec: OpSpec, args: Args):
+    """Run an op, by the way in that is right where the caller stands."""
+    transformed = torch._C._are_functorch_transforms_active()
+    if forward_ad._current_level >= 0 or transformed and torch.compiler.is_compiling():
+        with torch.autocast(_tensors(args)[0].device.type, enabled=False):  # the inputs have been cast
+            return spec.reference(*args)
+    if transformed:
+        structure = _Structure(args)
+        outputs = _functions[spec.name].apply(structure, *_tensors(args))
+        return structure.join_outputs(outputs)
+    return dispatcher_op(spec)(*args)
+
+
+def dispatcher_op(spec: OpSpec):
+    return getattr(torch.ops.fastmeta, spec.name).default
+
+
+def vjp_of_reference(spec: OpSpec):
+    """A `backward` that differentiates the reference: plain torch, hence differentiable to any order."""
+
+    def backward(args: Args, grads, needs: int):
+        wanted = [position for bit, position in enumerate(spec.differentiable_positions) if needs >> bit & 1]
+        inputs = [tensor for position in wanted for tensor in _as_list(args[position])]
+
+        def function(*tensors):
+            it = iter(tensors)
+            full = list(args)
+            for position in wanted:
+                full[position] = [next(it) for _ in args[position]] if _is_list(args[position]) else next(it)
+            outputs = spec.reference(*full)
+            return tuple(_flat_outputs(outputs)[: spec.differentiable_outputs])
+
+        flat_grads = _flat_outputs(grads)[: spec.differentiable_outputs]
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            outputs, pull = torch.func.vjp(function, *inputs)
+            results = pull(tuple(_like(grad, output) for grad, output in zip(flat_grads, outputs, strict=True)))
+        else:  # nothing will be differentiated further: plain autograd is the cheaper way
+            with torch.enable_grad():
+                inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+                outputs = function(*inputs)
+            # an output may be of size 0 because nobody needs it, and then depends on nothing
+            live = [
+                (output, _like(grad, output))
+                for grad, output in zip(flat_grads, outputs, strict=True)
+                if output.numel()
+            ]
+            results = (
+                torch.autograd.grad([o for o, _ in live], inputs, [g for _, g in live], allow_unused=True)
+                if live and inputs
+                else [None] * len(inputs)
+            )
+        found = iter(results)
+        gradients = []
+        for bit, position in enumerate(spec.differentiable_positions):
+            needed = bool(needs >> bit & 1)
+            values = [
+                _or_zeros(next(found), tensor) if needed else tensor.new_empty(0) for tensor in _as_list(args[position])
+            ]
+            gradients.append(values if _is_list(args[position]) else values[0])
+        return tuple(gradients)
+
+    return backward
+
+
+def derive_backward(spec: OpSpec) -> dict:
+    """The parts of the op `<name>_bwd` that follow from `spec`: its reference is the vjp of the forward's reference.
+
+    Its arguments are the gradients of the differentiable outputs, the forward's arguments, and `needs`; its outputs
+    the gradients of the differentiable arguments, of size 0 where `needs` has no bit for them.
+    """
+    returns = [kind.strip() for kind in spec.returns.strip("()").split(",")][: spec.differentiable_outputs]
+    grads = [f"grad_{i}" if len(returns) > 1 else "grad" for i in range(len(returns))]
+    types = dict(zip(spec.argument_names, spec.argument_types, strict=True))
+    count = len(grads)
+    pull = vjp_of_reference(spec)
+
+    def unpack(outputs):
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def reference(*args):
+        return unpack(pull(args[count:-1], args[:count], args[-1]))
+
+    def fake(*args):
+        inputs, needs = args[count:-1], args[-1]
+        gradients = []
+        for bit, position in enumerate(spec.differentiable_positions):
+            values = [
+                torch.empty_like(t, memory_format=torch.contiguous_format) if needs >> bit & 1 else t.new_empty(0)
+                for t in _as_list(inputs[position])
+            ]
+            gradients.append(values if _is_list(inputs[position]) else values[0])
+        return unpack(tuple(gradients))
+
+    outputs = ", ".join(types[name] for name in spec.differentiable)
+    return {
+        "name": f"{spec.name}_bwd",
+        "arguments": ", ".join(
+            [f"{kind} {name}" for kind, name in zip(returns, grads, strict=True)] + [spec.arguments, "int needs"]
+        ),
+        "returns": f"({outputs})" if len(spec.differentiable) > 1 else outputs,
+        "summary": f"gradient of `{spec.name}`",
+        "reference": reference,
+        "fake": fake,
+        "differentiable": (*grads, *spec.differentiable),
+        "gradient_of": spec.differentiable,
+        "check": None,
+        "autocast": spec.autocast,
+    }
+
+
+def _gradients(spec: OpSpec, args: Args, grads, needs_input_grad):
+    """(position, gradient) of each differentiable argument that needs one."""
+    needs = 0
+    for bit, position in enumerate(spec.differentiable_positions):
+        needed = needs_input_grad[position]
+        needs |= (any(needed) if _is_list(needed) else bool(needed)) << bit
+    gradients = spec.backward(args, grads, needs)
+    for bit, position in enumerate(spec.differentiable_positions):
+        if needs >> bit & 1:
+            yield position, gradients[bit]
+
+
+class _Structure:
+    """The arguments without their tensors: opaque to pytree, so that `torch.func` hands it through untouched."""
+
+    def __init__(self, args: Args):
+        self.args = tuple([None] * len(a) if _is_list(a) else None if isinstance(a, Tensor) else a for a in args)
+        self.is_tensor = tuple(_is_list(a) or isinstance(a, Tensor) for a in args)
+        self.lengths: tuple | None = None  # how the outputs were nested
+
+    def join(self, tensors) -> Args:
+        it = iter(tensors)
+        return tuple(
+            ([next(it) for _ in arg] if _is_list(arg) else next(it)) if tensor else arg
+            for arg, tensor in zip(self.args, self.is_tensor, strict=True)
+        )
+
+    def split_outputs(self, outputs) -> tuple[Tensor, ...]:
+        single = not isinstance(outputs, tuple)  # one Tensor, or one Tensor[]
+        nested = (outputs,) if single else outputs
+        self.lengths = (single, tuple(len(o) if _is_list(o) else None for o in nested))
+        return tuple(_flat_outputs(outputs))
+
+    def nest(self, flat) -> tuple:
+        it = iter(flat)
+        return tuple(next(it) if n is None else [next(it) for _ in range(n)] for n in self.lengths[1])
+
+    def join_outputs(self, flat):
+        nested = self.nest(flat)
+        return nested[0] if self.lengths[0] else nested
+
+
+def _make_function(spec: OpSpec) -> type[torch.autograd.Function]:
+    """The op as an `autograd.Function` for eager `torch.func`: the same gradient, and a vmap rule."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(structure, *tensors):
+            return structure.split_outputs(dispatcher_op(spec)(*structure.join(tensors)))
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            structure, *tensors = inputs
+            _save(ctx, spec, structure.join(tensors))
+            ctx.output_structure = structure
+            if spec.differentiable_outputs is not None:
+                ctx.mark_non_differentiable(*output[spec.differentiable_outputs :])
+
+        @staticmethod
+        def backward(ctx, *grads):
+            args = _saved(ctx)
+            flags = iter(ctx.needs_input_grad[1:])
+            needed = [
+                [next(flags) for _ in a] if _is_list(a) else next(flags) if isinstance(a, Tensor) else False
+                for a in args
+            ]
+            found = dict(_gradients(spec, args, ctx.output_structure.nest(grads), needed))
+            flat: list = [None]
+            for position, arg in enumerate(args):
+                if _is_list(arg) or isinstance(arg, Tensor):
+                    missing = [None] * len(_as_list(arg))
+                    flat.extend(_as_list(found[position]) if position in found else missing)
+            return tuple(flat)
+
+        @staticmethod
+        def vmap(info, in_dims, structure, *tensors):
+            outputs = _fold_and_call(spec, info.batch_size, structure.join(in_dims[1:]), structure.join(tensors))
+            flat = structure.split_outputs(outputs)
+            return flat, (0,) * len(flat)
+
+    Function.__name__ = Function.__qualname__ = f"fastmeta_{spec.name}"
+    return Function
+
+
+def _fold_and_call(spec: OpSpec, batch: int, in_dims: Args, args: Args):
+    """The vmap rule: the mapped dimension joins the task dimension, and the op is called once."""
+    moved = [
+        (tensor, dim) if dim is None else (tensor.movedim(dim, 0), 0)
+        for arg, dims in zip(args, in_dims, strict=True)
+        if _is_list(arg) or isinstance(arg, Tensor)
+        for tensor, dim in zip(_as_list(arg), _as_list(dims), strict=True)
+    ]
+    tasks = next((n for n in (t.shape[0 if dim is None else 1] for t, dim in moved) if n != 1), 1)
+    it = iter(moved)
+
+    def fold(tensor, dim, keep_shared):
+        if dim is None:
+            if tensor.shape[0] == 1 and keep_shared and tasks != 1:
+                return tensor  # shared by all tasks of all elements
+            tensor = tensor.expand(batch, *tensor.shape)
+        if tensor.shape[1] != tasks:
+            tensor = tensor.expand(batch, tasks, *tensor.shape[2:])
+        return tensor.reshape(batch * tasks, *tensor.shape[2:])
+
+    shared_sizes = {}
+    folded = []
+    for name, arg in zip(spec.argument_names, args, strict=True):
+        if not (_is_list(arg) or isinstance(arg, Tensor)):
+            folded.append(arg)
+            continue
+        pairs = [next(it) for _ in _as_list(arg)]
+        # a gradient summed over tasks must not be summed over the mapped dimension: such inputs are never left shared
+        values = [fold(t, dim, name not in spec.gradient_of) for t, dim in pairs]
+        shared_sizes[name] = [t.shape[0 if dim is None else 1] for t, dim in pairs]
+        folded.append(values if _is_list(arg) else values[0])
+
+    outputs = call(spec, tuple(folded))
+    single = not isinstance(outputs, tuple)  # one Tensor, or one Tensor[]
+    unfolded = []
+    for i, output in enumerate((outputs,) if single else outputs):
+        values = []
+        for j, value in enumerate(_as_list(output)):
+            if value.shape == (0,) and spec.gradient_of:  # a gradient that was not needed
+                values.append(value.expand(batch, 0))
+                continue
+            rows = value.shape[0] // batch if batch else tasks
+            value = value.reshape(batch, rows, *value.shape[1:])
+            if spec.gradient_of and shared_sizes[spec.gradient_of[i]][j] != value.shape[1]:
+                value = value.sum(1, keepdim=True)
+            values.append(value)
+        unfolded.append(values if _is_list(output) else values[0])
+    return unfolded[0] if single else tuple(unfolded)
+
+
+def _save(ctx, spec: OpSpec, args: Args) -> None:
+    ctx.save_for_backward(*_tensors(args))
+    ctx.structure = _Structure(args)
+
+
+def _saved(ctx) -> Args:
+    return ctx.structure.join(ctx.saved_tensors)
+
+
+def _is_list(value) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _as_list(value) -> list:
+    return list(value) if _is_list(value) else [value]
+
+
+def _tensors(args: Args) -> list[Tensor]:
+    return [t for arg in args if _is_list(arg) or isinstance(arg, Tensor) for t in _as_list(arg)]
+
+
+def _flat_outputs(outputs) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else [t for output in outputs for t in _as_list(output)]
+
+
+def _like(grad: Tensor | None, output: Tensor) -> Tensor:
+    return torch.zeros_like(output) if grad is None else grad.expand_as(output)
+
+
+def _or_zeros(grad: Tensor | None, tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor) if grad is None else grad

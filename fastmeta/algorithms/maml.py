@@ -1,0 +1,164 @@
+"""Model-agnostic meta-learning: learn the weights that a few gradient steps adapt best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..engines import InnerLoop, as_loss, choose, explain
+from ..engines.select import check_name
+from ._chunks import chunked_loss
+from .output import MetaOutput
+
+if TYPE_CHECKING:
+    from ..tasks import TaskBatch
+
+
+class FastWeights:
+    """What :meth:`MAML.adapt` returns: the adapted parameters of ``T`` tasks.
+
+    ``state[t]`` is task ``t``'s own ``{name: tensor}``, ready for ``torch.func.functional_call(model, state[t], (x,))``;
+    ``state.stacked()`` holds all tasks, ``[T, *shape]`` per name; ``len(state)`` is ``T``. Parameters that no step has changed
+    (``inner_steps=0``, or frozen by ``requires_grad=False``) are stored once and expanded on reading.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], shared: frozenset[str], num_tasks: int):
+        self.weights = weights
+        self.shared = shared
+        self.num_tasks = num_tasks
+
+    def __len__(self) -> int:
+        return self.num_tasks
+
+    def __getitem__(self, task: int) -> dict[str, Tensor]:
+        if not -self.num_tasks <= task < self.num_tasks:
+            raise IndexError(f"task {task} of {self.num_tasks}")
+        return {name: w if name in self.shared else w[task] for name, w in self.weights.items()}
+
+    def stacked(self) -> dict[str, Tensor]:
+        """All tasks' parameters, ``[T, *shape]`` by name."""
+        return {
+            name: w.expand(self.num_tasks, *w.shape) if name in self.shared else w for name, w in self.weights.items()
+        }
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {list(w.shape)}" for name, w in self.stacked().items())
+        return f"FastWeights({self.num_tasks} tasks: {shapes})"
+
+
+class MAML(nn.Module):
+    """MAML (Finn, Abbeel, Levine 2017, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", algorithm 1 and 2).
+
+    Every task starts at the slow weights and takes ``inner_steps`` steps ``w <- w - inner_lr * grad L_support(w)`` (their equation
+    in section 2.2); :meth:`forward` returns the mean query loss at the weights so reached, whose gradient with respect to the slow
+    weights is the meta-gradient of their equation 1, second derivatives included. ``first_order=True`` treats the inner gradients
+    as constants (first-order MAML, their section 5.2). Departures: the mean over tasks, where the paper sums (scale the outer
+    rate), and all tasks at once.
+
+    Args:
+        model: any module from examples ``[B, ...]`` to predictions ``[B, C]``; used as it is, and its parameters are the slow
+            weights. Parameters with ``requires_grad=False`` are neither adapted nor trained.
+        inner_lr: step size in the inner loop, 0.01 by default.
+        inner_steps: ``K >= 0``; 0 is ordinary training on the query sets. May be set anew between calls.
+        first_order: drop the second derivatives.
+        loss: ``"cross_entropy"`` (labels int64 ``[T, B]``), ``"mse"`` (targets ``[T, B, O]``), or a callable
+            ``(prediction, target) -> scalar`` for one task.
+        engine: ``"auto"``, or one by name (:meth:`explain` lists them). An engine asked for by name that cannot serve the model
+            raises ValueError.
+        task_chunk: at most this many tasks at a time, to bound memory; None for all at once. The gradient is the same. With
+            gradients on, each chunk's gradient is then computed during ``forward`` and handed out by ``backward``, so only
+            ``loss`` is differentiable, once, and only with respect to the parameters; inputs may not require gradients.
+
+    Evaluate under ``torch.no_grad()``: adaptation still happens, without any graph for the outer loop. Batch norm uses each task's
+    own rows in train mode; what it does in eval mode is said in ``fastmeta/engines/vmap.py``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        inner_lr: float = 0.01,
+        inner_steps: int = 1,
+        first_order: bool = False,
+        loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+        engine: str = "auto",
+        task_chunk: int | None = None,
+    ):
+        super().__init__()
+        check_name(engine)
+        if isinstance(inner_lr, bool) or not isinstance(inner_lr, (int, float)):
+            raise TypeError(f"inner_lr must be a number, got {type(inner_lr).__name__}")
+        if isinstance(inner_steps, bool) or not isinstance(inner_steps, int):
+            raise TypeError(f"inner_steps must be an int, got {type(inner_steps).__name__}")
+        if inner_steps < 0:
+            raise ValueError(f"inner_steps must be at least 0, got {inner_steps}")
+        if task_chunk is not None and (isinstance(task_chunk, bool) or not isinstance(task_chunk, int) or task_chunk < 1):
+            raise ValueError(f"task_chunk must be None or an int of at least 1, got {task_chunk!r}")
+        self.model = model
+        self.inner_lr = float(inner_lr)
+        self.inner_steps = inner_steps
+        self.first_order = first_order
+        self.loss = as_loss(loss)
+        self.engine = engine
+        self.task_chunk = task_chunk
+
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
+        """Run the inner loop on support sets ``[T, S, ...]`` with targets ``[T, S]`` or ``[T, S, O]``."""
+        _check_pair("support_x", support_x, "support_y", support_y)
+        inner = self._inner()
+        weights = choose(self.engine, self.model, inner, support_x).adapt(self.model, inner, support_x, support_y)
+        slow = dict(self.model.named_parameters())
+        shared = frozenset(name for name, w in weights.items() if w.dim() == slow[name].dim())
+        return FastWeights(weights, shared, support_x.shape[0])
+
+    def predict(self, state: FastWeights, query_x: Tensor) -> Tensor:
+        """Predictions ``[T, Q, C]`` of the adapted weights for ``query_x`` ``[T, Q, ...]``."""
+        if query_x.shape[0] != len(state):
+            raise ValueError(f"query_x has {query_x.shape[0]} tasks, state has {len(state)}")
+        return choose(self.engine, self.model, self._inner(), query_x).predict(self.model, state.weights, query_x)
+
+    def forward(self, batch: TaskBatch) -> MetaOutput:
+        """Adapt to every task's support set and judge on its query set."""
+        support_x, support_y, query_x, query_y = batch
+        _check_pair("support_x", support_x, "support_y", support_y)
+        _check_pair("query_x", query_x, "query_y", query_y)
+        if support_x.shape[0] != query_x.shape[0]:
+            raise ValueError(f"support_x has {support_x.shape[0]} tasks, query_x has {query_x.shape[0]}")
+        if self.task_chunk is not None and support_x.shape[0] > self.task_chunk:
+            return chunked_loss(self._tasks, batch, self.task_chunk, [p for p in self.parameters() if p.requires_grad])
+        return self._tasks(*batch)
+
+    def explain(self, batch: TaskBatch) -> str:
+        """Which engine serves this batch and why the others do not, as readable text. Runs nothing."""
+        return explain(self.engine, self.model, self._inner(), batch[0])
+
+    def extra_repr(self) -> str:
+        return (
+            f"inner_lr={self.inner_lr}, inner_steps={self.inner_steps}, first_order={self.first_order}, "
+            f"loss={self.loss.name!r}, engine={self.engine!r}, task_chunk={self.task_chunk}"
+        )
+
+    def _inner(self) -> InnerLoop:
+        return InnerLoop(self.inner_lr, self.inner_steps, self.first_order, self.loss)
+
+    def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
+        inner = self._inner()
+        engine = choose(self.engine, self.model, inner, support_x)
+        logits = engine.query(self.model, inner, support_x, support_y, query_x)
+        self.loss.check(logits, query_y, "query_y")
+        task_loss = self.loss.per_task(logits, query_y)
+        accuracy = None
+        if query_y.dtype == torch.int64 and query_y.shape == logits.shape[:-1]:
+            accuracy = (logits.argmax(-1) == query_y).to(task_loss.dtype).mean(1)
+        return MetaOutput(task_loss.mean(), task_loss, accuracy, logits)
+
+
+def _check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
+    if x.dim() < 2 or y.dim() < 2 or x.shape[:2] != y.shape[:2]:
+        raise ValueError(
+            f"{x_name} and {y_name} must begin with the same tasks and examples, [T, B, ...], "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )

@@ -1,0 +1,66 @@
+"""Operations whose second derivative ``torch.func`` gets wrong or refuses, rewritten while an inner gradient is taken.
+
+Under ``vmap(grad(...))`` torch differentiates the affine part of batch, layer and instance norms with the saved mean and deviation
+taken for constants, so a further derivative silently lacks terms (the meta-gradient of a LayerNorm net is off in the second digit;
+a loop over tasks is right). The same norm without its affine part is right, so the affine part is applied by hand. Fused attention
+has no second derivative at all; its plain form has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+
+class TwiceDifferentiable(TorchFunctionMode):
+    """While active, norms and attention run in a form that is exact under ``vmap(grad(...))`` and a derivative of that."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return _REWRITTEN.get(func, func)(*args, **(kwargs or {}))
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
+    if weight is not None:
+        x = x * weight.reshape(shape)
+    return x if bias is None else x + bias.reshape(shape)
+
+
+def _per_channel(x: Tensor) -> list[int]:
+    return [1, -1] + [1] * (x.dim() - 2)
+
+
+def _batch_norm(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+) -> Tensor:
+    normal = F.batch_norm(input, running_mean, running_var, None, None, training, momentum, eps)
+    return _affine(normal, weight, bias, _per_channel(input))
+
+
+def _instance_norm(
+    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+) -> Tensor:
+    normal = F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
+    return _affine(normal, weight, bias, _per_channel(input))
+
+
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True) -> Tensor:
+    return _affine(F.layer_norm(input, normalized_shape, None, None, eps), weight, bias, tuple(normalized_shape))
+
+
+def _attention(*args, **kwargs) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(*args, **kwargs)
+
+
+_REWRITTEN = {
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.scaled_dot_product_attention: _attention,
+}

@@ -1,0 +1,95 @@
+"""The losses an engine knows: per-task values and, for the standard ones, the gradient as a formula.
+
+``cross_entropy`` and ``mse`` are means over the rows (and columns) of one task, as in ``torch.nn.functional``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class CrossEntropy:
+    """Mean negative log-likelihood of softmax. Predictions ``[T, B, C]``, labels int64 ``[T, B]``."""
+
+    name = "cross_entropy"
+    explicit = True
+    one_task = staticmethod(F.cross_entropy)
+
+    def check(self, prediction: Tensor, target: Tensor, name: str) -> None:
+        if target.dtype != torch.int64 or target.shape != prediction.shape[:-1]:
+            raise ValueError(
+                f"{name}: cross_entropy takes int64 labels of shape {tuple(prediction.shape[:-1])}, "
+                f"got {target.dtype} of shape {tuple(target.shape)}"
+            )
+
+    def per_task(self, prediction: Tensor, target: Tensor) -> Tensor:
+        rows = F.cross_entropy(prediction.flatten(0, 1), target.flatten(), reduction="none")
+        return rows.view(target.shape).mean(1)
+
+    def constant(self, target: Tensor, prediction: Tensor) -> Tensor:
+        """The part of the gradient that stays the same in all inner steps: minus the one-hot labels over B."""
+        # scatter refuses labels outside the range, as F.cross_entropy does
+        return torch.zeros_like(prediction).scatter_(-1, target.unsqueeze(-1), -1.0 / max(target.shape[1], 1))
+
+    def gradient(self, prediction: Tensor, constant: Tensor) -> Tensor:
+        return torch.add(constant, torch.softmax(prediction, -1), alpha=1.0 / max(prediction.shape[1], 1))
+
+
+class MeanSquaredError:
+    """Mean of squared differences. Predictions and targets ``[T, B, O]``."""
+
+    name = "mse"
+    explicit = True
+    one_task = staticmethod(F.mse_loss)
+
+    def check(self, prediction: Tensor, target: Tensor, name: str) -> None:
+        # F.mse_loss broadcasts [B] against [B, 1] to [B, B] with a mere warning: refused here.
+        if target.shape != prediction.shape or not target.is_floating_point():
+            raise ValueError(
+                f"{name}: mse takes floating-point targets of the prediction's shape {tuple(prediction.shape)}, "
+                f"got {target.dtype} of shape {tuple(target.shape)}"
+            )
+
+    def per_task(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return (prediction - target).square().flatten(1).mean(1)
+
+    def constant(self, target: Tensor, prediction: Tensor) -> Tensor:
+        return target
+
+    def gradient(self, prediction: Tensor, constant: Tensor) -> Tensor:
+        per_task = prediction[0].numel() if prediction.shape[0] else 1
+        return (prediction - constant) * (2.0 / max(per_task, 1))
+
+
+class CustomLoss:
+    """A callable ``(prediction, target) -> scalar`` for one task, batched over tasks by ``torch.func.vmap``."""
+
+    explicit = False
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]):
+        self.one_task = function
+        self.name = getattr(function, "__name__", type(function).__name__)
+
+    def check(self, prediction: Tensor, target: Tensor, name: str) -> None:
+        pass
+
+    def per_task(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return torch.func.vmap(self.one_task, randomness="different")(prediction, target)
+
+
+Loss = CrossEntropy | MeanSquaredError | CustomLoss
+
+
+def as_loss(loss: str | Callable[[Tensor, Tensor], Tensor]) -> Loss:
+    """``"cross_entropy"``, ``"mse"`` or a callable, as a loss object; anything else raises ValueError."""
+    if loss == "cross_entropy":
+        return CrossEntropy()
+    if loss == "mse":
+        return MeanSquaredError()
+    if callable(loss):
+        return CustomLoss(loss)
+    raise ValueError(f"loss must be 'cross_entropy', 'mse' or a callable(prediction, target), got {loss!r}")

@@ -1,0 +1,119 @@
+"""How far from right is wrong: the tolerance table, and the checks that every op must pass.
+
+Truth is the reference in float64 on the same (already rounded) inputs. An implementation may be off by twice what the
+reference itself is off in the same dtype, plus a floor; each further derivative is allowed ten times as much.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmeta._backends import _map_tensors as map_tensors
+from fastmeta._spec import Args, OpSpec
+
+# relative to the largest entry of the true result
+FLOOR = {
+    torch.float64: 1e-13,
+    torch.float32: 2e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
+PER_DERIVATIVE = 10
+
+
+def tolerance(dtype: torch.dtype, derivative: int, reference_error: float) -> float:
+    """Largest relative error allowed in `dtype` for the given order of derivative (0: the value itself)."""
+    return (2 * reference_error + FLOOR[dtype]) * PER_DERIVATIVE**derivative
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """Largest difference over the largest entry of `truth`; infinite where one is NaN and the other is not."""
+    value, truth = value.detach().to("cpu", torch.float64), truth.detach().to("cpu", torch.float64)
+    if value.shape != truth.shape:
+        raise AssertionError(f"shape {list(value.shape)}, should be {list(truth.shape)}")
+    if value.numel() == 0:
+        return 0.0
+    if not torch.equal(value.isnan(), truth.isnan()):
+        return float("inf")
+    value, truth = value.nan_to_num(), truth.nan_to_num()
+    return float((value - truth).abs().max() / truth.abs().max().clamp_min(1e-30)) if truth.any() else float(
+        value.abs().max()
+    )
+
+
+def tensors_of(outputs) -> list[Tensor]:
+    """Outputs or arguments of an op as a flat list of their tensors."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, (list, tuple)):
+        return [t for output in outputs for t in tensors_of(output)]
+    return []
+
+
+def to_float64(args: Args) -> Args:
+    return map_tensors(args, lambda t: t.detach().to(torch.float64) if t.is_floating_point() else t)
+
+
+def differentiable_leaves(spec: OpSpec, args: Args) -> tuple[Args, list[Tensor]]:
+    """`args` with fresh leaves in place of the differentiable arguments, and those leaves."""
+    leaves: list[Tensor] = []
+
+    def leaf(t):
+        leaves.append(t.detach().clone().requires_grad_())
+        return leaves[-1]
+
+    positions = spec.differentiable_positions
+    full = tuple(map_tensors((a,), leaf)[0] if i in positions else a for i, a in enumerate(args))
+    return full, leaves
+
+
+def derivative(function, spec: OpSpec, args: Args, order: int, seed: int = 0) -> list[Tensor]:
+    """Values (order 0) or derivatives of `function(*args)` along fixed random directions, with respect to all leaves.
+
+    Order 2 is the gradient of the gradient, each contracted with random cotangents.
+    """
+    args, leaves = differentiable_leaves(spec, args)
+    generator = torch.Generator().manual_seed(seed)
+
+    def contract(values):
+        draws = [torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for v in values]
+        return sum((v * d).sum() for v, d in zip(values, draws, strict=True))
+
+    values = tensors_of(function(*args))[: spec.differentiable_outputs]
+    for remaining in range(order, 0, -1):
+        total = contract([v for v in values if v.requires_grad])
+        if not isinstance(total, Tensor) or not total.requires_grad:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        found = torch.autograd.grad(total, leaves, create_graph=remaining > 1, allow_unused=True)
+        values = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
+    return values
+
+
+def check_op(spec: OpSpec, args: Args, order: int = 0, function=None) -> None:
+    """Compare an op, or its first or second derivative, with the float64 reference.
+
+    Args:
+        spec: the op.
+        args: op-level arguments, of any dtype and device.
+        order: 0 values, 1 gradients, 2 gradients of gradients.
+        function: what to check in place of the op itself; takes `args`.
+
+    Raises:
+        AssertionError: an error above the tolerance of the dtype, with the figures.
+    """
+    dtype = next(t.dtype for t in tensors_of(args) if t.is_floating_point())
+    truth = derivative(spec.reference, spec, to_float64(args), order)
+    own = derivative(spec.reference, spec, args, order)
+    values = derivative(function or spec, spec, args, order)
+    if len(values) != len(truth):
+        raise AssertionError(f"{spec.name}: {len(values)} outputs, should be {len(truth)}")
+    for i, (value, right, reference) in enumerate(zip(values, truth, own, strict=True)):
+        if value.dtype != dtype:
+            raise AssertionError(f"{spec.name}, result {i}: dtype {value.dtype}, should be {dtype}")
+        error = relative_error(value, right)
+        allowed = tolerance(dtype, order, relative_error(reference, right))
+        if not error <= allowed:
+            raise AssertionError(
+                f"{spec.name}, result {i} of derivative {order} in {dtype}: error {error:.2e}, allowed {allowed:.2e}"
+            )

@@ -1,0 +1,165 @@
+"""What a run is: every choice that decides its result, with the published defaults filled in."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from .schedule import SCHEDULES
+
+ALGORITHMS = ("maml", "protonet")
+DATA = ("sinusoid", "glyphs", "omniglot")
+MODELS = ("mlp", "conv4")
+SPLITS = ("vinyals", "1200")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All choices of a run. Build one with :func:`run_config`; it is stored in every checkpoint.
+
+    ``ways``, ``shots`` and ``query_shots`` describe validation and test tasks (support ``[T, ways * shots, ...]``, query
+    ``[T, ways * query_shots, ...]``), their ``train_`` namesakes the training tasks. Regression has ``ways`` 1.
+    """
+
+    algorithm: str
+    data: str
+    ways: int
+    shots: int
+    query_shots: int
+    train_ways: int
+    train_shots: int
+    train_query_shots: int
+    model: str
+    hidden: tuple[int, ...]
+    task_batch: int
+    iterations: int | None
+    minutes: float | None = None
+    inner_lr: float = 0.01
+    inner_steps: int = 1
+    eval_inner_steps: int = 1
+    first_order: bool = False
+    metric: str = "sqeuclidean"
+    outer_lr: float = 1e-3
+    lr_schedule: str = "constant"
+    lr_halve_every: int = 0
+    seed: int = 0
+    device: str = "auto"
+    split: str = "vinyals"
+    data_root: str | None = None
+    engine: str = "auto"
+    task_chunk: int | None = None
+    threads: int | None = None
+    eval_every: int = 500
+    eval_tasks: int = 600
+    save_every: int = 500
+
+    def __post_init__(self) -> None:
+        _one_of("algorithm", self.algorithm, ALGORITHMS)
+        _one_of("data", self.data, DATA)
+        _one_of("model", self.model, MODELS)
+        _one_of("split", self.split, SPLITS)
+        _one_of("lr_schedule", self.lr_schedule, SCHEDULES)
+        counts = ("ways", "shots", "query_shots", "train_ways", "train_shots", "train_query_shots", "task_batch")
+        for name in (*counts, "eval_tasks", "task_chunk", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("inner_steps", "eval_inner_steps", "lr_halve_every", "eval_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("inner_lr", "outer_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        if self.iterations is None and self.minutes is None:
+            raise ValueError("iterations or minutes must be given: one of them ends the run")
+        if self.iterations is not None and self.iterations < 1:
+            raise ValueError(f"iterations must be at least 1, got {self.iterations}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes must be greater than 0, got {self.minutes}")
+        if self.lr_schedule == "halve" and self.lr_halve_every < 1:
+            raise ValueError("lr_schedule 'halve' needs lr_halve_every of at least 1")
+        if self.lr_schedule == "cosine" and self.iterations is None:
+            raise ValueError("lr_schedule 'cosine' needs iterations: a time budget does not say where the cosine ends")
+        if not self.hidden or min(self.hidden) < 1:
+            raise ValueError(f"hidden must be one or more widths of at least 1, got {list(self.hidden)}")
+        if self.model == "conv4" and len(self.hidden) != 1:
+            raise ValueError(f"hidden must be one number of channels for conv4, got {list(self.hidden)}")
+        if self.data == "sinusoid":
+            if self.algorithm == "protonet":
+                raise ValueError("protonet classifies, and sinusoid is regression: use maml, or data glyphs or omniglot")
+            if self.model == "conv4":
+                raise ValueError("conv4 needs images, and sinusoid has numbers: use model mlp")
+            if self.ways != 1 or self.train_ways != 1:
+                raise ValueError("sinusoid is regression, it has no ways: leave ways out")
+        if self.algorithm == "maml" and self.train_ways != self.ways:
+            raise ValueError(
+                f"train_ways must equal ways for maml, whose last layer has one output per class: got {self.train_ways} "
+                f"and {self.ways}"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RunConfig:
+        """The inverse of :meth:`as_json`. A key that this version does not know raises ValueError."""
+        unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown settings {', '.join(sorted(unknown))}: written by another version of fastmeta")
+        return cls(**{**values, "hidden": tuple(values["hidden"])})
+
+
+def run_config(algorithm: str, data: str, **given: Any) -> RunConfig:
+    """A :class:`RunConfig` with what is ``given`` (None counts as not given) and published settings for the rest.
+
+    Sources: MAML on sinusoids, section 5.1 of Finn et al. 2017 (10 shots, one step of 0.01 in training) with more tasks per
+    step; MAML on images, their section A.1 (20-way: five steps of 0.1); prototypical networks, Snell et al. 2017, section 3.1
+    (60-way episodes of 5 queries, Adam at 1e-3 halved every 2,000 episodes).
+    """
+    _one_of("algorithm", algorithm, ALGORITHMS)
+    _one_of("data", data, DATA)
+    given = {key: value for key, value in given.items() if value is not None}
+    values = _defaults(algorithm, data, given)
+    if given.get("minutes") is not None and "iterations" not in given:
+        values["iterations"] = None
+    if given.get("lr_halve_every") and "lr_schedule" not in given:
+        values["lr_schedule"] = "halve"
+    values.update(given)
+    for name in ("ways", "shots", "query_shots"):
+        values.setdefault(f"train_{name}", values[name])
+    values.setdefault("save_every", values.get("eval_every") or RunConfig.save_every)
+    if "hidden" in values:
+        values["hidden"] = tuple(values["hidden"])
+    return RunConfig(algorithm=algorithm, data=data, **values)
+
+
+def _defaults(algorithm: str, data: str, given: dict[str, Any]) -> dict[str, Any]:
+    if data == "sinusoid":
+        inner_steps = given.get("inner_steps", 1)
+        return {
+            "ways": 1, "shots": 10, "query_shots": 10, "model": "mlp", "hidden": (40, 40), "inner_lr": 0.01,
+            "eval_inner_steps": inner_steps, "task_batch": 100, "iterations": 20_000, "eval_every": 1000,
+        }
+    model = given.get("model", "conv4")
+    ways = given.get("ways", 5)
+    common = {
+        "ways": 5, "shots": 1, "query_shots": 15, "train_query_shots": 5, "model": model,
+        "hidden": (64,) if model == "conv4" else (256, 128, 64, 64),
+    }
+    if algorithm == "protonet":
+        return {
+            **common, "train_ways": max(ways, 60), "task_batch": 1, "iterations": 20_000, "lr_schedule": "halve",
+            "lr_halve_every": 2000,
+        }
+    many = ways > 5
+    inner_steps = given.get("inner_steps", 5 if many else 1)
+    return {
+        **common, "inner_lr": 0.1 if many else 0.4, "inner_steps": inner_steps, "eval_inner_steps": max(3, inner_steps),
+        "task_batch": 16 if many else 32, "iterations": 60_000,
+    }
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")

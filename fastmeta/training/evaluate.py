@@ -1,0 +1,98 @@
+"""Held-out accuracy or error, with its confidence interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..algorithms import MAML, ProtoNet
+from .loop import TaskSource
+from .metrics import Estimate
+
+# Task batches are cut so that one batch's inputs hold at most this many numbers: the activations of a conv4 then take about 1 GB.
+_NUMBERS_PER_BATCH = 1 << 22
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` found. ``accuracy`` is None for regression, whose ``loss`` is the mean squared error.
+
+    ``loss_by_step[k]`` is the query loss after ``k`` inner steps, from 0 (before adaptation) on; empty unless asked for.
+    """
+
+    loss: Estimate
+    accuracy: Estimate | None = None
+    loss_by_step: list[Estimate] = field(default_factory=list)
+
+    @property
+    def score(self) -> float:
+        """Larger is better."""
+        return self.accuracy.mean if self.accuracy is not None else -self.loss.mean
+
+    def as_json(self) -> dict[str, Any]:
+        result: dict[str, Any] = {"loss": self.loss.as_json()}
+        if self.accuracy is not None:
+            result["accuracy"] = self.accuracy.as_json()
+        if self.loss_by_step:
+            result["loss_by_step"] = [estimate.as_json() for estimate in self.loss_by_step]
+        return result
+
+
+def evaluate(
+    algorithm: nn.Module,
+    tasks: TaskSource,
+    *,
+    episodes: int = 600,
+    inner_steps: int | None = None,
+    by_step: bool = False,
+    seed: int = 0,
+    stop: Callable[[], bool] | None = None,
+) -> Evaluation | None:
+    """Judge ``algorithm`` on ``episodes`` tasks, many at a time, without gradients for the outer loop and in eval mode.
+
+    Args:
+        inner_steps: steps of adaptation instead of the algorithm's own; only for algorithms that have ``inner_steps``.
+        by_step: also the loss after every number of inner steps from 0 to ``inner_steps``, on the same tasks.
+        seed: of the tasks: the same seed gives the same tasks, so that two models can be compared task by task.
+        stop: polled between task batches; when it returns True, the evaluation is given up and None comes back.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    if inner_steps is not None and not hasattr(algorithm, "inner_steps"):
+        raise ValueError(f"inner_steps: {type(algorithm).__name__} has no inner loop")
+    was_training, own_steps = algorithm.training, getattr(algorithm, "inner_steps", None)
+    last = own_steps if inner_steps is None else inner_steps
+    counts = list(range(last + 1)) if by_step and last is not None else [last]
+    losses: list[list[torch.Tensor]] = [[] for _ in counts]
+    accuracies: list[torch.Tensor] = []
+    algorithm.eval()
+    try:
+        with torch.no_grad():
+            for batch in _batches(tasks, episodes, seed):
+                if stop is not None and stop():
+                    return None
+                for steps, kept in zip(counts, losses, strict=True):
+                    if steps is not None:
+                        algorithm.inner_steps = steps
+                    output = algorithm(batch)
+                    kept.append(output.task_loss)
+                if output.accuracy is not None:
+                    accuracies.append(output.accuracy)
+    finally:
+        algorithm.train(was_training)
+        if own_steps is not None:
+            algorithm.inner_steps = own_steps
+    by_count = [Estimate.of(torch.cat(kept)) for kept in losses]
+    accuracy = Estimate.of(torch.cat(accuracies)) if accuracies else None
+    return Evaluation(by_count[-1], accuracy, by_count if by_step and last is not None else [])
+
+
+def _batches(tasks: TaskSource, episodes: int, seed: int):
+    generator, device = None, None
+    left, size = episodes, 1
+    while left > 0:
+        ...

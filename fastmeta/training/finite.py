@@ -1,0 +1,72 @@
+"""Finding the first non-finite loss or meta-gradient, without waiting for the device at every step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class NonFiniteError(RuntimeError):
+    """Training met a loss or meta-gradient that is not finite. ``step`` is the step it happened in, counted from 1."""
+
+    def __init__(self, step: int, cause: str):
+        super().__init__(f"step {step}: {cause}. Nothing was saved after it; a smaller inner or outer learning rate often helps")
+        self.step = step
+        self.cause = cause
+
+
+class FiniteGuard:
+    """Watches losses and gradients; :meth:`check` raises :class:`NonFiniteError` about the first bad step it saw.
+
+    :meth:`watch` only queues work on the device and keeps what the first bad step looked like, so that the check may come many
+    steps later and still name the cause.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._parameters = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self._bad_step: Tensor | None = None
+
+    def watch(self, step: int, task_loss: Tensor) -> None:
+        """Called between ``backward`` and the optimizer's step. ``task_loss`` ``[T]`` are the query losses of this step."""
+        task_loss = task_loss.detach()
+        gradients = [p.grad for _, p in self._parameters if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else task_loss.new_zeros(0)
+        finite = task_loss.sum().isfinite() & norms.sum().isfinite()
+        if self._bad_step is None:
+            self._bad_step = torch.full((), -1, dtype=torch.int64, device=task_loss.device)
+            self._losses, self._norms = task_loss.clone(), norms
+        first = (self._bad_step < 0) & ~finite
+        self._bad_step = torch.where(first, step, self._bad_step)
+        if self._losses.shape == task_loss.shape:
+            # Kept from the first bad step on; before that, overwritten every time.
+            self._losses = torch.where(first | (self._bad_step < 0), task_loss, self._losses)
+            self._norms = torch.where(first | (self._bad_step < 0), norms, self._norms)
+
+    def check(self) -> None:
+        """Wait for the device and raise if any step since the start was bad."""
+        if self._bad_step is None or (step := int(self._bad_step)) < 0:
+            return
+        raise NonFiniteError(step, self._cause(self._losses.cpu(), self._norms.cpu()))
+
+    def _cause(self, losses: Tensor, norms: Tensor) -> str:
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            value = float(losses[bad[0]])
+            return f"the query loss is {_value(value)} in {_some(bad, 'task')} of {losses.numel()}"
+        if not math.isfinite(float(losses.sum())):
+            return f"the sum of the query losses overflows (the largest is {float(losses.max()):.3g})"
+        with_gradient = [name for name, p in self._parameters if p.grad is not None]
+        names = [name for name, norm in zip(with_gradient, norms.tolist(), strict=True) if not math.isfinite(norm)]
+        what = _some(names, "parameter") if names else "the sum over all parameters"
+        return f"the meta-gradient is not finite in {what}, while the query loss is still {float(losses.mean()):.4g}"
+
+
+def _value(value: float) -> str:
+    return "NaN" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+
+
+def _some(items: list, noun: str, most: int = 5) -> str:
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return f"{noun}{'s' if len(items) > 1 else ''} {', '.join(str(item) for item in items[:most])}{rest}"

@@ -1,0 +1,268 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, pack_optimizer, unpack_optimizer
+from .finite import FiniteGuard
+from .metrics import RunningMean, finite_or_none
+from .schedule import learning_rate
+from .signals import StopSignals
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..tasks import TaskBatch
+    from .evaluate import Evaluation
+
+
+_REFRESH = 0.5  # seconds between reports; each waits for the device once
+
+
+class TaskSource(Protocol):
+    """What tasks come from: everything in :mod:`fastmeta.tasks`, or your own."""
+
+    def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
+        """``num_tasks`` new tasks on the source's device."""
+
+
+class Progress(NamedTuple):
+    """Where a run stands. ``loss`` and ``accuracy`` are means since the last report, None if there was no step."""
+
+    step: int
+    seconds: float
+    tasks_per_second: float
+    loss: float | None
+    accuracy: float | None
+    outer_lr: float
+
+
+class Reporter:
+    """Hears what happens in a run; this one ignores it."""
+
+    def progress(self, progress: Progress) -> None: ...
+
+    def validation(self, step: int, evaluation: Evaluation, best: bool) -> None: ...
+
+    def saved(self, path: Path) -> None: ...
+
+
+class Trainer:
+    """Adam on the meta-loss of freshly sampled tasks, with checkpoints, validation and a clean way out.
+
+    Args:
+        algorithm: a module with ``forward(TaskBatch) -> MetaOutput``, already on its device.
+        tasks: where training tasks come from, on the same device.
+        task_batch: tasks per step, the ``T`` of every ``[T, ...]``.
+        outer_lr, lr_schedule, lr_halve_every: Adam's rate, see :func:`fastmeta.training.schedule.learning_rate`.
+        iterations, minutes: what ends the run, whichever comes first; at least one. Time counts across resumes.
+        validate: called every ``eval_every`` steps (0: never) and at the end; its ``score`` (larger is better) picks the best checkpoint.
+            It is given a function to poll, and returns None if that told it to stop.
+        checkpoints: where to save, every ``save_every`` steps (0: never), at each new best, at the end and on SIGINT or SIGTERM. None saves
+            nothing. ``record`` is stored in each.
+        seed: of the task sampler. Model initialisation is the caller's.
+        wrap: turns the algorithm into what is called for the loss, for instance
+            ``torch.nn.parallel.DistributedDataParallel`` or ``torch.compile``; checkpoints hold the algorithm itself.
+        reporters: who hears of progress.
+
+    A step queues work on the device and does not wait for it; losses are read when the progress is shown.
+    """
+
+    def __init__(
+        self,
+        algorithm: nn.Module,
+        tasks: TaskSource,
+        *,
+        task_batch: int,
+        outer_lr: float = 1e-3,
+        lr_schedule: str = "constant",
+        lr_halve_every: int = 0,
+        iterations: int | None = None,
+        minutes: float | None = None,
+        validate: Callable[[Callable[[], bool]], Evaluation | None] | None = None,
+        eval_every: int = 500,
+        checkpoints: CheckpointFolder | None = None,
+        save_every: int = 500,
+        record: dict[str, Any] | None = None,
+        seed: int = 0,
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
+        reporters: tuple[Reporter, ...] = (),
+    ):
+        if iterations is None and minutes is None:
+            raise ValueError("iterations or minutes must be given: one of them ends the run")
+        parameters = [p for p in algorithm.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError("algorithm has no parameters that require gradients, there is nothing to train")
+        self.algorithm = algorithm
+        self.module = wrap(algorithm) if wrap is not None else algorithm
+        self.tasks = tasks
+        self.task_batch = task_batch
+        self.iterations = iterations
+        self.minutes = minutes
+        self.validate = validate
+        self.eval_every = eval_every
+        self.checkpoints = checkpoints
+        self.save_every = save_every
+        self.record = record or {}
+        self.reporters = reporters
+        self.device = parameters[0].device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.optimizer = torch.optim.Adam(parameters, lr=outer_lr)
+        self.step = 0
+        self.seconds = 0.0
+        self.history: list[dict[str, Any]] = []
+        self.best_score: float | None = None
+        self._rate = dict(base=outer_lr, schedule=lr_schedule, halve_every=lr_halve_every, total=iterations)
+        self._guard = FiniteGuard(algorithm)
+        self._loss, self._accuracy = RunningMean(), RunningMean()
+        self._validated = self._saved = -1
+        # On a CPU there is no queue to keep full, and checking at once keeps a bad gradient out of the weights.
+        self._check_every_step = self.device.type == "cpu"
+
+    def run(self) -> int | None:
+        """Train until done. Returns None, or the number of the signal that ended it early; both leave a checkpoint behind.
+
+        Raises :class:`~fastmeta.training.finite.NonFiniteError` on a loss or meta-gradient that is not finite; the checkpoints of
+        before are left as they are.
+        """
+        self.algorithm.train()
+        shown_at, shown_step, shown_seconds = 0.0, self.step, self.seconds
+        with StopSignals() as stop:
+            while not self.finished() and stop.received is None:
+                began = time.perf_counter()
+                self.train_step()
+                show = began - shown_at >= _REFRESH or self._due(self.eval_every) or self._due(self.save_every)
+                if show:
+                    self._guard.check()  # waits for the device, and that wait is the steps' own time
+                now = time.perf_counter()
+                self.seconds += now - began  # validation and saving are not counted
+                if show or self.finished():
+                    tasks = (self.step - shown_step) * self.task_batch
+                    self._report(tasks / max(self.seconds - shown_seconds, 1e-9))
+                    shown_at, shown_step, shown_seconds = now, self.step, self.seconds
+                if self._due(self.eval_every):
+                    self._validate(lambda: stop.received is not None)
+                if self._due(self.save_every):
+                    self.save()
+            if stop.received is None:
+                self._validate(lambda: stop.received is not None)
+            self.save()
+            return stop.received
+
+    def train_step(self) -> None:
+        """One step of the outer loop: sample, adapt, differentiate, update."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step=self.step, **self._rate)
+        batch = self.tasks.sample(self.task_batch, generator=self.generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        output = self.module(batch)
+        output.loss.backward()
+        self._guard.watch(self.step + 1, output.task_loss)
+        if self._check_every_step:
+            self._guard.check()
+        self.optimizer.step()
+        self.step += 1
+        self._loss.add(output.loss)
+        if output.accuracy is not None:
+            self._accuracy.add(output.accuracy.mean())
+
+    def finished(self) -> bool:
+        """True once the steps or the minutes are used up."""
+        out_of_steps = self.iterations is not None and self.step >= self.iterations
+        return out_of_steps or (self.minutes is not None and self.seconds >= 60 * self.minutes)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless there is one. Refuses, with NonFiniteError, to save a broken state."""
+        if self.checkpoints is None or self._saved == self.step:
+            return
+        self._guard.check()
+        optimizer, optimizer_rest = pack_optimizer(self.optimizer)
+        tensors = {f"model/{name}": t for name, t in self.algorithm.state_dict().items()}
+        tensors |= {f"optimizer/{name}": t for name, t in optimizer.items()}
+        tensors |= {f"rng/{name}": t for name, t in self._rng_states().items()}
+        score = self.history[-1]["score"] if self._validated == self.step else None
+        record = {
+            **self.record,
+            "score": score,
+            "seconds": self.seconds,
+            "best_score": self.best_score,
+            "history": self.history,
+            "optimizer": optimizer_rest,
+        }
+        path = self.checkpoints.save(self.step, tensors, record)
+        self._saved = self.step
+        for reporter in self.reporters:
+            reporter.saved(path)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue where ``checkpoint`` was written: on the same device, with the same bits as without the interruption."""
+        load_model(self.algorithm, checkpoint)
+        try:
+            unpack_optimizer(self.optimizer, checkpoint.group("optimizer"), checkpoint.record["optimizer"])
+            self._set_rng_states(checkpoint.group("rng"))
+        except (KeyError, IndexError, ValueError) as error:
+            raise CheckpointError(f"{checkpoint.path}: its optimizer or random state does not fit this run ({error})") from error
+        self.step = self._saved = checkpoint.step
+        self.seconds = checkpoint.record["seconds"]
+        self.best_score = checkpoint.record["best_score"]
+        self.history = list(checkpoint.record["history"])
+        if self.history and self.history[-1]["step"] == self.step:
+            self._validated = self.step
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _report(self, tasks_per_second: float) -> None:
+        rate = self.optimizer.param_groups[0]["lr"]
+        loss, accuracy = self._loss.read(), self._accuracy.read()
+        progress = Progress(self.step, self.seconds, tasks_per_second, loss, accuracy, rate)
+        for reporter in self.reporters:
+            reporter.progress(progress)
+
+    def _validate(self, stop: Callable[[], bool]) -> None:
+        if self.validate is None or self._validated == self.step:
+            return
+        self._guard.check()
+        evaluation = self.validate(stop)
+        self.algorithm.train()
+        if evaluation is None:
+            return
+        score = finite_or_none(evaluation.score)
+        best = score is not None and (self.best_score is None or score > self.best_score)
+        if best:
+            self.best_score = score
+        self._validated = self.step
+        self.history.append({"step": self.step, "seconds": self.seconds, "score": score, **evaluation.as_json()})
+        for reporter in self.reporters:
+            reporter.validation(self.step, evaluation, best)
+        if best:
+            self.save()
+
+    def _rng_states(self) -> dict[str, torch.Tensor]:
+        states = {"sampler": self.generator.get_state(), "cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def _set_rng_states(self, states: dict[str, torch.Tensor]) -> None:
+        torch.set_rng_state(states["cpu"])
+        if self.device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+        sampler = self.generator.get_state()
+        if states["sampler"].shape == sampler.shape:  # another device's generator has another state: begin a new stream there
+            self.generator.set_state(states["sampler"])
+
+
+def load_model(algorithm: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's model into ``algorithm``. Raises CheckpointError where names or shapes differ."""
+    try:
+        algorithm.load_state_dict(checkpoint.group("model"))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{checkpoint.path}: does not fit the model: {reason}") from error

@@ -1,0 +1,63 @@
+"""Means with their uncertainty, and running means that never wait for the device."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Estimate(NamedTuple):
+    """A mean over episodes with the half width of its 95% confidence interval, ``1.96 s / sqrt(n)``."""
+
+    mean: float
+    ci95: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Tensor) -> Estimate:
+        """Of one value per episode, ``[n]``. One episode has an interval of NaN: it says nothing about the spread."""
+        if values.dim() != 1 or values.numel() == 0:
+            raise ValueError(f"values must be [n] with n >= 1, got shape {tuple(values.shape)}")
+        # One copy to the host; in float64, where a mean over many episodes loses nothing.
+        values = values.detach().to("cpu", torch.float64)
+        n = values.numel()
+        spread = float(values.std()) if n > 1 else math.nan
+        return cls(float(values.mean()), 1.96 * spread / math.sqrt(n), n)
+
+    def percent(self) -> str:
+        return f"{100 * self.mean:.2f} ± {100 * self.ci95:.2f}%"
+
+    def plain(self) -> str:
+        return f"{self.mean:.4g} ± {self.ci95:.2g}"
+
+    def as_json(self) -> dict:
+        """``{"mean", "ci95", "episodes"}``; JSON has no NaN, so what is not finite becomes None."""
+        return {"mean": finite_or_none(self.mean), "ci95": finite_or_none(self.ci95), "episodes": self.count}
+
+
+class RunningMean:
+    """The mean of scalars that are added on the device; reading it is the only wait."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, value: Tensor) -> None:
+        value = value.detach()
+        self._sum = value.clone() if self._sum is None else self._sum.add_(value)
+        self._count += 1
+
+    def read(self) -> float | None:
+        """The mean since the last read, None if nothing was added."""
+        if self._sum is None:
+            return None
+        mean = float(self._sum) / self._count
+        self._sum, self._count = None, 0
+        return mean
+
+
+def finite_or_none(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,108 @@
+"""Builds fastmeta: the Python packages, and the native kernels where a compiler is at hand.
+
+Environment:
+  FASTMETA_NO_EXT=1       pure Python, no native kernels
+  FASTMETA_BUILD_CUDA=0/1 leave the CUDA kernels out, or insist on them (default: where torch is a CUDA build and nvcc exists)
+  TORCH_CUDA_ARCH_LIST    CUDA architectures, as for any PyTorch extension
+  MAX_JOBS                parallel compilations (default: from cores and memory)
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+TORCH_ABI = "0x020b000000000000"  # LibTorch stable ABI of torch 2.11: one binary serves it and every later release
+
+
+def flag(name: str) -> bool | None:
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"fastmeta: {name} must be 0 or 1, got {value!r}")
+    return None if value == "" else value == "1"
+
+
+def find_compiler() -> str:
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        if shutil.which(candidate.split()[0]):
+            return candidate
+    raise SystemExit(
+        f"fastmeta: no C++ compiler found (looked for {', '.join(candidates)}). Install one (for example "
+        "the packages g++ or clang), or set FASTMETA_NO_EXT=1 to install without the native kernels."
+    )
+
+
+def want_cuda() -> bool:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    forced = flag("FASTMETA_BUILD_CUDA")
+    missing = []
+    if torch.version.cuda is None:
+        missing.append("torch is a build without CUDA")
+    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        missing.append("no nvcc (set CUDA_HOME)")
+    if forced and missing:
+        raise SystemExit(f"fastmeta: FASTMETA_BUILD_CUDA=1, but {' and '.join(missing)}")
+    return not missing if forced is None else forced
+
+
+def limit_jobs() -> None:
+    """A compilation takes up to 2 GB: more jobs than memory allows end in a killed compiler."""
+    if "MAX_JOBS" in os.environ:
+        return
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        memory = 4 << 30
+    os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, memory // (2 << 30))))
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
+def extensions():
+    if flag("FASTMETA_NO_EXT"):
+        return [], {}
+    compiler = find_compiler()
+    try:
+        from pybind11.setup_helpers import Pybind11Extension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    except ImportError as error:
+        raise SystemExit(
+            f"fastmeta: building the native kernels needs torch and pybind11 in this environment ({error}). "
+            "Install them first and pass --no-build-isolation to pip, or set FASTMETA_NO_EXT=1."
+        ) from error
+    limit_jobs()
+    cuda = want_cuda()
+    define = [f"-DTORCH_TARGET_VERSION={TORCH_ABI}"] + (["-DUSE_CUDA"] if cuda else [])
+    cxx = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", *define]
+    native = (CUDAExtension if cuda else CppExtension)(
+        "fastmeta._C",
+        sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp") + (sources("csrc/cuda/*.c*") if cuda else []),
+        include_dirs=[str(ROOT / "csrc" / "include")],
+        depends=sources("csrc/**/*.h"),
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr", *define]},
+        py_limited_api=True,
+    )
+    native.sources.remove("csrc/build_info.cpp")
+    info = Pybind11Extension(
+        "fastmeta._build_info",
+        ["csrc/build_info.cpp"],
+        cxx_std=17,
+        define_macros=[
+            ("FASTMETA_COMPILER", f'"{compiler}"'),
+            ("FASTMETA_TORCH_TARGET", f'"{TORCH_ABI}"'),
+            ("FASTMETA_WITH_CUDA", str(int(cuda))),
+        ],
+    )
+
+    return [native, info], {"build_ext": BuildExtension.with_options(use_ninja=True)}
+
+
+ext_modules, cmdclass = extensions()
+setup(ext_modules=ext_modules, cmdclass=cmdclass)

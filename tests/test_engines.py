@@ -1,0 +1,463 @@
+"""Every engine against a plain Python loop over tasks, and what the engines accept and refuse."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastmeta.algorithms import MAML
+from fastmeta.engines.inspect import MLPSpec, mlp_spec
+from fastmeta.nn import conv4, mlp
+
+LOSSES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+ENGINES = ["lowrank", "layerwise", "vmap"]
+
+
+def make_batch(loss, *, tasks=3, support=4, query=5, shape=(6,), outputs=3, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def pair(rows):
+        x = torch.randn(tasks, rows, *shape, generator=generator, dtype=dtype)
+        if loss == "mse":
+            return x, torch.randn(tasks, rows, outputs, generator=generator, dtype=dtype)
+        return x, torch.randint(0, outputs, (tasks, rows), generator=generator)
+
+    return (*pair(support), *pair(query))
+
+
+def oracle(model, batch, loss, lr, steps, first_order=False):
+    """MAML as the paper writes it, one task after the other, by autograd through autograd."""
+    names, slow = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    losses = []
+    for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
+        fast = slow
+        for _ in range(steps):
+            support_loss = LOSSES[loss](functional_call(model, dict(zip(names, fast, strict=True)), (support_x,)), support_y)
+            gradients = torch.autograd.grad(support_loss, fast, create_graph=not first_order)
+            fast = [w - lr * g for w, g in zip(fast, gradients, strict=True)]
+        losses.append(LOSSES[loss](functional_call(model, dict(zip(names, fast, strict=True)), (query_x,)), query_y))
+    losses = torch.stack(losses)
+    return losses, dict(zip(names, torch.autograd.grad(losses.mean(), slow), strict=True))
+
+
+def engine_result(model, batch, loss, lr, steps, **options):
+    maml = MAML(model, inner_lr=lr, inner_steps=steps, loss=loss, **options)
+    output = maml(batch)
+    names, slow = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    return output.task_loss, dict(zip(names, torch.autograd.grad(output.loss, slow), strict=True))
+
+
+def assert_same(result, expected, tolerance=1e-10):
+    torch.testing.assert_close(result[0], expected[0], rtol=tolerance, atol=tolerance)
+    assert result[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(result[1][name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def make_mlp(activation="relu", bias=True, seed=0):
+    torch.manual_seed(seed)
+    return mlp([6, 7, 8, 3], activation, bias=bias).double()
+
+
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_meta_gradient_is_the_oracles(engine, loss, steps, first_order):
+    model, batch = make_mlp("tanh"), make_batch(loss)
+    expected = oracle(model, batch, loss, 0.3, steps, first_order)
+    assert_same(engine_result(model, batch, loss, 0.3, steps, first_order=first_order, engine=engine), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "silu", "gelu"])
+@pytest.mark.parametrize("engine", ["lowrank", "layerwise"])
+def test_activations_and_biases(engine, activation, bias):
+    model, batch = make_mlp(activation, bias), make_batch("cross_entropy")
+    expected = oracle(model, batch, "cross_entropy", 0.5, 2)
+    assert_same(engine_result(model, batch, "cross_entropy", 0.5, 2, engine=engine), expected)
+
+
+class Sine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 5), nn.Linear(5, 4, bias=False), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return torch.tanh(self.c(self.b(torch.sin(self.a(x)))))  # two linear layers in a row, an activation at the end
+
+
+@pytest.mark.parametrize("engine", ["lowrank", "layerwise"])
+def test_mixed_layers(engine):
+    torch.manual_seed(0)
+    model, batch = Sine().double(), make_batch("mse")
+    assert mlp_spec(model).activations == ("sine", "identity", "tanh")
+    assert_same(engine_result(model, batch, "mse", 0.5, 3, engine=engine), oracle(model, batch, "mse", 0.5, 3))
+
+
+@pytest.mark.parametrize("frozen", ["1.weight", "1.bias", "3.weight", "3.bias", "5.weight", "5.bias"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_frozen_parameters_are_not_adapted(engine, frozen):
+    model, batch = make_mlp("tanh"), make_batch("mse")
+    model.get_parameter(frozen).requires_grad_(False)
+    assert_same(engine_result(model, batch, "mse", 0.3, 2, engine=engine), oracle(model, batch, "mse", 0.3, 2))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_first_order_differs_from_second(engine):
+    model, batch = make_mlp("tanh"), make_batch("mse")
+    second = engine_result(model, batch, "mse", 0.3, 2, engine=engine)
+    first = engine_result(model, batch, "mse", 0.3, 2, engine=engine, first_order=True)
+    torch.testing.assert_close(first[0], second[0])
+    assert (first[1]["1.weight"] - second[1]["1.weight"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_order_of_tasks_does_not_matter(engine):
+    model, batch = make_mlp(), make_batch("cross_entropy", tasks=6)
+    order = torch.randperm(6)
+    losses, gradients = engine_result(model, batch, "cross_entropy", 0.3, 2, engine=engine)
+    permuted = engine_result(model, [t[order] for t in batch], "cross_entropy", 0.3, 2, engine=engine)
+    assert_same(permuted, (losses[order], gradients))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_steps_is_plain_training(engine):
+    model, batch = make_mlp(), make_batch("cross_entropy")
+    loss = F.cross_entropy(model(batch[2].flatten(0, 1)), batch[3].flatten())
+    expected = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, model.parameters()), strict=True))
+    result = engine_result(model, batch, "cross_entropy", 0.3, 0, engine=engine)
+    assert_same((result[0].mean(), result[1]), (loss, expected))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 7])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_chunks_give_the_same_gradient(engine, chunk):
+    model, batch = make_mlp(), make_batch("cross_entropy", tasks=5)
+    expected = engine_result(model, batch, "cross_entropy", 0.3, 2, engine=engine)
+    assert_same(engine_result(model, batch, "cross_entropy", 0.3, 2, engine=engine, task_chunk=chunk), expected)
+
+
+def test_chunked_gradient_refuses_to_be_differentiated_again():
+    model, batch = make_mlp(), make_batch("mse")
+    loss = MAML(model, loss="mse", task_chunk=1)(batch).loss
+    (gradient, *_) = torch.autograd.grad(loss * 3, list(model.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="task_chunk"):
+        gradient.sum().backward()
+    with pytest.raises(ValueError, match="task_chunk"):
+        MAML(model, loss="mse", task_chunk=1)([batch[0].requires_grad_(), *batch[1:]])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_reach_the_inputs(engine):
+    model, batch = make_mlp("tanh"), make_batch("mse")
+    batch = [t.requires_grad_() for t in batch]
+    gradients = torch.autograd.grad(MAML(model, inner_lr=0.3, inner_steps=2, loss="mse", engine=engine)(batch).loss, batch)
+    expected = torch.autograd.grad(oracle_loss(model, batch), batch)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-10)
+
+
+def oracle_loss(model, batch):
+    names, slow = zip(*model.named_parameters(), strict=True)
+    total = 0.0
+    for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
+        fast = slow
+        for _ in range(2):
+            loss = F.mse_loss(functional_call(model, dict(zip(names, fast, strict=True)), (support_x,)), support_y)
+            fast = [w - 0.3 * g for w, g in zip(fast, torch.autograd.grad(loss, fast, create_graph=True), strict=True)]
+        total = total + F.mse_loss(functional_call(model, dict(zip(names, fast, strict=True)), (query_x,)), query_y)
+    return total / len(batch[0])
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (0, 3, 2), (2, 0, 3), (2, 3, 0)], ids=["ones", "no_tasks", "no_support", "no_query"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_small_and_empty_sizes(engine, sizes):
+    tasks, support, query = sizes
+    if engine == "vmap" and tasks == 0:
+        pytest.skip("torch.func.vmap cannot map over nothing")
+    model, batch = make_mlp(), make_batch("cross_entropy", tasks=tasks, support=support, query=query)
+    output = MAML(model, inner_lr=0.3, engine=engine)(batch)
+    assert output.logits.shape == (tasks, query, 3) and output.task_loss.shape == (tasks,)
+    if support == 0:  # nothing to adapt to
+        torch.testing.assert_close(output.logits, model(batch[2].flatten(0, 1)).unflatten(0, (tasks, query)))
+
+
+class SeedModel(nn.Module):
+    """A module as people write them, with a reshape that knows the image size."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1 = nn.Linear(28 * 28, 256)
+        self.fc2 = nn.Linear(256, 10)
+
+    def forward(self, x):
+        x = x.view(-1, 28 * 28)
+        x = torch.relu(self.fc1(x))
+        x = self.fc2(x)
+        return x
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (784,)], ids=["image", "row"])
+@pytest.mark.parametrize("engine", ["auto", "layerwise", "vmap"])
+def test_unchanged_module_with_a_reshape(engine, shape):
+    torch.manual_seed(0)
+    model, batch = SeedModel().double(), make_batch("cross_entropy", shape=shape, outputs=10)
+    expected = oracle(model, batch, "cross_entropy", 0.05, 2)
+    assert_same(engine_result(model, batch, "cross_entropy", 0.05, 2, engine=engine), expected)
+    assert "lowrank: picked" in MAML(model).explain(batch)
+
+
+class Reshaping(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.fc = how, nn.Linear(12, 2)
+
+    def forward(self, x):
+        return self.fc(self.how(x))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda x: x.flatten(1),
+        lambda x: torch.flatten(x, 1),
+        lambda x: torch.flatten(x, start_dim=1),
+        lambda x: x.view(x.size(0), -1),
+        lambda x: x.view(x.shape[0], 12),
+        lambda x: x.reshape(-1, 12),
+        lambda x: torch.reshape(x, (x.shape[0], -1)),
+    ],
+)
+def test_reshapes_that_are_understood(how):
+    assert mlp_spec(Reshaping(how)) == MLPSpec(("fc.weight",), ("fc.bias",), ("identity",), 12, True)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.b(x + torch.relu(self.a(x)))
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(torch.relu(self.a(x)))))
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.a(x) if x.sum() > 0 else -self.a(x)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.scale = nn.Linear(6, 3), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.a(x) * self.scale
+
+
+class Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 3)
+
+    def forward(self, x, scale=None):
+        return self.a(x) if scale is None else self.a(x) * scale
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.a(x), x
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    return model
+
+
+def hooked():
+    model = nn.Sequential(nn.Linear(6, 3))
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    return model
+
+
+REFUSED = [
+    (Residual, "branch or a residual"),
+    (Twice, "'a' is used twice"),
+    (Branching, "torch.fx could not trace it"),
+    (Scaled, "no explicit formula|uses 'scale' directly"),
+    (Optional, "takes 2 arguments"),
+    (Pair, "something else than its last layer"),
+    (tied, "'2.weight' is shared"),
+    (hooked, "has hooks"),
+    (lambda: nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5), nn.Linear(4, 3)), "Dropout: random"),
+    (lambda: nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 3)), "LayerNorm: norms"),
+    (lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), "BatchNorm1d: norms"),
+    (lambda: nn.Sequential(nn.Linear(6, 4), nn.GELU("tanh"), nn.Linear(4, 3)), "'1' has no explicit formula"),
+    (lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Tanh(), nn.Linear(4, 3)), "does not directly follow"),
+    (lambda: nn.Sequential(nn.ReLU(), nn.Linear(6, 3)), "does not directly follow"),
+    (lambda: nn.Sequential(nn.Linear(6, 3), nn.Flatten(0)), "no explicit formula"),
+    (lambda: nn.Sequential(nn.Tanh()), "does not directly follow"),
+    (lambda: nn.Sequential(nn.Flatten()), "no nn.Linear"),
+    (conv4, "no explicit formula|norms"),
+]
+
+
+@pytest.mark.parametrize(("make", "reason"), REFUSED)
+def test_modules_that_formulas_refuse(make, reason):
+    spec = mlp_spec(make())
+    assert isinstance(spec, str)
+    assert re.search(reason, spec), spec
+
+
+@pytest.mark.parametrize("make", [Residual, Twice, Scaled, Optional, hooked, lambda: nn.Linear(6, 3)])
+def test_auto_serves_them_all_the_same(make):
+    torch.manual_seed(0)
+    model, batch = make().double(), make_batch("mse")
+    assert_same(engine_result(model, batch, "mse", 0.1, 2), oracle(model, batch, "mse", 0.1, 2))
+
+
+def test_spec_follows_the_module():
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    assert mlp_spec(model).activations == ("relu", "identity")
+    model[1] = nn.Tanh()
+    assert mlp_spec(model).activations == ("tanh", "identity")
+    handle = model[0].register_forward_pre_hook(lambda module, args: None)
+    assert isinstance(mlp_spec(model), str)
+    handle.remove()
+    assert isinstance(mlp_spec(model), MLPSpec)
+    model[1] = nn.Dropout()
+    assert isinstance(mlp_spec(model), str)
+
+
+def test_explain_names_the_pick_and_the_reasons():
+    batch = make_batch("cross_entropy")
+    text = MAML(make_mlp()).explain(batch)
+    assert "lowrank: picked" in text and "layerwise: could serve" in text and "vmap: could serve" in text
+    text = MAML(make_mlp(), inner_steps=50).explain(batch)
+    assert "layerwise: picked" in text and "outnumber" in text
+    text = MAML(Residual().double()).explain(batch)
+    assert "vmap: picked" in text and "residual" in text
+    text = MAML(make_mlp(), loss=lambda prediction, target: prediction.sum()).explain(batch)
+    assert "vmap: picked" in text and "<lambda>" in text
+
+
+@pytest.mark.parametrize("engine", ["lowrank", "layerwise"])
+def test_forced_engine_raises_with_the_reason(engine):
+    batch = make_batch("cross_entropy")
+    with pytest.raises(ValueError, match=f"{engine}.*residual"):
+        MAML(Residual().double(), engine=engine)(batch)
+    with pytest.raises(ValueError, match="mix examples"):
+        MAML(Reshaping(lambda x: x.reshape(-1, 12)).double(), engine=engine)(batch)
+    with pytest.raises(ValueError, match="autocast"), torch.autocast("cpu"):
+        MAML(make_mlp(), engine=engine)(batch)
+    with pytest.raises(ValueError, match="dtypes"):
+        MAML(make_mlp().float(), engine=engine)(batch)
+    with pytest.raises(ValueError, match="engine must be one of"):
+        MAML(make_mlp(), engine="turbo")
+
+
+def test_custom_loss_is_the_built_in_one():
+    model, batch = make_mlp("tanh"), make_batch("mse")
+    expected = engine_result(model, batch, "mse", 0.3, 2)
+    result = engine_result(model, batch, lambda prediction, target: ((prediction - target) ** 2).mean(), 0.3, 2)
+    assert_same(result, expected)
+
+
+def test_dropout_differs_between_tasks():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 50), nn.Dropout(0.5), nn.Linear(50, 3)).double()
+    batch = [t[:1].expand(4, *t.shape[1:]) for t in make_batch("mse")]
+    losses = MAML(model, loss="mse")(batch).task_loss
+    assert len(set(losses.tolist())) == 4
+    assert len({round(loss, 12) for loss in MAML(model, loss="mse").eval()(batch).task_loss.tolist()}) == 1
+
+
+class TestBatchNorm:
+    def model(self, **options):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, **options), nn.Tanh(), nn.Linear(4, 3)).double()
+
+    def test_statistics_are_the_tasks_own(self):
+        model, batch = self.model(), make_batch("mse")
+        before = copy.deepcopy(model.state_dict())
+        result = engine_result(model, batch, "mse", 0.3, 2)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+        assert_same(result, oracle(self.model(track_running_stats=False), batch, "mse", 0.3, 2))
+
+    def test_eval_refuses_statistics_that_were_never_updated(self):
+        model, batch = self.model(), make_batch("mse")
+        maml = MAML(model, loss="mse").eval()
+        with pytest.raises(ValueError, match="'1'.*track_running_stats=False"):
+            maml(batch)
+        model.train()(batch[0].flatten(0, 1))
+        model.eval()
+        assert_same(engine_result(model, batch, "mse", 0.01, 1), oracle(model, batch, "mse", 0.01, 1))
+
+    def test_eval_without_running_statistics(self):
+        model, batch = self.model(track_running_stats=False), make_batch("mse")
+        torch.testing.assert_close(MAML(model, loss="mse").eval()(batch).loss, MAML(model, loss="mse").train()(batch).loss)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inputs, self.outputs = nn.Linear(2, 12), nn.Linear(4, 3)
+
+    def forward(self, x):
+        q, k, v = self.inputs(x.unflatten(1, (3, 2))).chunk(3, -1)
+        return self.outputs(F.scaled_dot_product_attention(q, k, v).mean(1))
+
+
+EXACT = {
+    "batch": lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)),
+    "layer": lambda: nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 3)),
+    "group": lambda: nn.Sequential(nn.Linear(6, 4), nn.GroupNorm(2, 4), nn.Linear(4, 3)),
+    "rms": lambda: nn.Sequential(nn.Linear(6, 4), nn.RMSNorm(4), nn.Linear(4, 3)),
+    "instance": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 2), nn.InstanceNorm1d(4, affine=True), nn.Flatten(), nn.Linear(8, 3)
+    ),
+    "attention": Attention,
+}
+
+
+@pytest.mark.parametrize("make", EXACT.values(), ids=EXACT)
+def test_second_order_through_norms_and_attention(make):
+    """torch.func alone gets these wrong (the norms' affine part) or refuses them (fused attention)."""
+    torch.manual_seed(0)
+    model, batch = make().double(), make_batch("cross_entropy")
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = oracle(model, batch, "cross_entropy", 0.5, 2)
+    assert_same(engine_result(model, batch, "cross_entropy", 0.5, 2), expected)
+
+
+def test_convolutions():
+    torch.manual_seed(0)
+    model = nn.Sequential(conv4(hidden=4, track_running_stats=False), nn.Linear(4, 3)).double()
+    batch = make_batch("cross_entropy", tasks=2, shape=(1, 16, 16))
+    expected = oracle(model, batch, "cross_entropy", 0.1, 2)
+    assert_same(engine_result(model, batch, "cross_entropy", 0.1, 2), expected, 1e-8)

@@ -1,0 +1,185 @@
+"""Every op of the registry on every backend against the float64 reference: values, gradients, second order.
+
+What is special to one op stands in `tests/ops/`.
+"""
+
+import pytest
+import torch
+from conftest import CUDA, DEVICE
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastmeta.ops  # noqa: F401  (fills the registry)
+from fastmeta import _backends, testing, use_backend
+from fastmeta._library import dispatcher_op
+from fastmeta._spec import REGISTRY, Make
+
+BACKENDS = [name for name in _backends.BACKENDS if DEVICE in _backends.BACKENDS[name].devices]
+DTYPES = {
+    "cuda": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    "triton": (torch.float32, torch.float64, torch.float16, torch.bfloat16) if CUDA else (torch.float32, torch.float64),
+    "cpp": (torch.float32, torch.float64),
+    "reference": (torch.float32, torch.float64),
+}
+LABELS = {name: [sample.label for sample in spec.samples(Make())] for name, spec in REGISTRY.items()}
+
+
+def sample_of(name: str, label: str, dtype=torch.float64, seed: int = 0):
+    return next(s.args for s in REGISTRY[name].samples(Make(dtype, DEVICE, seed)) if s.label == label)
+
+
+def first_labels(name: str) -> list[str]:
+    """One small sample for each choice of metric or activation."""
+    seen: dict[str, str] = {}
+    for label in LABELS[name]:
+        seen.setdefault(label.split("-T")[0] if "-T" in label else label, label)
+    return list(seen.values())
+
+
+def cases(labels=LABELS.get, backends=BACKENDS, dtypes=DTYPES.get):
+    return [
+        pytest.param(name, backend, dtype, label, id=f"{name}-{backend}-{str(dtype)[6:]}-{label}")
+        for name in REGISTRY
+        for backend in backends
+        for dtype in dtypes(backend)
+        for label in labels(name)
+    ]
+
+
+def require(backend: str) -> None:
+    reason = _backends.why_missing(backend, DEVICE)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.mark.parametrize("name, backend, dtype, label", cases())
+def test_value(name, backend, dtype, label, poisoned_memory):
+    require(backend)
+    with use_backend(backend):
+        testing.check_op(REGISTRY[name], sample_of(name, label, dtype))
+
+
+@pytest.mark.parametrize("name, backend, dtype, label", cases())
+@pytest.mark.parametrize("order", [1, 2])
+def test_derivatives(name, backend, dtype, label, order, poisoned_memory):
+    require(backend)
+    if order == 2 and (backend == "reference" or name.endswith("_bwd")):
+        pytest.skip("second order of the reference is the truth itself; of a _bwd op it is third order")
+    if order == 2 and dtype in (torch.float16, torch.bfloat16):
+        pytest.skip("half precision has no digits left at second order")
+    with use_backend(backend):
+        testing.check_op(REGISTRY[name], sample_of(name, label, dtype), order)
+
+
+@pytest.mark.parametrize("name, backend, dtype, label", cases(first_labels, dtypes=lambda _: [torch.float64]))
+def test_gradcheck_and_gradgradcheck(name, backend, dtype, label):
+    require(backend)
+    spec = REGISTRY[name]
+    args, leaves = testing.differentiable_leaves(spec, sample_of(name, label))
+
+    def function(*tensors):
+        it = iter(tensors)
+        positions = spec.differentiable_positions
+        full = (testing.map_tensors((a,), lambda _: next(it))[0] if i in positions else a for i, a in enumerate(args))
+        outputs = testing.tensors_of(spec(*full))[: spec.differentiable_outputs]
+        return tuple(o for o in outputs if o.shape != (0,))  # gradients that `needs` left out
+
+    with use_backend(backend):
+        assert gradcheck(function, leaves, fast_mode=True)
+        assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+def spread_labels(name: str) -> list[str]:
+    """Samples of several ranks and shapes for slow checks: those of the first metric or activation."""
+    prefix = LABELS[name][0].split("-T")[0] + "-T" if "-T" in LABELS[name][0] else ""
+    return [label for label in LABELS[name] if label.startswith(prefix)][:8:2]
+
+
+@pytest.mark.parametrize("name, backend, dtype, label", cases(spread_labels, dtypes=lambda _: [torch.float32]))
+def test_opcheck(name, backend, dtype, label):
+    require(backend)
+    spec = REGISTRY[name]
+    with use_backend(backend):
+        plain = sample_of(name, label, dtype)
+        torch.library.opcheck(dispatcher_op(spec), plain)
+        torch.library.opcheck(dispatcher_op(spec), testing.differentiable_leaves(spec, plain)[0])
+
+
+def strided(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers, every other element of a wider buffer, last two dimensions swapped in memory."""
+    wide = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1])
+    wide[..., ::2] = t
+    view = wide[..., ::2]
+    return view if t.dim() < 2 else view.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
+
+
+@pytest.mark.parametrize("name, backend, dtype, label", cases(spread_labels, dtypes=lambda _: [torch.float32]))
+def test_any_strides(name, backend, dtype, label):
+    require(backend)
+    spec, args = REGISTRY[name], sample_of(name, label, dtype)
+    with use_backend(backend):
+        straight, strange = spec(*args), spec(*testing.map_tensors(args, strided))
+        expanded = testing.map_tensors(args, lambda t: t[:1].expand(t.shape))
+        repeated = testing.map_tensors(args, lambda t: t[:1].expand(t.shape).contiguous())
+        pairs = [(straight, strange), (spec(*expanded), spec(*repeated))]
+    for left, right in pairs:
+        for a, b in zip(testing.tensors_of(left), testing.tensors_of(right), strict=True):
+            if backend == "reference":  # its GEMM may sum in another order for other strides
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+            else:
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name, backend, dtype, label", cases(spread_labels))
+def test_same_bits_on_a_second_run(name, backend, dtype, label):
+    require(backend)
+    args = sample_of(name, label, dtype)
+    with use_backend(backend):
+        runs = [testing.tensors_of(REGISTRY[name](*args)) for _ in range(2)]
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backend_asked_for_is_the_one_that_runs(backend):
+    require(backend)
+    spec = REGISTRY["pairwise_distance"]
+    args = sample_of(spec.name, LABELS[spec.name][0], torch.float32)
+    before = _backends.calls.copy()
+    with use_backend(backend):
+        spec(*args)
+    assert _backends.calls - before == {(spec.name, backend): 1}
+
+
+def test_a_backend_that_cannot_serve_says_why():
+    args = sample_of("pairwise_distance", LABELS["pairwise_distance"][0])
+    wrong = "cpp" if CUDA else "cuda"
+    with use_backend(wrong), pytest.raises(ValueError, match=f"backend {wrong} was asked for, but cannot run pairwise"):
+        REGISTRY["pairwise_distance"](*args)
+    with pytest.raises(ValueError, match="must be one of cuda, cpp, triton, reference; got 'cudnn'"):
+        with use_backend("cudnn"):
+            pass
+
+
+@pytest.mark.skipif(CUDA, reason="the C++ kernels serve the CPU")
+def test_automatic_choice_falls_back_on_a_dtype_without_kernel():
+    require("cpp")
+    args = sample_of("pairwise_distance", LABELS["pairwise_distance"][0], torch.bfloat16)
+    before = _backends.calls.copy()
+    REGISTRY["pairwise_distance"](*args)
+    assert _backends.calls - before == {("pairwise_distance", "reference"): 1}
+    with use_backend("cpp"), pytest.raises(ValueError, match="dtype bfloat16 is not one of float32, float64"):
+        REGISTRY["pairwise_distance"](*args)
+
+
+def test_third_order_is_exact():
+    """The gradient of a `_bwd` op is plain torch, so that no order of derivative is silently cut."""
+    spec = REGISTRY["pairwise_distance"]
+    args, leaves = testing.differentiable_leaves(spec, sample_of(spec.name, "cosine-T2-Q5-N3-D4"))
+
+    def third(function):
+        value = function(*args)
+        for _ in range(3):
+            value = sum(g.square().sum() for g in torch.autograd.grad(value.square().sum(), leaves, create_graph=True))
+        return value
+
+    torch.testing.assert_close(third(spec), third(spec.reference), rtol=1e-9, atol=0)
