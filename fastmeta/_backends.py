@@ -77,21 +77,27 @@ _AUTOGRAD_KEYS = [
 
 
 def _run_reference(spec: OpSpec, args: Args):
-    # the reference of a backward op differentiates the forward's, but below the dispatcher autograd is switched off
-    # by key, without a word; switch it on again
+    device_type = next(_tensors(args)).device.type
+    if torch.is_autocast_enabled(device_type):  # the inputs have been cast
+        with torch.autocast(device_type, enabled=False):
+            return _run_reference(spec, args)
+    outputs = _differentiating(spec.reference, args) if spec.gradient_of else spec.reference(*args)
+    return outputs.contiguous() if isinstance(outputs, Tensor) else _contiguous(outputs)
+
+
+def _differentiating(reference: Callable, args: Args):
+    """Run the reference of a backward op, which differentiates that of the forward op.
+
+    Below the dispatcher autograd is switched off by key, without a word: switch it on again.
+    """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # its tensors cannot be differentiated, copies made outside it can
+            return _differentiating(reference, _map_tensors(args, torch.clone))
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in _AUTOGRAD_KEYS:
         excluded = excluded.remove(key)
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):  # its tensors cannot be differentiated, copies made outside it can
-            return _run_reference(spec, _map_tensors(args, torch.clone))
-    with (
-        torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded),
-        torch.no_grad(),
-        torch.autocast(next(_tensors(args)).device.type, enabled=False),
-    ):
-        outputs = spec.reference(*args)
-    return outputs.contiguous() if isinstance(outputs, Tensor) else _contiguous(outputs)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.no_grad():
+        return reference(*args)
 
 
 # cpp and cuda: the compiled extension ---------------------------------------------------------------------------

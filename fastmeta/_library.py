@@ -29,6 +29,7 @@ def define(spec: OpSpec) -> None:
     LIBRARY.define(spec.schema)
     qualified = f"fastmeta::{spec.name}"
 
+    @torch.compiler.disable  # called from a frame that dynamo runs, it must not be traced: it is a kernel
     def implementation(*args):
         return _backends.run(spec, args)
 

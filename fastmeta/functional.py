@@ -263,7 +263,7 @@ def _tasks_of_update(names, params, grads, rates) -> int | None:
                 f"a leading task dimension, got {list(g.shape)}"
             )
         if p.dim() != g.dim():
-            found[name] = max((p, g), key=Tensor.dim).shape[0]
+            found[name] = p.shape[0] if p.dim() > g.dim() else g.shape[0]
         elif isinstance(rate, Tensor) and rate.numel() != 1 and rate.shape != p.shape and p.dim():
             if rate.shape != p.shape[1:] and rate.shape != p.shape[:1]:
                 raise ValueError(

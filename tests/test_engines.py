@@ -37,7 +37,9 @@ def oracle(model, batch, loss, lr, steps, first_order=False):
     for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
         fast = slow
         for _ in range(steps):
-            support_loss = LOSSES[loss](functional_call(model, dict(zip(names, fast, strict=True)), (support_x,)), support_y)
+            support_loss = LOSSES[loss](
+                functional_call(model, dict(zip(names, fast, strict=True)), (support_x,)), support_y
+            )
             gradients = torch.autograd.grad(support_loss, fast, create_graph=not first_order)
             fast = [w - lr * g for w, g in zip(fast, gradients, strict=True)]
         losses.append(LOSSES[loss](functional_call(model, dict(zip(names, fast, strict=True)), (query_x,)), query_y))
@@ -56,7 +58,9 @@ def assert_same(result, expected, tolerance=1e-10):
     torch.testing.assert_close(result[0], expected[0], rtol=tolerance, atol=tolerance)
     assert result[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
-        torch.testing.assert_close(result[1][name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            result[1][name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def make_mlp(activation="relu", bias=True, seed=0):
@@ -157,7 +161,9 @@ def test_chunked_gradient_refuses_to_be_differentiated_again():
 def test_gradients_reach_the_inputs(engine):
     model, batch = make_mlp("tanh"), make_batch("mse")
     batch = [t.requires_grad_() for t in batch]
-    gradients = torch.autograd.grad(MAML(model, inner_lr=0.3, inner_steps=2, loss="mse", engine=engine)(batch).loss, batch)
+    gradients = torch.autograd.grad(
+        MAML(model, inner_lr=0.3, inner_steps=2, loss="mse", engine=engine)(batch).loss, batch
+    )
     expected = torch.autograd.grad(oracle_loss(model, batch), batch)
     for gradient, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-10)
@@ -175,7 +181,9 @@ def oracle_loss(model, batch):
     return total / len(batch[0])
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (0, 3, 2), (2, 0, 3), (2, 3, 0)], ids=["ones", "no_tasks", "no_support", "no_query"])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (0, 3, 2), (2, 0, 3), (2, 3, 0)], ids=["ones", "no_tasks", "no_support", "no_query"]
+)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_small_and_empty_sizes(engine, sizes):
     tasks, support, query = sizes
@@ -420,17 +428,19 @@ class TestBatchNorm:
 
     def test_eval_without_running_statistics(self):
         model, batch = self.model(track_running_stats=False), make_batch("mse")
-        torch.testing.assert_close(MAML(model, loss="mse").eval()(batch).loss, MAML(model, loss="mse").train()(batch).loss)
+        torch.testing.assert_close(
+            MAML(model, loss="mse").eval()(batch).loss, MAML(model, loss="mse").train()(batch).loss
+        )
 
 
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.inputs, self.outputs = nn.Linear(2, 12), nn.Linear(4, 3)
+        self.attention, self.outputs = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 3)
 
     def forward(self, x):
-        q, k, v = self.inputs(x.unflatten(1, (3, 2))).chunk(3, -1)
-        return self.outputs(F.scaled_dot_product_attention(q, k, v).mean(1))
+        x = torch.stack([x, x.sin()], 1)
+        return self.outputs(self.attention(x, x, x, need_weights=False)[0].mean(1))
 
 
 EXACT = {

@@ -163,3 +163,54 @@ def test_autocast(lower):
         labels = torch.zeros(2, 5, dtype=torch.int64, device=DEVICE)
         assert functional.class_prototypes(x.to(lower), labels, 2).dtype == torch.float32
         assert functional.prototypical_loss(x, labels, x.to(lower), labels, 2)[0].dtype == torch.float32
+
+
+def public_calls():
+    """Each public function with arguments, float tensors first."""
+    normal = lambda *shape: torch.randn(shape, dtype=torch.float64, device=DEVICE)  # noqa: E731
+    labels = torch.tensor([[0, 1, 2, 1], [2, 2, 0, 1]], device=DEVICE)
+    return {
+        "class_prototypes": (lambda e: functional.class_prototypes(e, labels, 3), [normal(2, 4, 3)]),
+        "pairwise_distance": (lambda q, p: functional.pairwise_distance(q, p, "cosine"), [normal(2, 5, 3), normal(2, 4, 3)]),
+        "prototypical_loss": (
+            lambda s, q: functional.prototypical_loss(s, labels, q, labels, 3)[0],
+            [normal(2, 4, 3), normal(2, 4, 3)],
+        ),
+        "functional_mlp": (
+            lambda x, w0, w1, b0, b1: functional.functional_mlp(x, [w0, w1], [b0, b1], "gelu"),
+            [normal(2, 5, 3), normal(4, 3), normal(2, 1, 4), normal(4), normal(2, 1)],
+        ),
+        "fast_weight_update": (
+            lambda p, g, lr: functional.fast_weight_update({"w": p}, {"w": g}, {"w": lr})["w"],
+            [normal(3, 4), normal(2, 3, 4), normal(3, 4)],
+        ),
+    }
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", public_calls())
+def test_public_functions_compile_whole(name, dynamic):
+    function, tensors = public_calls()[name]
+    leaves = [t.requires_grad_() for t in tensors]
+    torch._dynamo.reset()
+
+    def loss(*tensors):
+        return function(*tensors).square().sum()
+
+    run = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    ours = torch.autograd.grad(run(*leaves), leaves)
+    for a, b in zip(ours, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("name", public_calls())
+def test_public_functions_inside_compiled_torch_func(name):
+    """vmap of grad of each public function, compiled: the way in through the reference."""
+    function, tensors = public_calls()[name]
+    torch._dynamo.reset()
+    stacked = [torch.stack([t, 2 * t, -t]) for t in tensors]
+
+    def per_sample(*tensors):
+        return torch.func.vmap(grad(lambda *t: function(*t).square().sum()))(*tensors)
+
+    torch.testing.assert_close(torch.compile(per_sample, backend="aot_eager")(*stacked), per_sample(*stacked), **CLOSE)

@@ -1,4 +1,4 @@
-"""Meta-learning algorithms: modules with ``adapt``, ``predict`` and ``forward(TaskBatch) -> MetaOutput``."""
+"""Meta-learning algorithms: modules with `adapt`, `predict` and `forward(TaskBatch) -> MetaOutput`."""
 
 from .maml import MAML, FastWeights
 from .output import MetaOutput

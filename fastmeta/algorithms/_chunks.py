@@ -1,7 +1,8 @@
 """The meta-loss of many tasks in chunks, with the memory of one chunk.
 
-Adding up chunk losses and calling ``backward`` once would keep every chunk's graph alive. Instead each chunk's gradient is taken
-as soon as its loss is known, and the sum waits in an autograd node for ``backward`` to be called.
+Adding up chunk losses and calling `backward` once would keep every chunk's graph alive. Instead each chunk's
+gradient is taken as soon as its loss is known, and the sum waits in an autograd node for `backward` to be
+called.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .output import MetaOutput
 def chunked_loss(
     run: Callable[..., MetaOutput], batch: Sequence[Tensor], size: int, parameters: list[Tensor]
 ) -> MetaOutput:
-    """``run(*batch)``, ``size`` tasks at a time. ``task_loss`` and ``logits`` come back detached."""
+    """`run(*batch)`, `size` tasks at a time. `task_loss` and `logits` come back detached."""
     differentiable = torch.is_grad_enabled() and bool(parameters)
     if differentiable and any(tensor.requires_grad for tensor in batch):
         raise ValueError("task_chunk: inputs that require gradients are not supported, use task_chunk=None")
@@ -58,7 +59,8 @@ class _Ready(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         scaled = [None if gradient is None else gradient * grad_output for gradient in ctx.gradients]
         if torch.is_grad_enabled():
-            # Differentiating again would take these gradients for constants, silently: make it an error instead.
+            # Differentiating again would take these gradients for constants, silently: make it an error
+            # instead.
             parameters = ctx.saved_tensors
             scaled = [None if g is None else _NotTwice.apply(g, p) for g, p in zip(scaled, parameters, strict=True)]
         return None, None, *scaled
@@ -71,4 +73,6 @@ class _NotTwice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        raise RuntimeError("a meta-gradient computed with task_chunk cannot be differentiated again; use task_chunk=None")
+        raise RuntimeError(
+            "a meta-gradient computed with task_chunk cannot be differentiated again; use task_chunk=None"
+        )

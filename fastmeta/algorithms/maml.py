@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 
 class FastWeights:
-    """What :meth:`MAML.adapt` returns: the adapted parameters of ``T`` tasks.
+    """What `MAML.adapt` returns: the adapted parameters of `T` tasks.
 
-    ``state[t]`` is task ``t``'s own ``{name: tensor}``, ready for ``torch.func.functional_call(model, state[t], (x,))``;
-    ``state.stacked()`` holds all tasks, ``[T, *shape]`` per name; ``len(state)`` is ``T``. Parameters that no step has changed
-    (``inner_steps=0``, or frozen by ``requires_grad=False``) are stored once and expanded on reading.
+    `state[t]` is task `t`'s own `{name: tensor}`, ready for `torch.func.functional_call(model, state[t],
+    (x,))`; `state.stacked()` holds all tasks, `[T, *shape]` per name; `len(state)` is `T`. Parameters that no
+    step has changed (`inner_steps=0`, or frozen by `requires_grad=False`) are stored once and expanded on
+    reading.
     """
 
     def __init__(self, weights: dict[str, Tensor], shared: frozenset[str], num_tasks: int):
@@ -39,7 +40,7 @@ class FastWeights:
         return {name: w if name in self.shared else w[task] for name, w in self.weights.items()}
 
     def stacked(self) -> dict[str, Tensor]:
-        """All tasks' parameters, ``[T, *shape]`` by name."""
+        """All tasks' parameters, `[T, *shape]` by name."""
         return {
             name: w.expand(self.num_tasks, *w.shape) if name in self.shared else w for name, w in self.weights.items()
         }
@@ -50,30 +51,34 @@ class FastWeights:
 
 
 class MAML(nn.Module):
-    """MAML (Finn, Abbeel, Levine 2017, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", algorithm 1 and 2).
+    """MAML (Finn, Abbeel, Levine 2017, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks",
+    algorithm 1 and 2).
 
-    Every task starts at the slow weights and takes ``inner_steps`` steps ``w <- w - inner_lr * grad L_support(w)`` (their equation
-    in section 2.2); :meth:`forward` returns the mean query loss at the weights so reached, whose gradient with respect to the slow
-    weights is the meta-gradient of their equation 1, second derivatives included. ``first_order=True`` treats the inner gradients
-    as constants (first-order MAML, their section 5.2). Departures: the mean over tasks, where the paper sums (scale the outer
-    rate), and all tasks at once.
+    Every task starts at the slow weights and takes `inner_steps` steps `w <- w - inner_lr * grad
+    L_support(w)` (their equation in section 2.2); `forward` returns the mean query loss at the weights so
+    reached, whose gradient with respect to the slow weights is the meta-gradient of their equation 1, second
+    derivatives included. `first_order=True` treats the inner gradients as constants (first-order MAML, their
+    section 5.2). Departures: the mean over tasks, where the paper sums (scale the outer rate), and all tasks
+    at once.
 
     Args:
-        model: any module from examples ``[B, ...]`` to predictions ``[B, C]``; used as it is, and its parameters are the slow
-            weights. Parameters with ``requires_grad=False`` are neither adapted nor trained.
+        model: any module from examples `[B, ...]` to predictions `[B, C]`; used as it is, and its parameters
+            are the slow weights. Parameters with `requires_grad=False` are neither adapted nor trained.
         inner_lr: step size in the inner loop, 0.01 by default.
-        inner_steps: ``K >= 0``; 0 is ordinary training on the query sets. May be set anew between calls.
+        inner_steps: `K >= 0`; 0 is ordinary training on the query sets. May be set anew between calls.
         first_order: drop the second derivatives.
-        loss: ``"cross_entropy"`` (labels int64 ``[T, B]``), ``"mse"`` (targets ``[T, B, O]``), or a callable
-            ``(prediction, target) -> scalar`` for one task.
-        engine: ``"auto"``, or one by name (:meth:`explain` lists them). An engine asked for by name that cannot serve the model
-            raises ValueError.
-        task_chunk: at most this many tasks at a time, to bound memory; None for all at once. The gradient is the same. With
-            gradients on, each chunk's gradient is then computed during ``forward`` and handed out by ``backward``, so only
-            ``loss`` is differentiable, once, and only with respect to the parameters; inputs may not require gradients.
+        loss: `"cross_entropy"` (labels int64 `[T, B]`), `"mse"` (targets `[T, B, O]`), or a callable
+            `(prediction, target) -> scalar` for one task.
+        engine: `"auto"`, or one by name (`explain` lists them). An engine asked for by name that cannot serve
+            the model raises ValueError.
+        task_chunk: at most this many tasks at a time, to bound memory; None for all at once. The gradient is
+            the same. With gradients on, each chunk's gradient is then computed during `forward` and handed
+            out by `backward`, so only `loss` is differentiable, once, and only with respect to the
+            parameters; inputs may not require gradients.
 
-    Evaluate under ``torch.no_grad()``: adaptation still happens, without any graph for the outer loop. Batch norm uses each task's
-    own rows in train mode; what it does in eval mode is said in ``fastmeta/engines/vmap.py``.
+    Evaluate under `torch.no_grad()`: adaptation still happens, without any graph for the outer loop. Batch
+    norm uses each task's own rows in train mode; what it does in eval mode is said in
+    `fastmeta/engines/vmap.py`.
     """
 
     def __init__(
@@ -95,7 +100,9 @@ class MAML(nn.Module):
             raise TypeError(f"inner_steps must be an int, got {type(inner_steps).__name__}")
         if inner_steps < 0:
             raise ValueError(f"inner_steps must be at least 0, got {inner_steps}")
-        if task_chunk is not None and (isinstance(task_chunk, bool) or not isinstance(task_chunk, int) or task_chunk < 1):
+        if task_chunk is not None and (
+            isinstance(task_chunk, bool) or not isinstance(task_chunk, int) or task_chunk < 1
+        ):
             raise ValueError(f"task_chunk must be None or an int of at least 1, got {task_chunk!r}")
         self.model = model
         self.inner_lr = float(inner_lr)
@@ -106,7 +113,7 @@ class MAML(nn.Module):
         self.task_chunk = task_chunk
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
-        """Run the inner loop on support sets ``[T, S, ...]`` with targets ``[T, S]`` or ``[T, S, O]``."""
+        """Run the inner loop on support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`."""
         _check_pair("support_x", support_x, "support_y", support_y)
         inner = self._inner()
         weights = choose(self.engine, self.model, inner, support_x).adapt(self.model, inner, support_x, support_y)
@@ -115,7 +122,7 @@ class MAML(nn.Module):
         return FastWeights(weights, shared, support_x.shape[0])
 
     def predict(self, state: FastWeights, query_x: Tensor) -> Tensor:
-        """Predictions ``[T, Q, C]`` of the adapted weights for ``query_x`` ``[T, Q, ...]``."""
+        """Predictions `[T, Q, C]` of the adapted weights for `query_x` `[T, Q, ...]`."""
         if query_x.shape[0] != len(state):
             raise ValueError(f"query_x has {query_x.shape[0]} tasks, state has {len(state)}")
         return choose(self.engine, self.model, self._inner(), query_x).predict(self.model, state.weights, query_x)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta import functional
+
 from .output import MetaOutput
 
 if TYPE_CHECKING:
@@ -15,26 +16,27 @@ if TYPE_CHECKING:
 
 
 class Prototypes(NamedTuple):
-    """What :meth:`ProtoNet.adapt` returns: one prototype per class, ``[T, N, D]``."""
+    """What `ProtoNet.adapt` returns: one prototype per class, `[T, N, D]`."""
 
     prototypes: Tensor
 
 
 class ProtoNet(nn.Module):
-    """Prototypical networks (Snell, Swersky, Zemel 2017, "Prototypical Networks for Few-shot Learning", equations 1 and 2).
+    """Prototypical networks (Snell et al. 2017, "Prototypical Networks for Few-shot Learning", equations 1 and 2).
 
-    A class's prototype is the mean of its encoded support examples (equation 1); a query example has the logits
-    ``-distance(query, prototype)`` (equation 2). Departures: any metric of :func:`fastmeta.functional.pairwise_distance`, and a class without
-    support examples has its prototype at zero.
+    A class's prototype is the mean of its encoded support examples (equation 1); a query example has the
+    logits `-distance(query, prototype)` (equation 2). Departures: any metric of
+    `fastmeta.functional.pairwise_distance`, and a class without support examples has its prototype at zero.
 
     Args:
-        encoder: any module from examples ``[B, ...]`` to embeddings ``[B, D]``.
-        metric: ``"sqeuclidean"`` (the paper's), ``"euclidean"``, ``"cosine"``, ``"dot"`` or ``"manhattan"``.
-        ways: the number of classes ``N`` of every task. None takes the largest support label of the batch plus one, which on a
-            GPU waits for the device; give it in training loops there.
+        encoder: any module from examples `[B, ...]` to embeddings `[B, D]`.
+        metric: `"sqeuclidean"` (the paper's), `"euclidean"`, `"cosine"`, `"dot"` or `"manhattan"`.
+        ways: the number of classes `N` of every task. None takes the largest support label of the batch plus one,
+            which on a GPU waits for the device; give it in training loops there.
 
-    The encoder runs once, over all support and query rows of all tasks together. So a batch norm in train mode uses the statistics
-    of the whole task batch, and in eval mode its running statistics: evaluation is not transductive.
+    The encoder runs once, over all support and query rows of all tasks together. So a batch norm in train
+    mode uses the statistics of the whole task batch, and in eval mode its running statistics: evaluation is
+    not transductive.
     """
 
     def __init__(self, encoder: nn.Module, *, metric: str = "sqeuclidean", ways: int | None = None):
@@ -46,16 +48,16 @@ class ProtoNet(nn.Module):
         self.ways = ways
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Prototypes:
-        """Prototypes of support sets ``[T, S, ...]`` with labels int64 ``[T, S]``."""
+        """Prototypes of support sets `[T, S, ...]` with labels int64 `[T, S]`."""
         embeddings = self._encode(support_x)
         return Prototypes(functional.class_prototypes(embeddings, support_y, self._num_classes(support_y)))
 
     def predict(self, state: Prototypes, query_x: Tensor) -> Tensor:
-        """Logits ``[T, Q, N]``: minus the distance to each prototype."""
+        """Logits `[T, Q, N]`: minus the distance to each prototype."""
         return -functional.pairwise_distance(self._encode(query_x), state.prototypes, self.metric)
 
     def forward(self, batch: TaskBatch) -> MetaOutput:
-        """Mean cross entropy of the query sets, fused: the ``[T, Q, N]`` logits are never stored, so ``logits`` is None."""
+        """Mean cross entropy of the query sets; fused, so the logits `[T, Q, N]` are never stored and come as None."""
         support_x, support_y, query_x, query_y = batch
         if support_x.shape[2:] != query_x.shape[2:] or support_x.shape[0] != query_x.shape[0]:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Engines run whole inner loops; see ``_base.py`` for the contract and ``select.py`` for the choice."""
+"""Engines run whole inner loops; see `_base.py` for the contract and `select.py` for the choice."""
 
 from ._base import Engine, InnerLoop
 from ._losses import as_loss

@@ -1,7 +1,7 @@
 """Activations and their derivatives as differentiable torch operations.
 
-``apply(name, z)`` is the activation; ``backward(name, gradient, z, a)`` is ``gradient * activation'(z)`` with ``a = activation(z)``.
-Both can be differentiated again, which is all that a second-order meta-gradient asks for.
+`apply(name, z)` is the activation; `backward(name, gradient, z, a)` is `gradient * activation'(z)` with `a =
+activation(z)`. Both can be differentiated again, which is all that a second-order meta-gradient asks for.
 """
 
 from __future__ import annotations

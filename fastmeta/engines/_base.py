@@ -1,8 +1,9 @@
 """What every engine takes and gives.
 
-An engine runs ``K`` steps of gradient descent on the support set of each of ``T`` tasks, all starting from the same slow weights,
-and predicts the query set with the fast weights it reached. Everything it returns is differentiable with respect to the slow
-weights: exactly, second derivatives included, unless ``first_order`` asks for the inner gradients to count as constants.
+An engine runs `K` steps of gradient descent on the support set of each of `T` tasks, all starting from the
+same slow weights, and predicts the query set with the fast weights it reached. Everything it returns is
+differentiable with respect to the slow weights: exactly, second derivatives included, unless `first_order`
+asks for the inner gradients to count as constants.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Parameters = Mapping[str, Tensor]
 
 
 class InnerLoop(NamedTuple):
-    """What happens inside a task: ``steps`` times ``w <- w - lr * gradient of loss(support)``."""
+    """What happens inside a task: `steps` times `w <- w - lr * gradient of loss(support)`."""
 
     lr: float
     steps: int
@@ -35,16 +36,18 @@ class Engine(Protocol):
         """None if the engine can serve this, else a sentence that says why it cannot."""
 
     def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
-        """None, or why the next engine is expected to be faster here. Only asked when :meth:`why_not` is None."""
+        """None, or why the next engine is expected to be faster here. Only asked when `why_not` is None."""
 
     def adapt(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
-        """Fast weights by parameter name: ``[T, *shape]`` if adapted, ``[*shape]`` if still the slow weight of all tasks."""
+        """Fast weights by parameter name: `[T, *shape]` if adapted, `[*shape]` if still shared by all tasks."""
 
-    def query(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
-        """:meth:`adapt`, then :meth:`predict`, without handing out the fast weights, which an engine need not form."""
+    def query(
+        self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
+    ) -> Tensor:
+        """`adapt`, then `predict`, without handing out the fast weights, which an engine need not form."""
 
     def predict(self, model: nn.Module, weights: Parameters, x: Tensor) -> Tensor:
-        """Predictions ``[T, B, C]`` for ``x`` ``[T, B, ...]`` under fast weights as :meth:`adapt` returns them."""
+        """Predictions `[T, B, C]` for `x` `[T, B, ...]` under fast weights as `adapt` returns them."""
 
 
 def is_shared(weight: Tensor, slow: Tensor) -> bool:

@@ -1,14 +1,16 @@
-"""Operations whose second derivative ``torch.func`` gets wrong or refuses, rewritten while an inner gradient is taken.
+"""Operations whose second derivative `torch.func` gets wrong or refuses, rewritten while an inner gradient is taken.
 
-Under ``vmap(grad(...))`` torch differentiates the affine part of batch, layer and instance norms with the saved mean and deviation
-taken for constants, so a further derivative silently lacks terms (the meta-gradient of a LayerNorm net is off in the second digit;
-a loop over tasks is right). The same norm without its affine part is right, so the affine part is applied by hand. Fused attention
-has no second derivative at all; its plain form has.
+Under `vmap(grad(...))` torch differentiates the affine part of batch, layer and instance norms with the saved
+mean and deviation taken for constants, so a further derivative silently lacks terms (the meta-gradient of a
+LayerNorm net is off in the second digit; a loop over tasks is right). The same norm without its affine part
+is right, so the affine part is applied by hand. Fused attention has no second derivative at all; its plain
+form has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,9 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 
-class TwiceDifferentiable(TorchFunctionMode):
-    """While active, norms and attention run in a form that is exact under ``vmap(grad(...))`` and a derivative of that."""
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """While active, norms and attention run in a form whose derivatives are exact to the second order."""
+    with sdpa_kernel(SDPBackend.MATH), _AffineApart():
+        yield
 
+
+class _AffineApart(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return _REWRITTEN.get(func, func)(*args, **(kwargs or {}))
 
@@ -52,15 +59,9 @@ def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn
     return _affine(F.layer_norm(input, normalized_shape, None, None, eps), weight, bias, tuple(normalized_shape))
 
 
-def _attention(*args, **kwargs) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(*args, **kwargs)
-
-
 _REWRITTEN = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
-    F.scaled_dot_product_attention: _attention,
 }

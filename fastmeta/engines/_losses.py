@@ -1,23 +1,27 @@
 """The losses an engine knows: per-task values and, for the standard ones, the gradient as a formula.
 
-``cross_entropy`` and ``mse`` are means over the rows (and columns) of one task, as in ``torch.nn.functional``.
+`cross_entropy` and `mse` are means over the rows (and columns) of one task, as in `torch.nn.functional`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastmeta import _checks
+
 
 class CrossEntropy:
-    """Mean negative log-likelihood of softmax. Predictions ``[T, B, C]``, labels int64 ``[T, B]``."""
+    """Mean negative log-likelihood of softmax. Predictions `[T, B, C]`, labels int64 `[T, B]`."""
 
     name = "cross_entropy"
     explicit = True
-    one_task = staticmethod(F.cross_entropy)
+    # torch's default ignores rows labelled -100, a label like any other out of range here: let it be refused
+    one_task = staticmethod(partial(F.cross_entropy, ignore_index=-(2**62)))
 
     def check(self, prediction: Tensor, target: Tensor, name: str) -> None:
         if target.dtype != torch.int64 or target.shape != prediction.shape[:-1]:
@@ -25,6 +29,8 @@ class CrossEntropy:
                 f"{name}: cross_entropy takes int64 labels of shape {tuple(prediction.shape[:-1])}, "
                 f"got {target.dtype} of shape {tuple(target.shape)}"
             )
+        if not (torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()):
+            _checks.label_range(name, target, prediction.shape[-1])
 
     def per_task(self, prediction: Tensor, target: Tensor) -> Tensor:
         rows = F.cross_entropy(prediction.flatten(0, 1), target.flatten(), reduction="none")
@@ -32,7 +38,6 @@ class CrossEntropy:
 
     def constant(self, target: Tensor, prediction: Tensor) -> Tensor:
         """The part of the gradient that stays the same in all inner steps: minus the one-hot labels over B."""
-        # scatter refuses labels outside the range, as F.cross_entropy does
         return torch.zeros_like(prediction).scatter_(-1, target.unsqueeze(-1), -1.0 / max(target.shape[1], 1))
 
     def gradient(self, prediction: Tensor, constant: Tensor) -> Tensor:
@@ -40,7 +45,7 @@ class CrossEntropy:
 
 
 class MeanSquaredError:
-    """Mean of squared differences. Predictions and targets ``[T, B, O]``."""
+    """Mean of squared differences. Predictions and targets `[T, B, O]`."""
 
     name = "mse"
     explicit = True
@@ -66,7 +71,7 @@ class MeanSquaredError:
 
 
 class CustomLoss:
-    """A callable ``(prediction, target) -> scalar`` for one task, batched over tasks by ``torch.func.vmap``."""
+    """A callable `(prediction, target) -> scalar` for one task, batched over tasks by `torch.func.vmap`."""
 
     explicit = False
 
@@ -85,7 +90,7 @@ Loss = CrossEntropy | MeanSquaredError | CustomLoss
 
 
 def as_loss(loss: str | Callable[[Tensor, Tensor], Tensor]) -> Loss:
-    """``"cross_entropy"``, ``"mse"`` or a callable, as a loss object; anything else raises ValueError."""
+    """`"cross_entropy"`, `"mse"` or a callable, as a loss object; anything else raises ValueError."""
     if loss == "cross_entropy":
         return CrossEntropy()
     if loss == "mse":

@@ -1,9 +1,9 @@
 """Looking at a module: is it a plain multi-layer perceptron, and if not, why not.
 
-Engines with explicit formulas know ``nn.Linear`` layers with an elementwise activation in between, in one chain. This file
-finds that chain by tracing the module's ``forward`` with ``torch.fx``, so ``nn.Sequential`` and hand-written modules are served
-alike. What is not certain to be such a chain is refused with a sentence, and the caller takes an engine that runs the module
-itself.
+Engines with explicit formulas know `nn.Linear` layers with an elementwise activation in between, in one
+chain. This file finds that chain by tracing the module's `forward` with `torch.fx`, so `nn.Sequential` and
+hand-written modules are served alike. What is not certain to be such a chain is refused with a sentence, and
+the caller takes an engine that runs the module itself.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ ACTIVATION_METHODS = {"relu": "relu", "tanh": "tanh", "sigmoid": "sigmoid", "sin
 
 
 class MLPSpec(NamedTuple):
-    """A module that computes ``x -> activation_L(W_L ... activation_1(W_1 x + b_1) ... + b_L)`` for every row.
+    """A module that computes `x -> activation_L(W_L ... activation_1(W_1 x + b_1) ... + b_L)` for every row.
 
-    Names only, no tensors: parameters are looked up by name at each call, so loading or replacing them is seen.
+    Names only, no tensors: parameters are looked up by name at each call, so loading or replacing them is
+    seen.
     """
 
     weights: tuple[str, ...]  # parameter names, first layer first
@@ -59,8 +60,9 @@ class _Refused(Exception):
 _seen: WeakKeyDictionary[nn.Module, tuple[tuple, MLPSpec | str]] = WeakKeyDictionary()
 
 
+@torch.compiler.assume_constant_result
 def mlp_spec(model: nn.Module) -> MLPSpec | str:
-    """The module's :class:`MLPSpec`, or a sentence that says why it has none. Remembered until its layers change."""
+    """The module's `MLPSpec`, or a sentence that says why it has none. Remembered until its layers change."""
     layers = tuple((name, id(layer), layer.training) for name, layer in model.named_modules())
     known = _seen.get(model)
     if known is None or known[0] != layers:
@@ -170,7 +172,8 @@ def _name(node: fx.Node) -> str:
 
 
 def _is_batch_size(node: object) -> bool:
-    """``x.size(0)``, ``x.shape[0]``, ``len(x)`` and the ``x.shape`` they come from, as used in ``x.view(x.size(0), -1)``."""
+    """`x.size(0)`, `x.shape[0]`, `len(x)` and the `x.shape` they come from, as used in `x.view(x.size(0),
+    -1)`."""
     if not isinstance(node, fx.Node) or not node.args:
         return False
     source = node.args[0]

@@ -6,9 +6,9 @@ The inner gradient is written out as formulas instead of being asked from autogr
     d_L = dloss/dz_L                 d_{l-1} = (d_l W_l) * f'(z_{l-1})      backward
     W_l <- W_l - lr d_l^T a_{l-1}    b_l <- b_l - lr column sums of d_l     update
 
-All of it are differentiable torch operations, so the exact second-order meta-gradient is one plain backward pass: no double
-backward, no functional transforms. In the first step the weights are those of all tasks, and every product with them is one dense
-matrix product over all rows.
+All of it are differentiable torch operations, so the exact second-order meta-gradient is one plain backward
+pass: no double backward, no functional transforms. In the first step the weights are those of all tasks, and
+every product with them is one dense matrix product over all rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .inspect import MLPSpec, mlp_spec
 
 
 class LayerwiseEngine:
-    """Explicit formulas on per-task weights: MLPs with ``cross_entropy`` or ``mse``."""
+    """Explicit formulas on per-task weights: MLPs with `cross_entropy` or `mse`."""
 
     name = "layerwise"
 
@@ -55,11 +55,15 @@ class LayerwiseEngine:
                     weights[layer] = torch.baddbmm(weights[layer], delta.mT, a)
                 if adapt_bias[layer]:
                     biases[layer] = biases[layer] + delta.sum(1)
-        return slow | dict(zip(spec.weights, weights, strict=True)) | {
-            name: b for name, b in zip(spec.biases, biases, strict=True) if name is not None
-        }
+        return (
+            slow
+            | dict(zip(spec.weights, weights, strict=True))
+            | {name: b for name, b in zip(spec.biases, biases, strict=True) if name is not None}
+        )
 
-    def query(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
+    def query(
+        self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
+    ) -> Tensor:
         return self.predict(model, self.adapt(model, inner, support_x, support_y), query_x)
 
     def predict(self, model: nn.Module, weights: Parameters, x: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ def why_no_formulas(model: nn.Module, inner: InnerLoop, support_x: Tensor) -> st
 
 
 def rows(spec: MLPSpec, x: Tensor) -> Tensor:
-    """``[T, B, ...]`` as ``[T, B, I]``."""
+    """`[T, B, ...]` as `[T, B, I]`."""
     return x.flatten(2) if spec.flatten else x
 
 
@@ -117,7 +121,7 @@ def _forward(spec: MLPSpec, weights: list[Tensor], biases: list[Tensor | None], 
 
 
 def _backward(spec: MLPSpec, weights, inputs, pre, prediction: Tensor, gradient: Tensor) -> list[Tensor]:
-    """From the gradient at the prediction to the gradients at every layer's pre-activation, ``[T, S, O_l]``."""
+    """From the gradient at the prediction to the gradients at every layer's pre-activation, `[T, S, O_l]`."""
     outputs = [*inputs[1:], prediction]
     deltas: list[Tensor] = []
     for layer in reversed(range(len(weights))):

@@ -1,17 +1,19 @@
-"""The engine that never forms a task's weights: an MLP's fast weights are its slow weights plus what few rows have changed.
+"""The engine that never forms a task's weights: they are the slow weights plus what a few rows have changed.
 
-A gradient step changes a linear layer by outer products of what it saw. With ``A_j`` ``[S, I]`` the layer's input and ``D_j``
-``[S, O]`` the loss's gradient at its pre-activation in step ``j``, the weights after ``k`` steps are
-``W_k = W - lr sum_j D_j^T A_j`` and ``b_k = b - lr sum_j D_j^T 1``. So for any rows ``H``, exactly::
+A gradient step changes a linear layer by outer products of what it saw. With `A_j` `[S, I]` the layer's input and `D_j`
+`[S, O]` the loss's gradient at its pre-activation in step `j`, the weights after `k` steps are
+`W_k = W - lr sum_j D_j^T A_j` and `b_k = b - lr sum_j D_j^T 1`. So for any rows `H`, exactly::
 
     pre-activation   H W_k^T + b_k = H W^T + b - lr sum_j (H A_j^T + 1) D_j
     backward         D W_k         = D W       - lr sum_j (D D_j^T) A_j
 
-``W`` is shared by all tasks: its products are dense, over all rows of all tasks, and so is its meta-gradient. The first layer's
-input never changes, so its dense product and its Gram matrix ``X A^T`` are computed once for all steps.
+`W` is shared by all tasks: its products are dense, over all rows of all tasks, and so is its meta-gradient.
+The first layer's input never changes, so its dense product and its Gram matrix `X A^T` are computed once for
+all steps.
 
-All of it are differentiable torch operations: the exact second-order meta-gradient is one plain backward pass. What a task adds is
-``S`` rows per step, so this form pays while ``inner_steps * S`` is small beside the layers' widths.
+All of it are differentiable torch operations: the exact second-order meta-gradient is one plain backward
+pass. What a task adds is `S` rows per step, so this form pays while `inner_steps * S` is small beside the
+layers' widths.
 """
 
 from __future__ import annotations
@@ -23,17 +25,18 @@ from torch.nn import functional as F
 from . import _activations
 from ._base import InnerLoop
 from .inspect import MLPSpec, mlp_spec
-from .layerwise import LayerwiseEngine, rows, why_no_formulas
+from .layerwise import LayerwiseEngine, rows
 
 
 class LowRankEngine(LayerwiseEngine):
-    """Explicit formulas on low-rank fast weights: MLPs with ``cross_entropy`` or ``mse``, few support rows and steps."""
+    """Explicit formulas on low-rank fast weights: MLPs with `cross_entropy` or `mse`, few support rows and steps."""
 
     name = "lowrank"
 
     def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
-        # Products with the rows of all steps against products with per-task weights: even, as measured on a CPU, where the rows
-        # are as many as the layers are wide (in the mean that the count of multiplications asks for).
+        # Products with the rows of all steps against products with per-task weights: even, as measured on a
+        # CPU, where the rows are as many as the layers are wide (in the mean that the count of
+        # multiplications asks for).
         shapes = [dict(model.named_parameters())[name].shape for name in mlp_spec(model).weights]
         width = 2 * sum(o * i for o, i in shapes) / sum(o + i for o, i in shapes)
         history = inner.steps * support_x.shape[1]
@@ -41,7 +44,9 @@ class LowRankEngine(LayerwiseEngine):
             return None
         return f"{history} support rows over all steps outnumber the layers' mean width of {width:.0f}"
 
-    def query(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
+    def query(
+        self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
+    ) -> Tensor:
         spec = mlp_spec(model)
         named = dict(model.named_parameters())
         layers = [
@@ -84,7 +89,7 @@ class _Layer:
         self.deltas: Tensor | None = None  # -lr D of all steps [T, k S, O]; of the first layer, their sum [T, S, O]
 
     def gram(self, x: Tensor, inputs: Tensor) -> Tensor:
-        """``x A^T + 1``: the 1 is the bias, whose input is always 1."""
+        """`x A^T + 1`: the 1 is the bias, whose input is always 1."""
         if self.adapt_weight and self.adapt_bias:
             return torch.baddbmm(self.one, x, inputs.mT)
         if self.adapt_weight:

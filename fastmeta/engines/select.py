@@ -14,7 +14,7 @@ ENGINES: dict[str, Engine] = {engine.name: engine for engine in (LowRankEngine()
 
 
 def choose(name: str, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> Engine:
-    """The engine called ``name``, or for ``"auto"`` the first that can serve and expects to be fastest.
+    """The engine called `name`, or for `"auto"` the first that can serve and expects to be fastest.
 
     An engine asked for by name is never replaced by another: if it cannot serve, ValueError says why.
     """
@@ -35,13 +35,13 @@ def _automatic(model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str:
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError unless ``name`` is ``"auto"`` or an engine's name."""
+    """Raise ValueError unless `name` is `"auto"` or an engine's name."""
     if name != "auto" and name not in ENGINES:
         raise ValueError(f"engine must be one of {['auto', *ENGINES]}, got {name!r}")
 
 
 def explain(name: str, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str:
-    """What :func:`choose` does with the same arguments, one line per engine."""
+    """What `choose` does with the same arguments, one line per engine."""
     check_name(name)
     reasons = {e.name: e.why_not(model, inner, support_x) for e in ENGINES.values()}
     picked = name if name != "auto" else _automatic(model, inner, support_x)

@@ -1,12 +1,13 @@
-"""The engine for anything: ``torch.func`` runs the module unchanged, mapped over tasks.
+"""The engine for anything: `torch.func` runs the module unchanged, mapped over tasks.
 
-One inner step is ``vmap(grad(loss))``. In the first step all tasks share the slow weights, which are then handed in unmapped, so that
-linear layers and convolutions run as one dense operation over all rows.
+One inner step is `vmap(grad(loss))`. In the first step all tasks share the slow weights, which are then
+handed in unmapped, so that linear layers and convolutions run as one dense operation over all rows.
 
-Buffers: each task gets its own copy, and what ``forward`` writes into them is dropped. So a batch norm in train mode uses the
-statistics of the rows it is given (those of one task's support set, then those of its query set, that is, transductively, as in
-the published MAML results) and its running statistics never change. In eval mode it uses its running statistics, as everywhere in
-PyTorch; when they have never been updated that is certain to be a mistake, and is refused.
+Buffers: each task gets its own copy, and what `forward` writes into them is dropped. So a batch norm in train
+mode uses the statistics of the rows it is given (those of one task's support set, then those of its query
+set, that is, transductively, as in the published MAML results) and its running statistics never change. In
+eval mode it uses its running statistics, as everywhere in PyTorch; when they have never been updated that is
+certain to be a mistake, and is refused.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from torch.func import functional_call, grad, vmap
 
 from fastmeta import functional
 
-from ._exact import TwiceDifferentiable
 from ._base import InnerLoop, Parameters, is_shared
+from ._exact import twice_differentiable
 
 
 class VmapEngine:
-    """``torch.func`` over tasks: any module, any loss."""
+    """`torch.func` over tasks: any module, any loss."""
 
     name = "vmap"
 
@@ -47,14 +48,19 @@ class VmapEngine:
         for step in range(inner.steps):
             axis = None if step == 0 else 0
             step_gradient = vmap(grad(task_loss), in_dims=(axis, None, 0, 0, 0), randomness="different")
-            # grad() computes inside whatever the mode outside, so no_grad only keeps the step itself off the outer graph.
+            # grad() computes inside whatever the mode outside, so no_grad only keeps the step itself off the
+            # outer graph.
             second_order = torch.is_grad_enabled() and not inner.first_order
-            with torch.set_grad_enabled(second_order), TwiceDifferentiable() if second_order else nullcontext():
-                gradients = step_gradient(weights, frozen, _buffers_per_task(model, support_x.shape[0]), support_x, support_y)
+            with torch.set_grad_enabled(second_order), twice_differentiable() if second_order else nullcontext():
+                gradients = step_gradient(
+                    weights, frozen, _buffers_per_task(model, support_x.shape[0]), support_x, support_y
+                )
             weights = functional.fast_weight_update(weights, gradients, inner.lr)
         return {name: weights.get(name, slow[name]) for name in slow}
 
-    def query(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
+    def query(
+        self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
+    ) -> Tensor:
         return self.predict(model, self.adapt(model, inner, support_x, support_y), query_x)
 
     def predict(self, model: nn.Module, weights: Parameters, x: Tensor) -> Tensor:
@@ -75,9 +81,9 @@ def _buffers_per_task(model: nn.Module, num_tasks: int) -> dict[str, Tensor]:
             continue
         if layer.num_batches_tracked is not None and layer.num_batches_tracked.item() == 0:
             raise ValueError(
-                f"layer {name!r} ({type(layer).__name__}) is in eval mode, but its running statistics have never been updated "
-                "(adaptation does not update them). Build it with track_running_stats=False, or call "
-                "torch.func.replace_all_batch_norm_modules_(model), to use the statistics of each task's rows in eval mode too"
+                f"layer {name!r} ({type(layer).__name__}) is in eval mode, but its running statistics have never been "
+                "updated (adaptation does not update them). Build it with track_running_stats=False, or call "
+                "torch.func.replace_all_batch_norm_modules_(model), to use each task's own rows in eval mode too"
             )
     # repeat, not expand: forward may write into them
     return {name: b.unsqueeze(0).repeat(num_tasks, *[1] * b.dim()) for name, b in model.named_buffers()}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..algorithms import MAML, ProtoNet
-from .loop import TaskSource
 from .metrics import Estimate
+
+if TYPE_CHECKING:
+    from ..tasks import TaskBatch
+    from .loop import TaskSource
 
 # Task batches are cut so that one batch's inputs hold at most this many numbers: the activations of a conv4 then take about 1 GB.
 _NUMBERS_PER_BATCH = 1 << 22
@@ -64,35 +67,46 @@ def evaluate(
         raise ValueError(f"episodes must be at least 1, got {episodes}")
     if inner_steps is not None and not hasattr(algorithm, "inner_steps"):
         raise ValueError(f"inner_steps: {type(algorithm).__name__} has no inner loop")
-    was_training, own_steps = algorithm.training, getattr(algorithm, "inner_steps", None)
-    last = own_steps if inner_steps is None else inner_steps
+    last = getattr(algorithm, "inner_steps", None) if inner_steps is None else inner_steps
     counts = list(range(last + 1)) if by_step and last is not None else [last]
-    losses: list[list[torch.Tensor]] = [[] for _ in counts]
-    accuracies: list[torch.Tensor] = []
+    losses: list[list[Tensor]] = [[] for _ in counts]
+    accuracies: list[Tensor] = []
+    with _judging(algorithm, tasks), torch.no_grad():
+        for batch in _batches(algorithm, tasks, episodes, seed):
+            if stop is not None and stop():
+                return None
+            for steps, kept in zip(counts, losses, strict=True):
+                if steps is not None:
+                    algorithm.inner_steps = steps
+                output = algorithm(batch)
+                kept.append(output.task_loss)
+            if output.accuracy is not None:
+                accuracies.append(output.accuracy)
+    by_step_estimates = [Estimate.of(torch.cat(kept)) for kept in losses]
+    accuracy = Estimate.of(torch.cat(accuracies)) if accuracies else None
+    return Evaluation(by_step_estimates[-1], accuracy, by_step_estimates if by_step and last is not None else [])
+
+
+@contextmanager
+def _judging(algorithm: nn.Module, tasks: TaskSource):
+    """Eval mode and the tasks' number of classes inside, everything as it was outside."""
+    was_training = algorithm.training
+    before = {name: getattr(algorithm, name) for name in ("inner_steps", "ways") if hasattr(algorithm, name)}
     algorithm.eval()
+    if "ways" in before:
+        algorithm.ways = tasks.output_size
     try:
-        with torch.no_grad():
-            for batch in _batches(tasks, episodes, seed):
-                if stop is not None and stop():
-                    return None
-                for steps, kept in zip(counts, losses, strict=True):
-                    if steps is not None:
-                        algorithm.inner_steps = steps
-                    output = algorithm(batch)
-                    kept.append(output.task_loss)
-                if output.accuracy is not None:
-                    accuracies.append(output.accuracy)
+        yield
     finally:
         algorithm.train(was_training)
-        if own_steps is not None:
-            algorithm.inner_steps = own_steps
-    by_count = [Estimate.of(torch.cat(kept)) for kept in losses]
-    accuracy = Estimate.of(torch.cat(accuracies)) if accuracies else None
-    return Evaluation(by_count[-1], accuracy, by_count if by_step and last is not None else [])
+        for name, value in before.items():
+            setattr(algorithm, name, value)
 
 
-def _batches(tasks: TaskSource, episodes: int, seed: int):
-    generator, device = None, None
-    left, size = episodes, 1
-    while left > 0:
-        ...
+def _batches(algorithm: nn.Module, tasks: TaskSource, episodes: int, seed: int) -> Iterator[TaskBatch]:
+    device = next(algorithm.parameters()).device
+    probe = tasks.sample(1, generator=torch.Generator(device).manual_seed(seed))
+    size = max(1, _NUMBERS_PER_BATCH // max(1, probe.support_x.numel() + probe.query_x.numel()))
+    generator = torch.Generator(device).manual_seed(seed)
+    for start in range(0, episodes, size):
+        yield tasks.sample(min(size, episodes - start), generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 
 MAX_PROGRAMS = 2**31 - 1  # of grid.x; the other axes end at 65535, so no kernel uses them
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 METRICS = ("sqeuclidean", "euclidean", "cosine", "dot", "manhattan")
 ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid", "silu", "gelu", "sine")
 
@@ -75,6 +77,14 @@ def tile(size: int, most: int, least: int = 1) -> int:
     return max(least, min(most, triton.next_power_of_2(max(size, 1))))
 
 
+def step(most: int) -> int:
+    """Longest step along a dimension that a kernel sums, `most` on a GPU.
+
+    The interpreter's time goes by the number of steps, not by their size: longer ones there, though the loop remains.
+    """
+    return 64 if INTERPRETED else most
+
+
 def blocks(size: int, side: int) -> int:
     """How many tiles cover `size` elements."""
     return -(-size // side)
@@ -82,7 +92,7 @@ def blocks(size: int, side: int) -> int:
 
 def warps(elements: int) -> int:
     """Warps for a tile of so many elements: small tiles would leave most threads of a full block idle."""
-    return 1 if elements <= 256 else 2 if elements <= 1024 else 4
+    return 1 if elements <= 128 else 2 if elements <= 512 else 4
 
 
 def leading_size(tensors: Iterable[Tensor]) -> int:

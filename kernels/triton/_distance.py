@@ -55,7 +55,8 @@ def distance_tile(
     if METRIC == 1:
         return tl.sqrt(total)
     elif METRIC == 2:
-        norms = tl.maximum(tl.sqrt(q_squared), EPS)[:, None] * tl.maximum(tl.sqrt(n_squared), EPS)[None, :]
+        least = tl.full([1], EPS, ACC)  # a bare number would arrive rounded to float32
+        norms = tl.maximum(tl.sqrt(q_squared), least)[:, None] * tl.maximum(tl.sqrt(n_squared), least)[None, :]
         return 1 - total / norms
     elif METRIC == 3:
         return -total
@@ -64,12 +65,10 @@ def distance_tile(
 
 
 @triton.jit
-def row_norms(
-    x, row, rows, D, ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def row_norms(x, row, rows, D, ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """max(|x|, EPS) of the given rows of x `[rows, D]`."""
     squared = tl.zeros([BLOCK], ACC)
     for start in range(0, D, BLOCK_D):
         a = load_transposed(x, row, rows, D, start, ACC, BLOCK_D)
         squared += tl.sum(a * a, 0)
-    return tl.maximum(tl.sqrt(squared), EPS)
+    return tl.maximum(tl.sqrt(squared), tl.full([1], EPS, ACC))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmeta.kernels._common import blocks, launch, tile, triton_accumulator, warps
+from fastmeta.kernels._common import blocks, launch, step, tile, triton_accumulator, warps
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def means(embeddings: Tensor, labels: Tensor, num_classes: int, dtype: torch.dty
     """`class_prototypes` in `dtype`."""
     tasks, S, D = embeddings.shape
     out = embeddings.new_empty(tasks, num_classes, D, dtype=dtype)
-    side_s, side_n, side_d = tile(S, 8), tile(num_classes, 16), tile(D, 64)
+    side_s, side_n, side_d = tile(S, step(8)), tile(num_classes, 16), tile(D, 64)
     if embeddings.dtype == torch.float64:
         side_d = min(side_d, 32)
     launch(

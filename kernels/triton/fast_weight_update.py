@@ -64,7 +64,7 @@ def update_kernel(
                 value *= tl.load(rates[i] + _place(element, columns[i], MODES[i][2]), mask=mask, other=0).to(ACC)
             else:
                 # a float argument arrives in float32: its rest comes separately, for float64
-                value *= rate_high.to(ACC) + rate_low.to(ACC)
+                value *= tl.cast(rate_high, ACC) + tl.cast(rate_low, ACC)
             if HAS_BASE:
                 base = tl.load(bases[i] + _place(element, columns[i], MODES[i][0]), mask=mask, other=0).to(ACC)
                 value = base - value

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmeta.kernels._common import METRICS, accumulator, blocks, launch, tile, triton_accumulator, warps
+from fastmeta.kernels._common import METRICS, accumulator, blocks, launch, step, tile, triton_accumulator, warps
 from fastmeta.kernels._distance import EPS, distance_tile, load_transposed, row_norms
 
 
@@ -165,7 +165,7 @@ def distance_bwd_kernel(
 def distance_sides(Q: int, N: int, D: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Sides of the tile of a distance; in float64 the tile holds as many bytes."""
     most = 16 if dtype == torch.float64 else 32
-    return tile(Q, most), tile(N, most), tile(D, 8)
+    return tile(Q, most), tile(N, most), tile(D, step(8))
 
 
 def pairwise_distance(query: Tensor, prototypes: Tensor, metric: str) -> Tensor:
@@ -200,7 +200,7 @@ def distance_gradient(
     tasks, R, D = own.shape
     C = others.shape[1]
     double = accumulator(own.dtype) == torch.float64
-    side_r, side_c, side_d = tile(R, 8 if double else 16), tile(C, 8), tile(D, 64)
+    side_r, side_c, side_d = tile(R, 8 if double else 16), tile(C, step(8)), tile(D, 64)
     launch(
         distance_bwd_kernel,
         tasks * blocks(R, side_r) * blocks(D, side_d),

@@ -105,14 +105,15 @@ void tile(const Tile<T>& t, const Finish<T>& f) {
       FM_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] = combine<T, kCombine>(left, right[v], sum[r][v]);
     }
   }
-  if (last == W && f.then == Finish<T>::nothing) {
+  if (last == W && f.then <= Finish<T>::relu) {
+    const Vec<T> least = broadcast(f.then == Finish<T>::relu ? T(0) : -T(__builtin_inff()));
     FM_UNROLL for (int r = 0; r < kRows; ++r) {
       const Vec<T> start = f.row_start ? broadcast(f.row_start[t.i0 + r]) : Vec<T>{};
       FM_UNROLL for (int v = 0; v < kVectors; ++v) {
         T* out = t.c + r * t.ldc + v * W;
         Vec<T> x = sum[r][v] + start;
         if (f.add) x += load(out);
-        store(out, x);
+        store(out, maximum(least, x));
       }
     }
     return;

@@ -14,10 +14,10 @@ FM_INLINE Vec<double> power_of_two(IntVec<double> n) { return (Vec<double>)((n +
 template <class T>
 constexpr T kRound = sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0);
 
-template <class T>
-FM_INLINE Vec<T> polynomial(Vec<T> x, const T* coefficients, int n) {
+template <class T, int N>
+FM_INLINE Vec<T> polynomial(Vec<T> x, const T (&coefficients)[N]) {
   Vec<T> sum = broadcast(coefficients[0]);
-  FM_UNROLL for (int i = 1; i < n; ++i) sum = sum * x + broadcast(coefficients[i]);
+  FM_UNROLL for (int i = 1; i < N; ++i) sum = sum * x + broadcast(coefficients[i]);
   return sum;
 }
 
@@ -25,12 +25,12 @@ FM_INLINE Vec<T> polynomial(Vec<T> x, const T* coefficients, int n) {
 FM_INLINE Vec<float> exp_small(Vec<float> r) {
   constexpr float c[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                          4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-  return polynomial(r, c, 6) * (r * r) + r + 1.0f;
+  return polynomial(r, c) * (r * r) + r + 1.0f;
 }
 FM_INLINE Vec<double> exp_small(Vec<double> r) {
   constexpr double c[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
                           1.0 / 5040,       1.0 / 720,       1.0 / 120,      1.0 / 24,      1.0 / 6,      0.5};
-  return polynomial(r, c, 12) * (r * r) + r + 1.0;
+  return polynomial(r, c) * (r * r) + r + 1.0;
 }
 
 template <class T>
@@ -59,7 +59,7 @@ FM_INLINE Vec<float> logarithm(Vec<float> x) {
   constexpr float c[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
                          -1.6668057665e-1f, 2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
   const Vec<float> square = m * m;
-  const Vec<float> y = polynomial(m, c, 9) * m * square - e * 2.12194440e-4f - 0.5f * square;
+  const Vec<float> y = polynomial(m, c) * m * square - e * 2.12194440e-4f - 0.5f * square;
   const Vec<float> result = m + y + e * 0.693359375f;
   return x < __builtin_inff() ? result : x;
 }
@@ -73,7 +73,7 @@ FM_INLINE Vec<double> logarithm(Vec<double> x) {
                           2.222219843214978396e-01, 2.857142874366239149e-01, 3.999999999940941908e-01,
                           6.666666666666735130e-01};
   const Vec<double> s = f / (2.0 + f), z = s * s, half = 0.5 * f * f;
-  const Vec<double> r = polynomial(z, c, 7) * z;
+  const Vec<double> r = polynomial(z, c) * z;
   const Vec<double> result = e * 6.93147180369123816490e-01 - ((half - (s * (half + r) + e * 1.90821492927058770002e-10)) - f);
   return x < __builtin_inf() ? result : x;
 }
@@ -88,13 +88,13 @@ FM_INLINE Vec<float> tanh_small(Vec<float> x) {
   constexpr float c[] = {-5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f,
                          -3.33332819422e-1f};
   const Vec<float> z = x * x;
-  return polynomial(z, c, 5) * z * x + x;
+  return polynomial(z, c) * z * x + x;
 }
 FM_INLINE Vec<double> tanh_small(Vec<double> x) {
   constexpr double p[] = {-9.64399179425052238628e-1, -9.92877231001918586564e1, -1.61468768441708447952e3};
   constexpr double q[] = {1.0, 1.12811678491632931402e2, 2.23548839060100448583e3, 4.84406305325125486048e3};
   const Vec<double> z = x * x;
-  return x + x * z * (polynomial(z, p, 3) / polynomial(z, q, 4));
+  return x + x * z * (polynomial(z, p) / polynomial(z, q));
 }
 template <class T>
 FM_INLINE Vec<T> hyperbolic_tangent(Vec<T> x) {

@@ -1,0 +1,1 @@
+"""How fast, beside whom: workloads, contenders that do the same work, interleaved timing, rooflines, reports."""

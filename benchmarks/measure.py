@@ -1,0 +1,82 @@
+"""Interleaved timing: in every round each contender runs once, so that what disturbs the machine disturbs all alike."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+Contender = Callable[[], object]
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def check_equal(contenders: dict[str, Contender], rtol: float = 1e-3) -> None:
+    """All contenders return the same numbers, relative to their largest entry: unlike work is not timed.
+
+    Raises:
+        AssertionError: naming the contender that differs from the first.
+    """
+    results = {name: _tensors(run()) for name, run in contenders.items()}
+    first_name, first = next(iter(results.items()))
+    for name, tensors in results.items():
+        assert len(tensors) == len(first), f"{name} returns {len(tensors)} tensors, {first_name} {len(first)}"
+        for i, (a, b) in enumerate(zip(tensors, first, strict=True)):
+            assert a.shape == b.shape, f"{name}, result {i}: shape {list(a.shape)}, {first_name} {list(b.shape)}"
+            error = float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
+            assert error < rtol, f"{name}, result {i} differs from {first_name}: relative error {error:.1e}"
+
+
+def _tensors(value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value.detach()]
+    return [t for item in value for t in _tensors(item)]
+
+
+def interleaved(contenders: dict[str, Contender], seconds: float = 4.0, seed: int = 0) -> dict[str, list[float]]:
+    """Seconds per call of each contender, one figure a round, in a new random order each round.
+
+    A contender quicker than 2 ms runs several times a round, and the figure is the mean of those.
+    """
+    repeats = {}
+    for name, run in contenders.items():
+        for _ in range(2):
+            run()
+        synchronize()
+        once = _time(run, 1)
+        repeats[name] = max(1, min(100, int(2e-3 / max(once, 1e-9))))
+    order, shuffle = list(contenders), random.Random(seed).shuffle
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[order[0]]) < 5:
+        shuffle(order)
+        for name in order:
+            times[name].append(_time(contenders[name], repeats[name]))
+    return times
+
+
+def _time(run: Contender, repeats: int) -> float:
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median and quartiles, in milliseconds."""
+    quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return {
+        "median_ms": statistics.median(times) * 1e3,
+        "p25_ms": quartiles[0] * 1e3,
+        "p75_ms": quartiles[2] * 1e3,
+        "min_ms": min(times) * 1e3,
+        "rounds": len(times),
+    }

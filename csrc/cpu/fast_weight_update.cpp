@@ -1,0 +1,182 @@
+// fast_weight_update on CPU tensors: all tensors cut into blocks of like size, one parallel loop over the blocks.
+#include "tensors.h"
+
+#include <cstring>
+
+namespace fastmeta::cpu {
+namespace {
+
+constexpr const char* kOp = "fast_weight_update";
+constexpr int64_t kBlockElements = 1 << 15;
+constexpr int64_t kBlockColumns = 1 << 12;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t leading_size(std::initializer_list<const std::vector<Tensor>*> lists) {
+  int64_t tasks = 1;
+  for (const auto* list : lists)
+    for (const Tensor& t : *list) {
+      check_dims(kOp, t, 2);
+      if (t.size(0) != 1) tasks = t.size(0);
+    }
+  return tasks;
+}
+
+// How an operand repeats: row stride 0 for one row for all, `columns` false for one number for a whole row.
+struct Shape {
+  int64_t row = 0;
+  bool columns = false;
+};
+
+// One tensor of all tasks as rows by columns, in blocks. Where every operand is either whole or a single number, tasks
+// and columns are one long row.
+struct Grid {
+  int64_t rows, columns, row_block, column_block;
+  bool flat = true;
+
+  Grid(int64_t tasks, int64_t n, std::initializer_list<const Tensor*> operands) : rows(tasks), columns(n) {
+    for (const Tensor* t : operands) {
+      const bool whole = t->size(0) == tasks && t->size(1) == n, number = t->numel() == 1;
+      flat = flat && (whole || number);
+      STD_TORCH_CHECK((t->size(0) == tasks || t->size(0) == 1) && (t->size(1) == n || t->size(1) == 1), kOp, ": shape [",
+                      t->size(0), ", ", t->size(1), "] does not fit [", tasks, ", ", n, "]");
+    }
+    if (flat) {
+      rows = 1;
+      columns = tasks * n;
+    }
+    column_block = std::max<int64_t>(1, std::min(columns, rows == 1 ? kBlockElements : kBlockColumns));
+    row_block = std::max<int64_t>(1, kBlockElements / column_block);
+  }
+
+  Shape shape(const Tensor& t) const {
+    if (flat) return {columns, t.numel() == columns};
+    return {t.size(0) == 1 ? 0 : t.size(1), t.size(1) == columns};
+  }
+  int64_t row_blocks() const { return columns ? divide_up(rows, row_block) : 0; }
+  int64_t column_blocks() const { return divide_up(columns, column_block); }
+};
+
+std::vector<Tensor> fast_weight_update(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> lrs,
+                                       double lr) {
+  STD_TORCH_CHECK(params.size() == grads.size() && (lrs.empty() || lrs.size() == params.size()), kOp,
+                  ": needs one gradient, and one rate or none, per parameter");
+  const int64_t tasks = leading_size({&params, &grads, &lrs});
+  std::vector<Tensor> out;
+  out.reserve(params.size());
+  if (params.empty()) return out;
+  by_dtype(kOp, params[0], [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<UpdateItem<T>> items;
+    for (size_t i = 0; i < params.size(); ++i) {
+      const int64_t n = params[i].size(1);
+      out.push_back(new_tensor(params[i], {tasks, n}));
+      const Tensor& rate = lrs.empty() ? params[i] : lrs[i];
+      const Grid grid(tasks, n, {&params[i], &grads[i], &rate});
+      const Shape p = grid.shape(params[i]), g = grid.shape(grads[i]), l = lrs.empty() ? Shape{} : grid.shape(rate);
+      const T* param = data<T>(params[i]);
+      const T* grad = data<T>(grads[i]);
+      const T* rates = lrs.empty() ? nullptr : data<T>(rate);
+      T* to = mutable_data<T>(out[i]);
+      for (int64_t r = 0; grid.columns && r < grid.rows; r += grid.row_block)
+        for (int64_t c = 0; c < grid.columns; c += grid.column_block)
+          items.push_back({param + r * p.row + (p.columns ? c : 0), grad + r * g.row + (g.columns ? c : 0),
+                           rates ? rates + r * l.row + (l.columns ? c : 0) : nullptr, T(lr), p.row, g.row, l.row,
+                           p.columns, g.columns, l.columns, to + r * grid.columns + c, grid.columns,
+                           std::min(grid.row_block, grid.rows - r), std::min(grid.column_block, grid.columns - c)});
+    }
+    parallel(int64_t(items.size()), items.empty() ? 0 : items[0].rows * items[0].columns,
+             [&](int64_t i) { kernels<T>().update(items[size_t(i)]); });
+  });
+  return out;
+}
+
+// Where a gradient goes: straight to its tensor, or, where several blocks share an element, to one partial sum per
+// block row or column, added up afterwards in order.
+template <class T>
+struct Target {
+  Tensor tensor, partials;
+  T* out = nullptr;
+  int64_t size = 0, parts = 1, column_blocks = 1;
+  Shape shape;
+  bool sum_rows = false;
+
+  Target() = default;
+  Target(const Tensor& like, const Grid& grid) : tensor(torch::stable::new_empty(like, like.sizes())) {
+    size = like.numel();
+    shape = grid.shape(like);
+    sum_rows = !grid.flat && like.size(0) == 1;
+    column_blocks = shape.columns ? 1 : grid.column_blocks();
+    parts = (sum_rows ? grid.row_blocks() : 1) * column_blocks;
+    out = mutable_data<T>(tensor);
+    if (parts > 1) {
+      partials = new_tensor(like, {parts * size});
+      out = mutable_data<T>(partials);
+    } else if (grid.rows * grid.columns == 0 && size > 0) {
+      std::memset(out, 0, size_t(size) * sizeof(T));
+    }
+  }
+  T* at(const Grid& grid, int64_t r, int64_t c) const {
+    if (out == nullptr) return nullptr;
+    const int64_t part = (sum_rows ? r / grid.row_block * column_blocks : 0) + (shape.columns ? 0 : c / grid.column_block);
+    return out + (parts > 1 ? part * size : 0) + r * shape.row + (shape.columns ? c : 0);
+  }
+};
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> fast_weight_update_bwd(std::vector<Tensor> grad_outs,
+                                                                            std::vector<Tensor> grads,
+                                                                            std::vector<Tensor> lrs, double lr,
+                                                                            int64_t needs) {
+  STD_TORCH_CHECK(grad_outs.size() == grads.size() && (lrs.empty() || lrs.size() == grads.size()), kOp,
+                  ": needs one gradient, and one rate or none, per output gradient");
+  const int64_t tasks = leading_size({&grad_outs, &grads, &lrs});
+  std::vector<Tensor> d_grads, d_lrs;
+  if (grads.empty()) return {d_grads, d_lrs};
+  by_dtype(kOp, grads[0], [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<UpdateGradientItem<T>> items;
+    std::vector<Target<T>> targets;
+    for (size_t i = 0; i < grads.size(); ++i) {
+      const int64_t n = grads[i].size(1);
+      const Tensor& rate = lrs.empty() ? grads[i] : lrs[i];
+      const Grid grid(tasks, n, {&grad_outs[i], &grads[i], &rate});
+      const Shape g = grid.shape(grads[i]), l = lrs.empty() ? Shape{} : grid.shape(rate);
+      const Target<T> d_grad = needs & 1 ? Target<T>(grads[i], grid) : Target<T>();
+      const Target<T> d_lr = (needs & 2) && !lrs.empty() ? Target<T>(rate, grid) : Target<T>();
+      d_grads.push_back(needs & 1 ? d_grad.tensor : new_tensor(grads[i], {0}));
+      if (!lrs.empty()) d_lrs.push_back(needs & 2 ? d_lr.tensor : new_tensor(rate, {0}));
+      const T* out = data<T>(grad_outs[i]);
+      const T* grad = data<T>(grads[i]);
+      const T* rates = lrs.empty() ? nullptr : data<T>(rate);
+      for (int64_t r = 0; grid.columns && r < grid.rows; r += grid.row_block)
+        for (int64_t c = 0; c < grid.columns; c += grid.column_block)
+          items.push_back({out + r * grid.columns + c, grid.columns, grad + r * g.row + (g.columns ? c : 0),
+                           rates ? rates + r * l.row + (l.columns ? c : 0) : nullptr, T(lr), g.row, l.row, g.columns,
+                           l.columns, d_grad.at(grid, r, c), d_lr.at(grid, r, c), d_grad.shape.row, d_lr.shape.row,
+                           std::min(grid.row_block, grid.rows - r), std::min(grid.column_block, grid.columns - c)});
+      if (d_grad.parts > 1) targets.push_back(d_grad);
+      if (d_lr.parts > 1) targets.push_back(d_lr);
+    }
+    parallel(int64_t(items.size()), items.empty() ? 0 : items[0].rows * items[0].columns,
+             [&](int64_t i) { kernels<T>().update_gradient(items[size_t(i)]); });
+    for (const Target<T>& target : targets) {
+      constexpr int64_t kColumns = 1024;
+      T* to = mutable_data<T>(target.tensor);
+      parallel(divide_up(target.size, kColumns), target.parts * kColumns, [&](int64_t i) {
+        const int64_t start = i * kColumns;
+        kernels<T>().sum_partials(target.out + start, target.parts, target.size, to + start,
+                                  std::min(kColumns, target.size - start));
+      });
+    }
+  });
+  return {d_grads, d_lrs};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastmeta_native, CPU, m) {
+  m.impl("fast_weight_update", TORCH_BOX(&fast_weight_update));
+  m.impl("fast_weight_update_bwd", TORCH_BOX(&fast_weight_update_bwd));
+}
+
+}  // namespace fastmeta::cpu

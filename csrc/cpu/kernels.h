@@ -1,0 +1,140 @@
+// What an instruction set offers: one table of functions per scalar type, and the plain arguments they take.
+//
+// Arguments hold no tensors: the torch side (csrc/cpu/<op>.cpp) allocates and splits the work, a kernel
+// (csrc/cpu/<op>_kernel.h) does one item of it with scratch of its own thread.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace fastmeta::cpu {
+
+enum Metric : int64_t { kSqeuclidean, kEuclidean, kCosine, kDot, kManhattan, kMetrics };
+enum Activation : int64_t { kIdentity, kRelu, kTanh, kSigmoid, kSilu, kGelu, kSine, kActivations };
+
+// 64-byte aligned memory of the calling thread, valid until its next call; grows, and stays for the next op.
+void* thread_scratch(size_t bytes);
+
+// One tensor of `fast_weight_update`, rows [begin_row, end_row) by columns [begin, end). A stride of 0 repeats.
+template <class T>
+struct UpdateItem {
+  const T* param;
+  const T* grad;
+  const T* lr;  // null: `rate`
+  T rate;
+  int64_t param_row, grad_row, lr_row;
+  bool param_column, grad_column, lr_column;  // false: one number for all columns
+  T* out;
+  int64_t out_row;
+  int64_t rows, columns;
+};
+
+// The backward of the same: d_grad = -lr * out_grad, d_lr = -out_grad * grad, summed over the rows of the item where
+// their row stride is 0, over its columns where the column is false. Null where not needed.
+template <class T>
+struct UpdateGradientItem {
+  const T* out_grad;
+  int64_t out_row;
+  const T* grad;
+  const T* lr;
+  T rate;
+  int64_t grad_row, lr_row;
+  bool grad_column, lr_column;
+  T* d_grad;
+  T* d_lr;
+  int64_t d_grad_row, d_lr_row;  // 0: summed over the rows of this item
+  int64_t rows, columns;
+};
+
+// One task, or a range of its columns: x [support, width], row stride ld.
+template <class T>
+struct PrototypeItem {
+  const T* x;  // embeddings, or the gradient of the prototypes in the backward
+  const int64_t* labels;
+  int64_t support, classes, width, ld;
+  T* out;
+};
+
+// Queries [rows, width] of one task against its prototypes [classes, width].
+template <class T>
+struct DistanceItem {
+  const T* query;
+  const T* prototypes;
+  int64_t rows, classes, width;
+  int64_t metric;
+  T* out;  // [rows, classes]
+  const T* grad;  // backward: [rows, classes]
+  T* d_query;  // null: not needed
+  T* d_prototypes;  // null: not needed; written, not added to
+};
+
+// One task with a range of its queries.
+template <class T>
+struct LossItem {
+  const T* support;
+  const int64_t* support_labels;
+  const T* query;
+  const int64_t* query_labels;
+  int64_t support_rows, query_rows, classes, width;
+  int64_t metric;
+  T* loss;      // sums over this item's queries
+  T* accuracy;
+  T grad;  // backward: of the sum of losses
+  T* d_query;
+  T* d_prototypes;  // [classes, width] partial sum of this item; null: spread to d_support here
+  T* d_support;
+};
+
+constexpr int64_t kMaxLayers = 64;
+
+// Rows [first_row, first_row + rows) of one task through a net. Pointers are of this task.
+template <class T>
+struct MlpItem {
+  int64_t layers;
+  const int64_t* widths;  // layers + 1
+  int64_t activation;
+  int64_t rows;
+  const T* x;
+  const T* const* weights;
+  const T* const* biases;  // null: none
+  T* out;
+  const T* grad;  // backward: [rows, last width]
+  T* dx;  // null: not needed
+  bool add_dx;
+  T* const* d_weights;  // null: not needed
+  T* const* d_biases;
+  const bool* add_weights;  // per layer: += instead of =
+  const bool* add_biases;
+};
+
+template <class T>
+struct Kernels {
+  void (*update)(const UpdateItem<T>&);
+  void (*update_gradient)(const UpdateGradientItem<T>&);
+  void (*prototypes)(const PrototypeItem<T>&);
+  void (*prototypes_gradient)(const PrototypeItem<T>&);
+  void (*distances)(const DistanceItem<T>&);
+  void (*distances_gradient)(const DistanceItem<T>&);
+  void (*loss)(const LossItem<T>&);
+  void (*loss_gradient)(const LossItem<T>&);
+  void (*mlp)(const MlpItem<T>&);
+  void (*mlp_gradient)(const MlpItem<T>&);
+  void (*sum_partials)(const T* from, int64_t parts, int64_t part_stride, T* to, int64_t n);
+};
+
+struct Isa {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+// The tables that were built, and the one in use: the best this processor has, or a lower one by FASTMETA_CPU_ISA.
+extern const Isa kBaseline;
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define FASTMETA_X86 1
+extern const Isa kAvx2;
+extern const Isa kAvx512;
+#endif
+const Isa& isa();
+
+}  // namespace fastmeta::cpu

@@ -1,0 +1,81 @@
+// The torch side's few helpers: allocation, dtype dispatch, how work is split over threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <numeric>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastmeta::cpu {
+
+using torch::stable::Tensor;
+
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()});
+}
+inline Tensor new_like(const Tensor& like, bool needed) {
+  return needed ? torch::stable::new_empty(like, like.sizes()) : new_tensor(like, {0});
+}
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+template <class T>
+const Kernels<T>& kernels() {
+  if constexpr (sizeof(T) == 4)
+    return isa().f32;
+  else
+    return isa().f64;
+}
+
+// f(float{}) or f(double{}), by the dtype of `t`.
+template <class F>
+void by_dtype(const char* op, const Tensor& t, const F& f) {
+  const auto dtype = t.scalar_type();
+  if (dtype == torch::headeronly::ScalarType::Float) return f(float{});
+  STD_TORCH_CHECK(dtype == torch::headeronly::ScalarType::Double, op, ": the CPU kernels take float32 and float64");
+  f(double{});
+}
+
+inline void check_dims(const char* op, const Tensor& t, int64_t dims) {
+  STD_TORCH_CHECK(t.is_contiguous() && t.dim() == dims, op, ": expects contiguous tensors of ", dims,
+                  " dimensions here, got ", t.dim());
+}
+
+// items [0, n) over the threads; a thread gets no fewer than about `kWorth` operations, `cost` being those of an item
+constexpr int64_t kWorth = 50000;
+template <class F>
+void parallel(int64_t n, int64_t cost, const F& f) {
+  if (n <= 0) return;
+  const int64_t grain = cost > 0 ? (kWorth + cost - 1) / cost : n;
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+// Into how many ranges to split the rows of each of T tasks, so that all threads have the same number of ranges when
+// there are too few tasks to even them out. Depends on the number of threads: so may the last bits of a sum.
+inline int64_t row_parts(int64_t tasks, int64_t rows, int64_t least_rows) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (tasks == 0 || tasks >= 4 * threads || tasks % threads == 0) return 1;
+  const int64_t wanted = threads / std::gcd(tasks, threads);
+  return std::max<int64_t>(1, std::min(wanted, rows / least_rows));
+}
+struct Range {
+  int64_t begin, end;
+};
+inline Range part(int64_t n, int64_t parts, int64_t i) { return {n * i / parts, n * (i + 1) / parts}; }
+
+}  // namespace fastmeta::cpu

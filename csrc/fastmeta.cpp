@@ -1,0 +1,34 @@
+// The native extension: schemas of all ops. Importing the module loads the library, which registers its kernels.
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastmeta_native, m) {
+  m.def("fast_weight_update(Tensor[] params, Tensor[] grads, Tensor[] lrs, float lr) -> Tensor[]");
+  m.def(
+      "fast_weight_update_bwd(Tensor[] grad_outs, Tensor[] grads, Tensor[] lrs, float lr, int needs) "
+      "-> (Tensor[], Tensor[])");
+  m.def("class_prototypes(Tensor embeddings, Tensor labels, int num_classes) -> Tensor");
+  m.def("class_prototypes_bwd(Tensor grad, Tensor labels) -> Tensor");
+  m.def("pairwise_distance(Tensor query, Tensor prototypes, int metric) -> Tensor");
+  m.def(
+      "pairwise_distance_bwd(Tensor grad, Tensor query, Tensor prototypes, int metric, int needs) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "prototypical_loss(Tensor support, Tensor support_labels, Tensor query, Tensor query_labels, int num_classes, "
+      "int metric) -> (Tensor, Tensor)");
+  m.def(
+      "prototypical_loss_bwd(Tensor grad_loss, Tensor support, Tensor support_labels, Tensor query, "
+      "Tensor query_labels, int num_classes, int metric, int needs) -> (Tensor, Tensor)");
+  m.def("functional_mlp(Tensor x, Tensor[] weights, Tensor[] biases, int activation) -> Tensor");
+  m.def(
+      "functional_mlp_bwd(Tensor grad, Tensor x, Tensor[] weights, Tensor[] biases, int activation, int needs) "
+      "-> (Tensor, Tensor[], Tensor[])");
+}
+
+extern "C" PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", "Kernels of fastmeta, registered as torch.ops.fastmeta_native", -1, nullptr,
+      nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,5 @@
+"""``python -m fastmeta``."""
+
+from fastmeta.cli import main
+
+main()

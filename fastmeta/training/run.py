@@ -1,0 +1,183 @@
+"""From a :class:`RunConfig` to a trainer, and from a checkpoint back to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..algorithms import MAML, ProtoNet
+from ..nn import conv4, mlp
+from ..tasks import make_tasks
+from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load_checkpoint
+from .config import RunConfig
+from .evaluate import Evaluation, evaluate
+from .loop import Reporter, TaskSource, Trainer, load_model
+
+# What may differ when a run goes on: none of it changes what a step computes, beyond rounding.
+MAY_CHANGE = ("iterations", "minutes", "device", "data_root", "threads", "engine", "task_chunk", "eval_every", "eval_tasks", "save_every")
+_VALIDATION_SEED = 1_000_003  # not a seed that a user is likely to train with
+
+
+def prepare(config: RunConfig) -> torch.device:
+    """Set what is global in PyTorch (threads, deterministic convolutions) and return the device. Raises ValueError."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch built without a device's support raises AssertionError
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def build_tasks(config: RunConfig, split: str, device: torch.device, **changed: int | None) -> TaskSource:
+    """The config's tasks of one split (``"train"``, ``"val"`` or ``"test"``); ``changed`` replaces ways, shots or query_shots."""
+    prefix = "train_" if split == "train" else ""
+    sizes = {name: getattr(config, prefix + name) for name in ("ways", "shots", "query_shots")}
+    sizes |= {name: value for name, value in changed.items() if value is not None}
+    return make_tasks(config.data, split, **sizes, device=device, data_root=config.data_root, seed=config.seed)
+
+
+def build_algorithm(config: RunConfig, tasks: TaskSource, device: torch.device) -> nn.Module:
+    """The config's algorithm with newly initialised weights, which depend on ``config.seed`` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        algorithm = _maml(config, tasks) if config.algorithm == "maml" else _protonet(config, tasks)
+    return algorithm.to(device)
+
+
+def _maml(config: RunConfig, tasks: TaskSource) -> MAML:
+    size, channels = _input(tasks)
+    if config.model == "conv4":
+        # Batch statistics in eval mode too: adaptation never updates running ones.
+        body = conv4(channels, config.hidden[0], track_running_stats=False)
+        model = nn.Sequential(*body, nn.Linear(_features(body, tasks), tasks.output_size))
+    else:
+        model = mlp([size, *config.hidden, tasks.output_size])
+    return MAML(
+        model,
+        inner_lr=config.inner_lr,
+        inner_steps=config.inner_steps,
+        first_order=config.first_order,
+        loss="mse" if tasks.kind == "regression" else "cross_entropy",
+        engine=config.engine,
+        task_chunk=config.task_chunk,
+    )
+
+
+def _protonet(config: RunConfig, tasks: TaskSource) -> ProtoNet:
+    size, channels = _input(tasks)
+    encoder = conv4(channels, config.hidden[0]) if config.model == "conv4" else mlp([size, *config.hidden])
+    return ProtoNet(encoder, metric=config.metric, ways=config.train_ways)
+
+
+def _input(tasks: TaskSource) -> tuple[int, int]:
+    shape = tuple(tasks.input_shape)
+    return torch.Size(shape).numel(), shape[0]
+
+
+def _features(body: nn.Module, tasks: TaskSource) -> int:
+    with torch.no_grad():
+        return body(torch.zeros(2, *tasks.input_shape)).shape[1]
+
+
+def validator(config: RunConfig, algorithm: nn.Module, device: torch.device) -> Callable[..., Evaluation | None]:
+    """What a trainer calls to validate: the same ``config.eval_tasks`` held-out tasks every time."""
+    tasks = build_tasks(config, "val", device)
+    steps = config.eval_inner_steps if hasattr(algorithm, "inner_steps") else None
+    episodes = config.eval_tasks
+    return lambda stop: evaluate(algorithm, tasks, episodes=episodes, inner_steps=steps, seed=_VALIDATION_SEED, stop=stop)
+
+
+def build_trainer(config: RunConfig, folder: str | Path | None, reporters: tuple[Reporter, ...] = ()) -> Trainer:
+    """A trainer at step 0 that saves into ``folder`` (None: nowhere)."""
+    device = prepare(config)
+    tasks = build_tasks(config, "train", device)
+    algorithm = build_algorithm(config, tasks, device)
+    torch.manual_seed(config.seed)  # for what draws from the global generators while training, such as dropout
+    return Trainer(
+        algorithm,
+        tasks,
+        task_batch=config.task_batch,
+        outer_lr=config.outer_lr,
+        lr_schedule=config.lr_schedule,
+        lr_halve_every=config.lr_halve_every,
+        iterations=config.iterations,
+        minutes=config.minutes,
+        validate=validator(config, algorithm, device) if config.eval_every else None,
+        eval_every=config.eval_every,
+        checkpoints=CheckpointFolder(folder) if folder is not None else None,
+        save_every=config.save_every,
+        record={"config": config.as_json()},
+        seed=config.seed,
+        reporters=reporters,
+    )
+
+
+def config_of(checkpoint: Checkpoint) -> RunConfig:
+    """The settings that ``checkpoint`` was trained with. Raises CheckpointError if there are none."""
+    try:
+        return RunConfig.from_json(checkpoint.record["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path}: no settings that this version can read ({error})") from error
+
+
+def resumed_config(checkpoint: Checkpoint, given: dict[str, Any]) -> RunConfig:
+    """The run's own settings with what is ``given`` anew. Raises ValueError for a change that would make it another run."""
+    config = config_of(checkpoint)
+    changed = {key: value for key, value in given.items() if value is not None and value != getattr(config, key)}
+    refused = [f"{key} {getattr(config, key)!r} to {changed[key]!r}" for key in changed if key not in MAY_CHANGE]
+    if refused:
+        raise ValueError(
+            f"--resume cannot change {', '.join(refused)}; only {', '.join(MAY_CHANGE)} may change. Start a new run for that"
+        )
+    return dataclasses.replace(config, **changed)
+
+
+def find_checkpoint(path: str | Path, *, newest: bool = False) -> Checkpoint:
+    """The checkpoint at ``path``: a file of one, or a run's folder, whose best one is taken (or its newest)."""
+    path = Path(path)
+    if path.is_dir():
+        folder = CheckpointFolder(path)
+        return folder.newest()[0] if newest else folder.best()
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    return load_checkpoint(path)
+
+
+def load_for_evaluation(
+    checkpoint: Checkpoint,
+    split: str = "test",
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    data_root: str | Path | None = None,
+    ways: int | None = None,
+    shots: int | None = None,
+    query_shots: int | None = None,
+) -> tuple[RunConfig, nn.Module, TaskSource]:
+    """A checkpoint's settings, its trained algorithm, and tasks of ``split`` to judge it on, by default as it was validated.
+
+    Raises CheckpointError if the checkpoint does not fit, ValueError for ``ways`` that the model cannot serve.
+    """
+    config = config_of(checkpoint)
+    if config.algorithm == "maml" and ways is not None and ways != config.ways:
+        raise ValueError(f"ways must be {config.ways}, got {ways}: this maml was trained with one output per class")
+    if data_root is not None:
+        config = dataclasses.replace(config, data_root=str(data_root))
+    config = dataclasses.replace(config, device=device, threads=threads)
+    where = prepare(config)
+    sizes = {"ways": ways, "shots": shots, "query_shots": query_shots}
+    sizes = {name: value or getattr(config, name) for name, value in sizes.items()}
+    tasks = build_tasks(config, split, where, **sizes)
+    algorithm = build_algorithm(config, tasks, where)
+    load_model(algorithm, checkpoint)
+    return config, algorithm, tasks

@@ -1,0 +1,174 @@
+"""The Triton kernels compile for real GPUs: no GPU needed, no spilled registers, shared memory that every chip has.
+
+Every kernel file names representative calls (`aot`). They are run on tensors without memory, launches are recorded in
+place of being run, and what they would have compiled is compiled. So tile sizes are those that the launchers choose.
+"""
+
+import importlib
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CAPABILITIES = (80, 90, 100)
+DTYPES = ("float32", "bfloat16")
+# bytes that a block may have on the smallest GPU of compute capability 8 or later
+SHARED_MEMORY = 99 * 1024
+
+
+def _type_of(argument) -> str:
+    import torch
+
+    if isinstance(argument, torch.Tensor):
+        return "*" + {"float32": "fp32", "float64": "fp64", "float16": "fp16", "bfloat16": "bf16", "int64": "i64"}[
+            str(argument.dtype).removeprefix("torch.")
+        ]
+    if isinstance(argument, float):
+        return "fp32"
+    # as at a real launch, an integer 1 is compiled in
+    return "constexpr" if argument == 1 else "i32" if abs(argument) < 2**31 else "i64"
+
+
+def _leaves(value, path):
+    if isinstance(value, tuple):
+        for i, element in enumerate(value):
+            yield from _leaves(element, (*path, i))
+    else:
+        yield path, value
+
+
+def _nested(value):
+    return tuple(_nested(v) for v in value) if isinstance(value, tuple) else _type_of(value)
+
+
+def _source(launch):
+    """What a launch would hand to the compiler."""
+    from triton.compiler import ASTSource
+
+    names = launch.kernel.arg_names
+    signature = dict(zip(names, map(_nested, launch.arguments), strict=False))
+    constants = {(names.index(name),): value for name, value in launch.constants.items()}
+    signature.update(dict.fromkeys(launch.constants, "constexpr"))
+    assert list(signature) == list(names), launch.kernel.__name__
+    aligned = {}
+    for path, value in _leaves(launch.arguments, ()):
+        if isinstance(value, int) and value == 1:
+            constants[path] = 1
+        elif not isinstance(value, (int, float)) or (isinstance(value, int) and value % 16 == 0):
+            aligned[path] = [["tt.divisibility", 16]]
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
+
+
+def _launches(dtype: str):
+    """`{description: launch}` of the representative calls of all ops, each different compilation once."""
+    import torch
+
+    from fastmeta.kernels import OPS, _common
+
+    found = {}
+    for op in OPS:
+        module = importlib.import_module(f"fastmeta.kernels.{op}")
+
+        def new(*shape, dtype=getattr(torch, dtype)):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        with _common.record_launches() as launches:
+            module.aot(new)
+        for launch in launches:
+            types = [_type_of(v) + "/16" * (isinstance(v, int) and v % 16 == 0) for _, v in _leaves(launch.arguments, ())]
+            constants = " ".join(f"{k}={v}" for k, v in launch.constants.items())
+            found.setdefault(f"{launch.kernel.__name__}({', '.join(types)}) {constants} warps={launch.num_warps}", launch)
+    return found
+
+
+def _compile(dtype: str, description: str, capability: int) -> dict:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    launch = _launches(dtype)[description]
+    compiled = triton.compile(
+        _source(launch), target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps}
+    )
+    return {
+        "kernel": description,
+        "dtype": dtype,
+        "capability": capability,
+        "shared": compiled.metadata.shared,
+        **_resources(compiled.asm["cubin"]),
+    }
+
+
+def _resources(cubin: bytes) -> dict:
+    """Registers and stack of a kernel, from the tool that comes with Triton; nothing where it is absent."""
+    import tempfile
+
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        return {}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    return {"registers": int(found[1]), "stack": int(found[2]) + int(found[3])} if found else {}
+
+
+def _kernels() -> list[str]:
+    """Names of all functions in the package that a launch may name: those that ask for their program's number."""
+    import pkgutil
+
+    import fastmeta.kernels
+
+    names = []
+    for info in pkgutil.iter_modules(fastmeta.kernels.__path__):
+        module = importlib.import_module(f"fastmeta.kernels.{info.name}")
+        for name, value in vars(module).items():
+            source = getattr(value, "fn", None)
+            if inspect.isfunction(source) and source.__module__ == module.__name__ and "tl.program_id" in value.src:
+                names.append(name)
+    return sorted(set(names))
+
+
+def _report() -> dict:
+    """Compile everything on all cores; what the subprocess prints."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    tasks = [(dtype, what, sm) for dtype in DTYPES for what in _launches(dtype) for sm in CAPABILITIES]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(_compile, *zip(*tasks, strict=True)))
+    return {"kernels": _kernels(), "rows": rows}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    pytest.importorskip("triton", reason="triton is not installed")
+    # kernels imported under the interpreter cannot be compiled: a process of its own, and a cache of its own
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-8000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_every_kernel_is_compiled(report):
+    compiled = {row["kernel"].split("(")[0] for row in report["rows"]}
+    assert compiled == set(report["kernels"]), "kernels without a representative call in their file's `aot`"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_shared_memory_fits_and_no_register_is_spilled(report, capability):
+    rows = [row for row in report["rows"] if row["capability"] == capability]
+    assert rows
+    assert not [row for row in rows if row["shared"] > SHARED_MEMORY]
+    assert not [row for row in rows if row.get("stack")]
+
+
+if __name__ == "__main__":
+    print(json.dumps(_report()))
