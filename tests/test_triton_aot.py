@@ -90,9 +90,11 @@ def _compile(dtype: str, description: str, capability: int) -> dict:
     import triton
     from triton.backends.compiler import GPUTarget
 
+    from fastmeta.kernels._common import OPTIONS
+
     launch = _launches(dtype)[description]
     compiled = triton.compile(
-        _source(launch), target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps}
+        _source(launch), target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps, **OPTIONS}
     )
     return {
         "kernel": description,

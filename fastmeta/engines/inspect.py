@@ -60,6 +60,7 @@ class _Refused(Exception):
 _seen: WeakKeyDictionary[nn.Module, tuple[tuple, MLPSpec | str]] = WeakKeyDictionary()
 
 
+# torch.compile takes the answer for a constant: the layers of a model that is compiled already must not be replaced
 @torch.compiler.assume_constant_result
 def mlp_spec(model: nn.Module) -> MLPSpec | str:
     """The module's `MLPSpec`, or a sentence that says why it has none. Remembered until its layers change."""

@@ -75,9 +75,9 @@ def backward_backward(args, grads, needs):
         gl = gg_lrs[i] if lrs and first_needs & 2 else None
         zero = torch.zeros_like(out)
         d_outs.append(zero + (0 if gg is None else -rate * gg) + (0 if gl is None else -gl * g))
-        d_grads.append(torch.zeros_like(g) if gl is None else _sum_to(-gl * out, g))
+        d_grads.append(None if gl is None else _sum_to(-gl * out, g))
         if lrs:
-            d_lrs.append(torch.zeros_like(rate) if gg is None else _sum_to(-gg * out, rate))
+            d_lrs.append(None if gg is None else _sum_to(-gg * out, rate))
     return d_outs, d_grads, d_lrs
 
 

@@ -21,6 +21,9 @@ ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid", "silu", "gelu", "sine")
 
 # launching ------------------------------------------------------------------------------------------------------
 
+# multiply and add in one rounding; the default differs between versions of Triton
+OPTIONS = {"enable_fp_fusion": True}
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -66,7 +69,7 @@ def launch(kernel, programs: int, *arguments, num_warps: int = 4, **constants) -
     device = next(_tensors(arguments)).device
     other = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if other else nullcontext():
-        kernel[(programs,)](*arguments, num_warps=num_warps, **constants)
+        kernel[(programs,)](*arguments, num_warps=num_warps, **OPTIONS, **constants)
 
 
 # sizes and types ------------------------------------------------------------------------------------------------

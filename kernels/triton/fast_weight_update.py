@@ -207,7 +207,7 @@ def _example(new, tasks, shared, rate):
 
 def aot(new):
     """Representative calls, for compilation ahead of time; `new(*shape)` makes a tensor."""
-    for shared, rate in (("p", ""), ("", "element"), ("", "one"), ("g", "task")):
+    for shared, rate in (("p", ""), ("", "element"), ("g", "one")):
         params, grads, lrs, outs = _example(new, 1000, shared, rate)
         fast_weight_update(params, grads, lrs, 0.1)
         fast_weight_update_bwd(outs, grads, lrs, 0.1, 3)

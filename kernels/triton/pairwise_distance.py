@@ -264,8 +264,12 @@ def pairwise_distance_bwd(
 
 def aot(new):
     """Representative calls, for compilation ahead of time; `new(*shape)` makes a tensor."""
-    for metric in METRICS:
-        for T, Q, N, D in ((64, 300, 20, 64),) + ((3, 7, 5, 17),) * (metric in ("euclidean", "cosine")):
-            query, prototypes = new(T, Q, D), new(T, N, D)
-            pairwise_distance(query, prototypes, metric)
-            pairwise_distance_bwd(new(T, Q, N), query, prototypes, metric, 3)
+    for metric, T, Q, N, D in (
+        ("euclidean", 64, 300, 20, 64),
+        ("manhattan", 64, 300, 20, 64),
+        ("cosine", 64, 300, 20, 64),
+        ("cosine", 3, 7, 5, 17),
+    ):
+        query, prototypes = new(T, Q, D), new(T, N, D)
+        pairwise_distance(query, prototypes, metric)
+        pairwise_distance_bwd(new(T, Q, N), query, prototypes, metric, 3)

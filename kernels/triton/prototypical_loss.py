@@ -246,15 +246,11 @@ def prototypical_loss_bwd(
 
 def aot(new):
     """Representative calls, for compilation ahead of time; `new(*shape)` makes a tensor."""
-    for metric in METRICS:
-        for T, S, Q, N, D in ((64, 100, 300, 20, 64),) + ((1000, 5, 15, 5, 1600),) * (metric == "sqeuclidean"):
-            inputs = (
-                new(T, S, D),
-                new(T, S, dtype=torch.int64),
-                new(T, Q, D),
-                new(T, Q, dtype=torch.int64),
-                N,
-                metric,
-            )
-            prototypical_loss(*inputs)
-            prototypical_loss_bwd(new(T), *inputs, 3)
+    for metric, T, S, Q, N, D in (
+        ("sqeuclidean", 64, 100, 300, 20, 64),
+        ("cosine", 64, 100, 300, 20, 64),
+        ("dot", 1000, 5, 15, 5, 1600),
+    ):
+        support, query = (new(T, S, D), new(T, S, dtype=torch.int64)), (new(T, Q, D), new(T, Q, dtype=torch.int64))
+        prototypical_loss(*support, *query, N, metric)
+        prototypical_loss_bwd(new(T), *support, *query, N, metric, 3)
