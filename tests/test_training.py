@@ -43,7 +43,8 @@ def glyphs(**changed):
 
 
 def state(trainer):
-    moments = [value for entry in trainer.optimizer.state_dict()["state"].values() for value in entry.values()]
+    optimizer = trainer.optimizer.state_dict()["state"]
+    moments = [optimizer[index][key] for index in sorted(optimizer) for key in sorted(optimizer[index])]
     return [*trainer.algorithm.state_dict().values(), *moments, trainer.generator.get_state()]
 
 

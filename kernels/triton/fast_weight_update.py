@@ -197,7 +197,7 @@ def programs(tasks: int, sizes: list[int]) -> int:
 
 
 def _example(new, tasks, shared, rate):
-    sizes = (40, 40, 1600, 40, 40, 1)
+    sizes = (1600, 40, 1)
     params = [new(1 if "p" in shared else tasks, n) for n in sizes]
     grads = [new(1 if "g" in shared else tasks, n) for n in sizes]
     rates = {"": None, "one": (1, False), "task": (tasks, False), "element": (1, True)}[rate]

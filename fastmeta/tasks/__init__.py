@@ -1,0 +1,75 @@
+"""Where tasks come from: samplers that live on the training device and draw whole task batches at once."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+from fastmeta.tasks.batch import TaskBatch
+from fastmeta.tasks.episodes import EpisodeSampler
+from fastmeta.tasks.glyphs import glyphs
+from fastmeta.tasks.omniglot import PARTITIONS, omniglot
+from fastmeta.tasks.sinusoid import SinusoidTasks
+
+__all__ = ["NAMES", "SPLITS", "EpisodeSampler", "SinusoidTasks", "TaskBatch", "glyphs", "make_tasks", "omniglot"]
+
+NAMES = ("sinusoid", "glyphs", "omniglot")
+SPLITS = ("train", "val", "test")
+
+
+def make_tasks(
+    name: str,
+    split: str = "train",
+    *,
+    ways: int | None = None,
+    shots: int | None = None,
+    query_shots: int | None = None,
+    device: str = "cpu",
+    data_root: str | PathLike | None = None,
+    seed: int = 0,
+    partition: str = "vinyals",
+):
+    """A source of tasks by name.
+
+    Args:
+        name: "sinusoid" (regression), "glyphs" (drawn here, no network) or "omniglot" (real).
+        split: "train", "val" or "test"; their classes are disjoint. Sinusoids have no splits: all are one distribution.
+        ways: N, classes per task, 5 by default. Not for sinusoids.
+        shots: support examples per class, 1 by default; of a sinusoid, 10.
+        query_shots: query examples per class, 15 by default; of a sinusoid, 10.
+        device: where the data lies and the tasks are drawn.
+        data_root: folder of real data; see `omniglot`.
+        seed: of the glyphs' classes.
+        partition: of Omniglot's characters, "vinyals" or "1200".
+
+    Returns:
+        An object with `sample(num_tasks, generator=None) -> TaskBatch`, `kind`, `input_shape` and `output_size`.
+
+    Raises:
+        ValueError: an unknown name, split or partition; more ways, shots or query shots than the data has.
+    """
+    _choice("name", name, NAMES)
+    _choice("split", split, SPLITS)
+    if name == "sinusoid":
+        return SinusoidTasks(shots=_or(shots, 10), query_shots=_or(query_shots, 10), device=device)
+    if name == "glyphs":
+        images = glyphs(split, seed)
+    else:
+        _choice("partition", partition, PARTITIONS)
+        images = omniglot(split, partition, data_root)
+    return EpisodeSampler(
+        images.to(device),
+        ways=_or(ways, 5),
+        shots=_or(shots, 1),
+        query_shots=_or(query_shots, 15),
+        rotations=True,
+        name=f"{name}/{split}",
+    )
+
+
+def _or(value, default):
+    return default if value is None else value
+
+
+def _choice(argument: str, value, allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"{argument} must be one of {', '.join(allowed)}; got {value!r}")

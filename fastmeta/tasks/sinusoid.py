@@ -1,0 +1,42 @@
+"""Sinusoid regression (Finn et al. 2017, section 5.1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastmeta.tasks.batch import TaskBatch
+
+
+class SinusoidTasks:
+    """Tasks `y = A sin(x - phase)` with A ~ U[0.1, 5], phase ~ U[0, pi] and x ~ U[-5, 5], as the authors' code has it.
+
+    `sample` gives float32 `[T, shots, 1]` inputs and targets for the support set, `[T, query_shots, 1]` for the query.
+    """
+
+    kind = "regression"
+    input_shape = (1,)
+    output_size = 1
+    name = "sinusoid"
+    amplitude = (0.1, 5.0)
+    phase = (0.0, math.pi)
+    x_range = (-5.0, 5.0)
+
+    def __init__(self, *, shots: int = 10, query_shots: int = 10, device: str | torch.device = "cpu"):
+        for argument, value in (("shots", shots), ("query_shots", query_shots)):
+            if value < 1:
+                raise ValueError(f"{argument} must be at least 1, got {value}")
+        self.shots, self.query_shots, self.device = shots, query_shots, torch.device(device)
+
+    def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
+        """`num_tasks` sinusoids, drawn with `generator` (of the tasks' device) or the global one."""
+
+        def uniform(low: float, high: float, *shape: int) -> Tensor:
+            return torch.rand(shape, device=self.device, generator=generator) * (high - low) + low
+
+        amplitude, phase = uniform(*self.amplitude, num_tasks, 1, 1), uniform(*self.phase, num_tasks, 1, 1)
+        x = uniform(*self.x_range, num_tasks, self.shots + self.query_shots, 1)
+        y = amplitude * torch.sin(x - phase)
+        return TaskBatch(x[:, : self.shots], y[:, : self.shots], x[:, self.shots :], y[:, self.shots :])
