@@ -1,8 +1,10 @@
 """fastmeta: meta-learning and few-shot learning over thousands of tasks in one launch."""
 
-from fastmeta import functional  # noqa: F401
+from fastmeta import functional
 from fastmeta._backends import use_backend
 from fastmeta._checks import check_labels
+from fastmeta.algorithms import MAML, MetaOutput, ProtoNet
+from fastmeta.tasks import TaskBatch
 
 __version__ = "0.1.0"
-__all__ = ["check_labels", "functional", "use_backend"]
+__all__ = ["MAML", "MetaOutput", "ProtoNet", "TaskBatch", "check_labels", "functional", "use_backend"]

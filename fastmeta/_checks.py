@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ def tensor_of_any_shape(name: str, value, of_shape: str = "") -> None:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {_dtype(value)}")
     if value.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name} must be on the CPU or a CUDA device, got {value.device}")
+
+
+def sequence(name: str, value) -> list:
+    # a tensor too can be iterated over: its slices would pass for shared layers
+    if isinstance(value, (Tensor, str)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a list or tuple of tensors, got {type(value).__name__}")
+    return list(value)
 
 
 def choice_of_tasks(name: str, value: Tensor, tasks: int) -> None:

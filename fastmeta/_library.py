@@ -93,15 +93,16 @@ def vjp_of_reference(spec: OpSpec):
             with torch.enable_grad():
                 inputs = [tensor.detach().requires_grad_() for tensor in inputs]
                 outputs = function(*inputs)
-            # an output may be of size 0 because nobody needs it, and then depends on nothing
+            if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradCPU):
+                raise AssertionError(f"{spec.name}: differentiated where autograd is switched off by key")
             live = [
                 (output, _like(grad, output))
                 for grad, output in zip(flat_grads, outputs, strict=True)
-                if output.numel()
+                if output.requires_grad
             ]
             results = (
                 torch.autograd.grad([o for o, _ in live], inputs, [g for _, g in live], allow_unused=True)
-                if live and inputs
+                if live
                 else [None] * len(inputs)
             )
         found = iter(results)

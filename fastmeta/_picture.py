@@ -12,7 +12,8 @@ _STEPS = {0: ("before", "#999999", ":"), 1: ("after 1 step", "#0072b2", "--"), 5
 
 
 def draw_curves(maml: MAML, tasks, path: Path, *, num_tasks: int = 4, seed: int = 3) -> None:
-    """Truth, support points, and the prediction before and after 1 and 5 inner steps, for ``num_tasks`` regression tasks."""
+    """Truth, support points, and the prediction before and after 1 and 5 inner steps, for `num_tasks`
+    regression tasks."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

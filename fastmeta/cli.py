@@ -1,6 +1,6 @@
-"""The command line: ``fastmeta train``, ``evaluate``, ``demo`` and ``info``.
+"""The command line: `fastmeta train`, `evaluate`, `demo` and `info`.
 
-Only names and help stand here. Commands import what they need when they run, so that ``--help`` is quick.
+Only names and help stand here. Commands import what they need when they run, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class MetricName(str, Enum):
     manhattan = "manhattan"
 
 
-class OmniglotSplit(str, Enum):
+class Partition(str, Enum):
     vinyals = "vinyals"
     s1200 = "1200"
 
@@ -99,38 +99,66 @@ def train(
     algorithm: Annotated[AlgorithmName, typer.Argument(help="What to train.")],
     data: Annotated[
         Optional[DataName],  # noqa: UP045
-        _task("--data", help="sinusoid is regression; glyphs are drawn on the fly; omniglot is real. Needed, except to resume."),
+        _task(
+            "--data",
+            help="sinusoid is regression; glyphs are drawn on the fly; omniglot is real. Needed, except to resume.",
+        ),
     ] = None,
-    ways: Annotated[Int, _task(min=1, help="N, classes per task; a support set is [T, N * shots, ...].", show_default="5")] = None,
+    ways: Annotated[
+        Int, _task(min=1, help="N, classes per task; a support set is [T, N * shots, ...].", show_default="5")
+    ] = None,
     shots: Annotated[Int, _task(min=1, help="Support examples per class.", show_default="1; sinusoid 10")] = None,
     query_shots: Annotated[
-        Int, _task(min=1, help="Query examples per class; a query set is [T, N * query_shots, ...].", show_default="15; sinusoid 10")
+        Int,
+        _task(
+            min=1,
+            help="Query examples per class; a query set is [T, N * query_shots, ...].",
+            show_default="15; sinusoid 10",
+        ),
     ] = None,
     train_ways: Annotated[
-        Int, _task(min=1, help="Classes per training task; protonet learns more from more.", show_default="protonet 60, else --ways")
+        Int,
+        _task(
+            min=1,
+            help="Classes per training task; protonet learns more from more.",
+            show_default="protonet 60, else --ways",
+        ),
     ] = None,
-    train_shots: Annotated[Int, _task(min=1, help="Support examples per class in training.", show_default="--shots")] = None,
+    train_shots: Annotated[
+        Int, _task(min=1, help="Support examples per class in training.", show_default="--shots")
+    ] = None,
     train_query_shots: Annotated[
         Int, _task(min=1, help="Query examples per class in training.", show_default="5; sinusoid --query-shots")
     ] = None,
-    split: Annotated[
-        Optional[OmniglotSplit],  # noqa: UP045
-        _task("--split", help="Omniglot's classes: the split of Vinyals et al., or 1,200 characters to train on.", show_default="vinyals"),
+    partition: Annotated[
+        Optional[Partition],  # noqa: UP045
+        _task(help="Omniglot's classes: as Vinyals et al., or 1,200 characters to train on.", show_default="vinyals"),
     ] = None,
     data_root: DataRoot = None,
     model: Annotated[
         Optional[ModelName],  # noqa: UP045
-        _inner("--model", help="mlp on flattened inputs [B, D], or conv4 on images [B, C, H, W].", show_default="images conv4"),
+        _inner(
+            "--model",
+            help="mlp on flattened inputs [B, D], or conv4 on images [B, C, H, W].",
+            show_default="images conv4",
+        ),
     ] = None,
     hidden: Annotated[
         Optional[str],  # noqa: UP045
-        _inner("--hidden", metavar="N[,N...]", help="Hidden widths of the mlp, or channels of conv4.", show_default="sinusoid 40,40; conv4 64"),
+        _inner(
+            "--hidden",
+            metavar="N[,N...]",
+            help="Hidden widths of the mlp, or channels of conv4.",
+            show_default="sinusoid 40,40; conv4 64",
+        ),
     ] = None,
     metric: Annotated[
         Optional[MetricName],  # noqa: UP045
         _inner("--metric", help="Distance of protonet, [T, Q, D] to [T, N, D].", show_default="sqeuclidean"),
     ] = None,
-    inner_lr: Annotated[Float, _inner(help="Step size of adaptation.", show_default="sinusoid 0.01; images 0.4, above 5 ways 0.1")] = None,
+    inner_lr: Annotated[
+        Float, _inner(help="Step size of adaptation.", show_default="sinusoid 0.01; images 0.4, above 5 ways 0.1")
+    ] = None,
     inner_steps: Annotated[
         Int, _inner(min=0, help="K, gradient steps on the support set in training.", show_default="1; above 5 ways 5")
     ] = None,
@@ -139,45 +167,81 @@ def train(
     ] = None,
     first_order: Annotated[
         Optional[bool],  # noqa: UP045
-        _inner("--first-order/--second-order", help="Drop second derivatives (first-order MAML).", show_default="second order"),
+        _inner(
+            "--first-order/--second-order",
+            help="Drop second derivatives (first-order MAML).",
+            show_default="second order",
+        ),
     ] = None,
     engine: Annotated[
         Optional[str],  # noqa: UP045
-        _inner("--engine", help="What runs the inner loops; [b]auto[/b] picks the fastest that serves.", show_default="auto"),
+        _inner(
+            "--engine",
+            help="What runs the inner loops; [b]auto[/b] picks the fastest that serves.",
+            show_default="auto",
+        ),
     ] = None,
-    task_chunk: Annotated[Int, _inner(min=1, help="Tasks at a time, to bound memory; same gradient.", show_default="all")] = None,
+    task_chunk: Annotated[
+        Int, _inner(min=1, help="Tasks at a time, to bound memory; same gradient.", show_default="all")
+    ] = None,
     outer_lr: Annotated[Float, _outer(help="Adam's step size.", show_default="0.001")] = None,
     lr_schedule: Annotated[
         Optional[ScheduleName],  # noqa: UP045
-        _outer("--lr-schedule", help="cosine falls to 0 at --iterations.", show_default="protonet halve, else constant"),
+        _outer(
+            "--lr-schedule", help="cosine falls to 0 at --iterations.", show_default="protonet halve, else constant"
+        ),
     ] = None,
-    lr_halve_every: Annotated[Int, _outer(min=1, help="Halve the outer rate every so many steps.", show_default="protonet 2000")] = None,
+    lr_halve_every: Annotated[
+        Int, _outer(min=1, help="Halve the outer rate every so many steps.", show_default="protonet 2000")
+    ] = None,
     task_batch: Annotated[
-        Int, _outer(min=1, help="T, tasks per step.", show_default="maml: sinusoid 100, images 32, above 5 ways 16; protonet 1")
+        Int,
+        _outer(
+            min=1, help="T, tasks per step.", show_default="maml: sinusoid 100, images 32, above 5 ways 16; protonet 1"
+        ),
     ] = None,
     iterations: Annotated[
         Int, _outer(min=1, help="Steps until the end.", show_default="20000, maml on images 60000; none with --minutes")
     ] = None,
-    minutes: Annotated[Float, _outer(help="Minutes of training until the end; with --iterations, whichever comes first.")] = None,
+    minutes: Annotated[
+        Float, _outer(help="Minutes of training until the end; with --iterations, whichever comes first.")
+    ] = None,
     seed: Annotated[Int, _run(help="Of the weights and of the tasks.", show_default="0")] = None,
-    device: Annotated[Optional[str], _run("--device", help="auto, cpu, cuda or cuda:N.", show_default="auto: a GPU if there is one")] = None,  # noqa: UP045
+    device: Annotated[
+        Optional[str], _run("--device", help="auto, cpu, cuda or cuda:N.", show_default="auto: a GPU if there is one")
+    ] = None,  # noqa: UP045
     threads: Threads = None,
     out_dir: Annotated[
         Optional[Path],  # noqa: UP045
-        _run("--out", metavar="DIR", help="The run's folder, for checkpoints.", show_default="runs/ALGORITHM-DATA-TIME"),
+        _run(
+            "--out", metavar="DIR", help="The run's folder, for checkpoints.", show_default="runs/ALGORITHM-DATA-TIME"
+        ),
     ] = None,
     resume: Annotated[
-        bool, _run("--resume", help="Go on with the run in --out, bit for bit on one device. Its settings hold, options may be left out.")
+        bool,
+        _run(
+            "--resume",
+            help="Go on with the run in --out, bit for bit on one device. Its settings hold, options may be left out.",
+        ),
     ] = False,
     fall_back: Annotated[
         bool, _run("--fall-back", help="With --resume: if the newest checkpoint is damaged, take the newest whole one.")
     ] = False,
-    eval_every: Annotated[Int, _run(min=0, help="Validate every so many steps, 0 for never.", show_default="500; sinusoid 1000")] = None,
+    eval_every: Annotated[
+        Int, _run(min=0, help="Validate every so many steps, 0 for never.", show_default="500; sinusoid 1000")
+    ] = None,
     eval_tasks: Annotated[Int, _run(min=2, help="Tasks of a validation.", show_default="600")] = None,
     save_every: Annotated[
-        Int, _run(min=0, help="Checkpoint every so many steps, beside those at a new best and at the end.", show_default="--eval-every")
+        Int,
+        _run(
+            min=0,
+            help="Checkpoint every so many steps, beside those at a new best and at the end.",
+            show_default="--eval-every",
+        ),
     ] = None,
-    tensorboard: Annotated[bool, _run("--tensorboard/--no-tensorboard", help="Also write TensorBoard scalars to --out.", show_default="no")] = False,
+    tensorboard: Annotated[
+        bool, _run("--tensorboard/--no-tensorboard", help="Also write TensorBoard scalars to --out.", show_default="no")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Meta-train, with checkpoints and validation.
@@ -186,7 +250,7 @@ def train(
     """
     given = dict(
         ways=ways, shots=shots, query_shots=query_shots, train_ways=train_ways, train_shots=train_shots,
-        train_query_shots=train_query_shots, split=_value(split), data_root=str(data_root) if data_root else None,
+        train_query_shots=train_query_shots, partition=_value(partition), data_root=str(data_root) if data_root else None,
         model=_value(model), hidden=_widths(hidden), metric=_value(metric), inner_lr=inner_lr, inner_steps=inner_steps,
         eval_inner_steps=eval_inner_steps, first_order=first_order, engine=engine, task_chunk=task_chunk, outer_lr=outer_lr,
         lr_schedule=_value(lr_schedule), lr_halve_every=lr_halve_every, task_batch=task_batch, iterations=iterations,
@@ -210,7 +274,9 @@ def train(
         config = resumed_config(checkpoint, {"algorithm": algorithm.value, "data": _value(data), **given})
     else:
         if CheckpointFolder(folder).steps():
-            raise ValueError(f"--out {folder} holds a run already: add --resume to go on with it, or name another folder")
+            raise ValueError(
+                f"--out {folder} holds a run already: add --resume to go on with it, or name another folder"
+            )
         config = run_config(algorithm.value, data.value, **given)
 
     console = ConsoleReporter(
@@ -222,7 +288,9 @@ def train(
         trainer.restore(checkpoint)
         _say(f"resumed {folder} at step {trainer.step:,}")
     parameters = sum(p.numel() for p in trainer.algorithm.parameters())
-    _say(f"{config.algorithm} on {config.data}: {parameters:,} parameters on {trainer.device}, {config.task_batch} tasks a step")
+    _say(
+        f"{config.algorithm} on {config.data}: {parameters:,} parameters on {trainer.device}, {config.task_batch} tasks a step"
+    )
     with console:
         received = trainer.run()
     if received is not None:
@@ -236,16 +304,29 @@ def train(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A run's folder (its best checkpoint is taken) or one checkpoint's file.")],
-    episodes: Annotated[int, typer.Option(min=2, help="Held-out tasks; the interval is 1.96 s / sqrt(episodes).")] = 600,
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A run's folder (its best checkpoint is taken) or one checkpoint's file.")
+    ],
+    episodes: Annotated[
+        int, typer.Option(min=2, help="Held-out tasks; the interval is 1.96 s / sqrt(episodes).")
+    ] = 600,
     split: Annotated[SplitName, typer.Option(help="Whose classes or functions.")] = SplitName.test,
-    ways: Annotated[Int, typer.Option(min=1, help="Classes per task.", show_default="as trained; maml cannot change it")] = None,
-    shots: Annotated[Int, typer.Option(min=1, help="Support examples per class.", show_default="as trained")] = None,
-    query_shots: Annotated[Int, typer.Option(min=1, help="Query examples per class.", show_default="as trained")] = None,
-    inner_steps: Annotated[
-        Int, typer.Option(min=0, help="Steps of adaptation.", show_default="as in validation; 10 for regression, each shown")
+    ways: Annotated[
+        Int, typer.Option(min=1, help="Classes per task.", show_default="as trained; maml cannot change it")
     ] = None,
-    newest: Annotated[bool, typer.Option("--newest", help="Of a folder, the newest checkpoint instead of the best.")] = False,
+    shots: Annotated[Int, typer.Option(min=1, help="Support examples per class.", show_default="as trained")] = None,
+    query_shots: Annotated[
+        Int, typer.Option(min=1, help="Query examples per class.", show_default="as trained")
+    ] = None,
+    inner_steps: Annotated[
+        Int,
+        typer.Option(
+            min=0, help="Steps of adaptation.", show_default="as in validation; 10 for regression, each shown"
+        ),
+    ] = None,
+    newest: Annotated[
+        bool, typer.Option("--newest", help="Of a folder, the newest checkpoint instead of the best.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the tasks.")] = 0,
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -279,7 +360,9 @@ def evaluate(
         print(json.dumps(record, indent=1, allow_nan=False))
         return
     size = f"{shots or config.shots} shots" if regression else f"{ways or config.ways}-way {shots or config.shots}-shot"
-    _say(f"{config.algorithm} on {config.data}, {split.value}, {size}, {episodes} episodes, step {found.step:,} ({found.path})")
+    _say(
+        f"{config.algorithm} on {config.data}, {split.value}, {size}, {episodes} episodes, step {found.step:,} ({found.path})"
+    )
     _say(f"[bold]{describe(evaluation, regression)}[/bold]  (95% confidence interval, {seconds:.1f} s)")
     for step, estimate in enumerate(evaluation.loss_by_step):
         _say(f"  MSE after {step:>2} inner step{' ' if step == 1 else 's'}  {estimate.plain()}")
@@ -292,7 +375,8 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", hidden=True, help="A few seconds, to see that it runs.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Under three minutes on two CPU cores: MAML on sinusoids, a prototypical network on characters, and a picture."""
+    """Under three minutes on two CPU cores: MAML on sinusoids, a prototypical network on characters, and a
+    picture."""
     from .demo import run_demo
 
     run_demo(out_dir, data_root=data_root, quick=quick, console=out)
@@ -307,9 +391,10 @@ def info() -> None:
 
 
 def main() -> None:
-    """The entry point. A mistake of the user's ends in one line on stderr and exit code 2, training that diverged in 1."""
+    """The entry point. A mistake of the user's ends in one line on stderr and exit code 2, training that
+    diverged in 1."""
     with _clear_errors():
-        app()
+        app(prog_name="fastmeta")
 
 
 @contextlib.contextmanager
@@ -319,7 +404,8 @@ def _clear_errors() -> Iterator[None]:
     except (ValueError, TypeError, OSError, ImportError) as error:
         _fail(error, 2)
     except RuntimeError as error:
-        # Only what has a message made for people: any other RuntimeError is a bug, and its traceback is wanted.
+        # Only what has a message made for people: any other RuntimeError is a bug, and its traceback is
+        # wanted.
         from .training import NonFiniteError
 
         if isinstance(error, NonFiniteError):

@@ -1,8 +1,7 @@
-"""``fastmeta demo``: what the engine does, seen in under three minutes on two CPU cores."""
+"""`fastmeta demo`: what the engine does, seen in under three minutes on two CPU cores."""
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -15,12 +14,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from .algorithms import MAML
+from .tasks.omniglot import is_local
 from .training import Evaluation, RunConfig, Trainer, evaluate, run_config
 from .training.reporting import ConsoleReporter
 from .training.run import build_tasks, build_trainer
 
 _TASK_BATCH = 500
-_EPISODES = 1000
 
 
 def run_demo(
@@ -30,12 +29,12 @@ def run_demo(
     quick: bool = False,
     console: Console | None = None,
 ) -> dict[str, float]:
-    """Train MAML on sinusoids and a prototypical network on characters, compare with ``torch.func``, draw ``curves.png``.
+    """Train MAML on sinusoids and a prototypical network on characters, compare with `torch.func`, draw
+    `curves.png`.
 
-    Args:
-        folder: where the picture goes; made if absent.
-        data_root: folder that holds Omniglot; without it, FASTMETA_DATA. Without either, drawn glyphs: nothing is downloaded.
-        quick: a few steps of everything, only to see that it runs.
+    Args: folder: where the picture goes; made if absent. data_root: folder that holds Omniglot; without it,
+        FASTMETA_DATA. Without either, drawn glyphs: nothing is downloaded. quick: a few steps of everything,
+        only to see that it runs.
 
     Returns the figures that it prints.
     """
@@ -43,8 +42,9 @@ def run_demo(
 
     console = console or Console()
     began = time.perf_counter()
-    maml, regression = _sinusoids(console, 0.5 if quick else 55)
-    accuracy, accuracy_name = _characters(console, 0.5 if quick else 60, data_root)
+    episodes = 20 if quick else 1000
+    maml, regression = _sinusoids(console, 0.5 if quick else 55, episodes)
+    accuracy, accuracy_name = _characters(console, 0.5 if quick else 60, episodes, data_root)
     console.print("the same meta-gradient with torch.func (vmap of grad), in turn", highlight=False)
     ours, plain, difference = compare(maml.algorithm, maml.tasks, _TASK_BATCH, seconds=0.5 if quick else 10)
     folder = Path(folder)
@@ -53,7 +53,9 @@ def run_demo(
     draw_curves(maml.algorithm, build_tasks(_sinusoid_config(1), "test", maml.device, query_shots=200), picture)
 
     before, one, five = (regression.loss_by_step[k] for k in (0, 1, 5))
-    table = Table(title=f"fastmeta demo, {torch.get_num_threads()} threads on {maml.device}, {time.perf_counter() - began:.0f} s")
+    table = Table(
+        title=f"fastmeta demo, {torch.get_num_threads()} threads on {maml.device}, {time.perf_counter() - began:.0f} s"
+    )
     table.add_column("what")
     table.add_column("result", justify="right")
     table.add_row("sinusoids, 10 shots: MSE before adaptation", before.plain())
@@ -73,36 +75,45 @@ def run_demo(
 
 def _sinusoid_config(iterations: int) -> RunConfig:
     return run_config(
-        "maml", "sinusoid", task_batch=_TASK_BATCH, iterations=iterations, outer_lr=1e-2, lr_schedule="cosine", eval_every=0
+        "maml",
+        "sinusoid",
+        task_batch=_TASK_BATCH,
+        iterations=iterations,
+        outer_lr=1e-2,
+        lr_schedule="cosine",
+        eval_every=0,
     )
 
 
-def _sinusoids(console: Console, seconds: float) -> tuple[Trainer, Evaluation]:
+def _sinusoids(console: Console, seconds: float, episodes: int) -> tuple[Trainer, Evaluation]:
     console.print("[bold]second-order MAML on sinusoids[/bold]: fit 10 points in one gradient step", highlight=False)
     trainer = _train(console, _sinusoid_config, seconds)
     tasks = build_tasks(_sinusoid_config(1), "test", trainer.device)
-    return trainer, evaluate(trainer.algorithm, tasks, episodes=_EPISODES, inner_steps=5, by_step=True)
+    return trainer, evaluate(trainer.algorithm, tasks, episodes=episodes, inner_steps=5, by_step=True)
 
 
-def _characters(console: Console, seconds: float, data_root: str | Path | None) -> tuple[Evaluation, str]:
-    root = data_root or os.environ.get("FASTMETA_DATA")
-    data = "omniglot" if root is not None else "glyphs"
-    where = f"Omniglot from {root}" if root is not None else "drawn glyphs (--data-root names a folder with Omniglot)"
+def _characters(
+    console: Console, seconds: float, episodes: int, data_root: str | Path | None
+) -> tuple[Evaluation, str]:
+    real = data_root is not None or is_local()
+    data = "omniglot" if real else "glyphs"
+    where = "Omniglot" if real else "drawn glyphs (--data-root names a folder with Omniglot)"
 
     def config(iterations: int) -> RunConfig:
         return run_config(
             "protonet", data, train_ways=20, iterations=iterations, outer_lr=2e-3, lr_schedule="cosine", eval_every=0,
-            data_root=str(root) if root is not None else None,
+            data_root=str(data_root) if data_root is not None else None,
         )  # fmt: skip
 
     console.print(f"[bold]prototypical network[/bold] on {where}", highlight=False, soft_wrap=True)
     trainer = _train(console, config, seconds)
-    evaluation = evaluate(trainer.algorithm, build_tasks(config(1), "test", trainer.device), episodes=_EPISODES)
-    return evaluation, f"{data}, 5-way 1-shot, {_EPISODES} episodes of unseen characters: accuracy"
+    evaluation = evaluate(trainer.algorithm, build_tasks(config(1), "test", trainer.device), episodes=episodes)
+    return evaluation, f"{data}, 5-way 1-shot, {episodes:,} episodes of unseen characters: accuracy"
 
 
 def _train(console: Console, config: Callable[[int], RunConfig], seconds: float) -> Trainer:
-    """Train for about ``seconds``. The cosine needs to know its end in steps, so a few steps are timed first."""
+    """Train for about `seconds`. The cosine needs to know its end in steps, so a few steps are timed
+    first."""
     pilot = build_trainer(config(1000), None)
     pilot.train_step()
     steps, began = 0, time.perf_counter()
@@ -119,10 +130,10 @@ def _train(console: Console, config: Callable[[int], RunConfig], seconds: float)
 
 
 def compare(maml: MAML, tasks, num_tasks: int, *, seconds: float) -> tuple[float, float, float]:
-    """Tasks per second of ``maml`` and of plain ``torch.func`` for one meta-gradient of the same batch.
+    """Tasks per second of `maml` and of plain `torch.func` for one meta-gradient of the same batch.
 
-    Both are run in turn, so that whatever else the machine does slows both; the figures are medians. The third value is the
-    largest difference between the two gradients, relative to the largest gradient.
+    Both are run in turn, so that whatever else the machine does slows both; the figures are medians. The
+    third value is the largest difference between the two gradients, relative to the largest gradient.
     """
     batch = tasks.sample(num_tasks)
     parameters = [p for p in maml.model.parameters() if p.requires_grad]
@@ -145,7 +156,7 @@ def compare(maml: MAML, tasks, num_tasks: int, *, seconds: float) -> tuple[float
 
 
 def torch_func_loss(maml: MAML, batch) -> Tensor:
-    """The meta-loss as one would write it with ``torch.func`` alone, for squared error."""
+    """The meta-loss as one would write it with `torch.func` alone, for squared error."""
     model, weights = maml.model, dict(maml.model.named_parameters())
 
     def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:

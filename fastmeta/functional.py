@@ -147,16 +147,17 @@ def functional_mlp(
         ValueError: shapes or devices that do not fit together, an unknown activation.
     """
     _checks.tensor("x", x, "[T, B, I]")
-    weights, biases = list(weights), [] if biases is None else list(biases)
+    weights = _checks.sequence("weights", weights)
+    biases = [] if biases is None else _checks.sequence("biases", biases)
     if not weights:
         raise ValueError("weights must hold at least one layer, got none")
     if biases and len(biases) != len(weights):
         raise ValueError(f"biases must hold one per layer = {len(weights)}, got {len(biases)}")
     _checks.choice("activation", activation, ACTIVATIONS)
-    cast = _cast(_functional_mlp.SPEC.autocast, x, *weights, *biases)
-    x, weights, biases = cast[0], cast[1 : 1 + len(weights)], cast[1 + len(weights) :]
     weights = [_with_tasks(f"weights[{i}]", w, "[O, I]") for i, w in enumerate(weights)]
     biases = [_with_tasks(f"biases[{i}]", b, "[O]") for i, b in enumerate(biases)]
+    cast = _cast(_functional_mlp.SPEC.autocast, x, *weights, *biases)
+    x, weights, biases = cast[0], cast[1 : 1 + len(weights)], cast[1 + len(weights) :]
     tasks = leading_size([x, *weights, *biases])
     _checks.choice_of_tasks("x", x, tasks)
     width = x.shape[2]
@@ -209,15 +210,20 @@ def fast_weight_update(params: Any, grads: Any, lr: Any) -> Any:
     p2, g2, r2, shapes = [], [], [], []
     for name, p, g, rate in zip(names, flat_params, flat_grads, rates, strict=True):
         _checks.same_kind(names[0], first, **{name: p, f"grads{name.removeprefix('params')}": g})
-        per_task = p.dim() != g.dim() or tasks is not None
+        per_task = tasks is not None
         shape = (p if p.dim() < g.dim() else g).shape
-        if per_task and p.dim() == g.dim():
+        if per_task and p.dim() == g.dim() and not _only_rate_is_per_task(p, g, rate):
             shape = shape[1:]
         p2.append(_flatten(p, per_task and p.dim() > len(shape)))
         g2.append(_flatten(g, per_task and g.dim() > len(shape)))
         if isinstance(rate, Tensor):
-            rate = rate.to(first)
-            r2.append(_flatten_rate(rate, shape, tasks))
+            per_task_first = isinstance(lr, Tensor)
+            if per_task_first and structure.is_leaf() and rate.numel() > 1 and rate.shape == shape == (tasks,):
+                raise ValueError(
+                    f"lr of shape [{tasks}] may be a rate per task or per element of params {list(p.shape)}: give it "
+                    "shape [T, *shape], or put params in a list, and lr too if it is per element"
+                )
+            r2.append(_flatten_rate(name, rate.to(first), shape, tasks, per_task_first))
         shapes.append(shape)
     if not r2:
         outs = _fast_weight_update.SPEC(p2, g2, [], float(rates[0]))
@@ -231,26 +237,32 @@ def fast_weight_update(params: Any, grads: Any, lr: Any) -> Any:
 
 def _rates(lr, structure, params) -> list:
     """One rate per parameter: all the same float, or all tensors."""
+    leaves, lr_structure = pytree.tree_flatten(lr)
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            _checks.tensor_of_any_shape("lr", leaf)
+        elif isinstance(leaf, bool) or not isinstance(leaf, (int, float)):
+            raise TypeError(f"lr must be or hold floats or tensors, got {type(leaf).__name__}")
     if isinstance(lr, Tensor):
-        if lr.dim() > 1 and len(params) == 1 and structure.is_leaf():
-            return [lr]
-        if lr.dim() > 1:
+        if lr.dim() > 1 and lr.numel() != 1 and not structure.is_leaf():
             raise ValueError(
                 f"lr as one tensor must have one element or shape [T], got {list(lr.shape)}; for a rate per element "
                 "give it the structure of params"
             )
         return [lr] * len(params)
-    if isinstance(lr, (int, float)) and not isinstance(lr, bool):
+    if isinstance(lr, (int, float)):
         return [float(lr)] * len(params)
-    leaves, lr_structure = pytree.tree_flatten(lr)
     if lr_structure != structure:
         raise ValueError(f"lr must be a float, a tensor, or have the structure of params, {structure}; got {lr_structure}")
-    for leaf in leaves:
-        if not isinstance(leaf, (int, float, Tensor)):
-            raise TypeError(f"lr must hold floats or tensors, got {type(leaf).__name__}")
     if not any(isinstance(leaf, Tensor) for leaf in leaves) and len(set(leaves)) == 1:
         return [float(leaf) for leaf in leaves]
-    return [leaf if isinstance(leaf, Tensor) else torch.tensor(float(leaf)) for leaf in leaves]
+    # float64: float32 would round a rate before float64 parameters see it
+    return [leaf if isinstance(leaf, Tensor) else torch.tensor(float(leaf), dtype=torch.float64) for leaf in leaves]
+
+
+def _only_rate_is_per_task(p: Tensor, g: Tensor, rate) -> bool:
+    """The tasks share the parameter and its gradient, but each element of each task has its own rate."""
+    return isinstance(rate, Tensor) and rate.numel() != 1 and p.dim() > 0 and rate.shape[1:] == p.shape == g.shape
 
 
 def _tasks_of_update(names, params, grads, rates) -> int | None:
@@ -264,6 +276,8 @@ def _tasks_of_update(names, params, grads, rates) -> int | None:
             )
         if p.dim() != g.dim():
             found[name] = p.shape[0] if p.dim() > g.dim() else g.shape[0]
+        elif _only_rate_is_per_task(p, g, rate):
+            found[name] = rate.shape[0]
         elif isinstance(rate, Tensor) and rate.numel() != 1 and rate.shape != p.shape and p.dim():
             if rate.shape != p.shape[1:] and rate.shape != p.shape[:1]:
                 raise ValueError(
@@ -276,7 +290,9 @@ def _tasks_of_update(names, params, grads, rates) -> int | None:
     tasks = next(iter(found.values()))
     for name, p, g in zip(names, params, grads, strict=True):
         here = found.get(name, p.shape[0] if p.dim() and p.shape == g.shape else tasks)
-        if here != tasks or (p.dim() == g.dim() == 0):
+        if p.dim() == g.dim() == 0:
+            raise ValueError(f"{name} and its gradient have no task dimension (shape []), but the others have {tasks} tasks")
+        if here != tasks:
             raise ValueError(f"{name} has {here} tasks (shape {list(p.shape)}), but the others have {tasks}")
     return tasks
 
@@ -290,20 +306,20 @@ def _flatten(value: Tensor, per_task: bool) -> Tensor:
     return value.reshape(rows, columns)
 
 
-def _flatten_rate(rate: Tensor, shape, tasks: int | None) -> Tensor:
-    if rate.numel() == 1 and len(shape) != rate.dim():
-        return rate.reshape(1, 1)
-    if rate.shape == shape:
-        return _flatten(rate, False)
-    if tasks is not None and rate.shape == (tasks, *shape):
-        return _flatten(rate, True)
-    if tasks is not None and rate.shape == (tasks,):
-        return rate.reshape(tasks, 1)
+def _flatten_rate(name: str, rate: Tensor, shape, tasks: int | None, per_task_first: bool) -> Tensor:
+    """`per_task_first`: `[T]` is a rate per task even where a parameter has T elements."""
     if rate.numel() == 1:
         return rate.reshape(1, 1)
+    per_task = tasks is not None and rate.shape == (tasks,)
+    if rate.shape == shape and not (per_task and per_task_first):
+        return _flatten(rate, False)
+    if per_task:
+        return rate.reshape(tasks, 1)
+    if tasks is not None and rate.shape == (tasks, *shape):
+        return _flatten(rate, True)
     raise ValueError(
-        f"lr must have one element, shape [T], {list(shape)} or [T, *{list(shape)}] for a parameter of shape "
-        f"{list(shape)}, got {list(rate.shape)}"
+        f"lr for {name} must have one element, shape [T], [*shape] or [T, *shape] with T = {tasks}, shape = "
+        f"{list(shape)}; got {list(rate.shape)}"
     )
 
 

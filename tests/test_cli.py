@@ -84,22 +84,16 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
         (["train", "maml", "--resume", "--out", "nowhere"], "nowhere: no checkpoint to load"),
     ],
 )
-def test_mistakes_end_in_one_line_and_code_2(tmp_path, monkeypatch, arguments, text):
-    monkeypatch.chdir(tmp_path)
-    in_process(arguments, 2, text)
-
-
-def in_process(arguments, code, text, monkeypatch=None):
+def test_mistakes_end_in_one_line_and_code_2(tmp_path, monkeypatch, capsys, arguments, text):
     from fastmeta import cli
 
-    stderr = []
-    before, sys.argv = sys.argv, ["fastmeta", *arguments]
-    with cli.err.capture() as capture, pytest.raises(SystemExit) as leaving:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fastmeta", *arguments])
+    with pytest.raises(SystemExit) as leaving:
         cli.main()
-    sys.argv = before
-    stderr = capture.get()
-    assert leaving.value.code == code
-    assert text in stderr and "Traceback" not in stderr
+    stderr = capsys.readouterr().err
+    assert leaving.value.code == 2 and text in stderr and "Traceback" not in stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -34,7 +34,9 @@ def one_thread():
 
 
 def sinusoid(**changed):
-    return run_config("maml", "sinusoid", **{"task_batch": 4, "iterations": 20, "eval_tasks": 8, "eval_every": 5, **changed})
+    return run_config(
+        "maml", "sinusoid", **{"task_batch": 4, "iterations": 20, "eval_tasks": 8, "eval_every": 5, **changed}
+    )
 
 
 def glyphs(**changed):
@@ -55,7 +57,9 @@ def same_bits(a, b):
 # ----- resuming
 
 
-@pytest.mark.parametrize("config", [sinusoid(), sinusoid(lr_schedule="cosine"), glyphs()], ids=["maml", "cosine", "protonet"])
+@pytest.mark.parametrize(
+    "config", [sinusoid(), sinusoid(lr_schedule="cosine"), glyphs()], ids=["maml", "cosine", "protonet"]
+)
 def test_resume_gives_the_same_bits(tmp_path, config):
     straight = build_trainer(config, None)
     assert straight.run() is None
@@ -221,7 +225,9 @@ class NoTasks:
 
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["checked each step", "checked late"])
-@pytest.mark.parametrize(("what", "text"), [("loss", "NaN in tasks 1, 3 of 4"), ("gradient", "not finite in parameter b")])
+@pytest.mark.parametrize(
+    ("what", "text"), [("loss", "NaN in tasks 1, 3 of 4"), ("gradient", "not finite in parameter b")]
+)
 def test_not_finite_stops_with_step_and_cause(tmp_path, what, text, at_once):
     trainer = Trainer(
         Fails(7, what), NoTasks(), task_batch=4, iterations=10, checkpoints=CheckpointFolder(tmp_path), save_every=3
@@ -269,6 +275,22 @@ def test_evaluate_protonet_with_other_ways_than_in_training():
     assert 0 <= result.accuracy.mean <= 1 and result.accuracy.count == 6
     with pytest.raises(ValueError, match="no inner loop"):
         evaluate(trainer.algorithm, trainer.tasks, inner_steps=2)
+
+
+def test_embedding_once_gives_the_same_accuracy(monkeypatch):
+    from fastmeta.training.run import build_tasks
+
+    config = glyphs()
+    trainer = build_trainer(config, None)
+    trainer.run()
+    tasks = build_tasks(config, "test", trainer.device)
+    tasks.images = tasks.images[:6, :5]
+    once = evaluate(trainer.algorithm, tasks, episodes=20)
+    called = []
+    monkeypatch.setitem(evaluate.__globals__, "embedding_pays", lambda *_: called.append(1))
+    each = evaluate(trainer.algorithm, tasks, episodes=20)
+    assert called
+    assert once.accuracy == each.accuracy and once.loss.mean == pytest.approx(each.loss.mean, rel=1e-4)
 
 
 # ----- the loop

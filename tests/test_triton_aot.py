@@ -25,9 +25,8 @@ def _type_of(argument) -> str:
     import torch
 
     if isinstance(argument, torch.Tensor):
-        return "*" + {"float32": "fp32", "float64": "fp64", "float16": "fp16", "bfloat16": "bf16", "int64": "i64"}[
-            str(argument.dtype).removeprefix("torch.")
-        ]
+        names = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.int64: "i64"}
+        return f"*{names[argument.dtype]}"
     if isinstance(argument, float):
         return "fp32"
     # as at a real launch, an integer 1 is compiled in
@@ -70,11 +69,11 @@ def _launches(dtype: str):
 
     from fastmeta.kernels import OPS, _common
 
-    found = {}
+    default, found = getattr(torch, dtype), {}
     for op in OPS:
         module = importlib.import_module(f"fastmeta.kernels.{op}")
 
-        def new(*shape, dtype=getattr(torch, dtype)):
+        def new(*shape, dtype=default):
             return torch.empty(shape, dtype=dtype, device="meta")
 
         with _common.record_launches() as launches:

@@ -32,7 +32,7 @@ def glyphs(split: str = "train", seed: int = 0) -> Tensor:
     chunks = []
     for part in strokes.split(50):  # bounds memory: all distances of 50 classes at a time
         instances = _instances(part, generator)
-        width = 0.03 + 0.02 * torch.rand(len(instances), generator=generator)
+        width = 0.022 + 0.014 * torch.rand(len(instances), generator=generator)
         chunks.append(_draw(instances, width).view(len(part), INSTANCES, 1, SIZE, SIZE))
     return torch.cat(chunks)
 
@@ -46,14 +46,19 @@ def _strokes(classes: int, generator: torch.Generator) -> Tensor:
     angle = turn + bends.cumsum(-1)
     length = 0.12 + 0.22 * torch.rand(classes, most, 3, 1, generator=generator)
     steps = length * torch.stack([angle.cos(), angle.sin()], -1)
-    points = torch.cat([start, start + steps.cumsum(2)], 2).clamp(0.05, 0.95)
+    points = torch.cat([start, start + steps.cumsum(2)], 2)
     # some strokes start where another passes, as in writing
     joined = torch.rand(classes, most - 1, generator=generator) < 0.5
     shift = points[:, :-1, 2] - points[:, 1:, 0]
     points[:, 1:] += torch.where(joined[..., None, None], shift.unsqueeze(2), torch.zeros(()))
     count = torch.randint(2, most + 1, (classes, 1), generator=generator)
-    absent = torch.arange(most) >= count
-    return points.clamp(0.05, 0.95).masked_fill(absent[..., None, None], math.nan)
+    absent = (torch.arange(most) >= count)[..., None, None]
+    # written to the same size, as people do: the bounding box fills the middle of the square
+    flat = points.masked_fill(absent, math.nan).flatten(1, 2)
+    low, high = (flat.nan_to_num(fill).aminmax(dim=1)[i] for i, fill in enumerate((math.inf, -math.inf)))
+    middle, extent = (low + high) / 2, (high - low).amax(-1, keepdim=True)
+    points = (points - middle[:, None, None]) / extent[:, None, None] * 0.66 + 0.5
+    return points.masked_fill(absent, math.nan)
 
 
 def _instances(strokes: Tensor, generator: torch.Generator) -> Tensor:
@@ -64,9 +69,9 @@ def _instances(strokes: Tensor, generator: torch.Generator) -> Tensor:
     def normal(*shape: int) -> Tensor:
         return torch.randn(n, *shape, generator=generator)
 
-    points = points + 0.035 * normal(*points.shape[1:]) + 0.025 * normal(points.shape[1], 1, 2)
+    points = points + 0.045 * normal(*points.shape[1:]) + 0.035 * normal(points.shape[1], 1, 2)
     angle, shear = 0.16 * normal(), 0.14 * normal()
-    scale = 1 + 0.10 * normal(2)
+    scale = 1 + 0.12 * normal(2)
     matrix = torch.stack(
         [
             torch.stack([angle.cos() * scale[:, 0], (shear - angle.sin()) * scale[:, 1]], -1),
@@ -74,7 +79,7 @@ def _instances(strokes: Tensor, generator: torch.Generator) -> Tensor:
         ],
         -2,
     )
-    shift = 0.045 * normal(1, 1, 2)
+    shift = 0.04 * normal(1, 1, 2)
     return torch.einsum("nij,nskj->nski", matrix, points - 0.5) + 0.5 + shift
 
 

@@ -1,4 +1,5 @@
-"""Training: the loop, checkpoints, evaluation. ``fastmeta train`` and ``fastmeta evaluate`` are thin layers over these."""
+"""Training: the loop, checkpoints, evaluation. `fastmeta train` and `fastmeta evaluate` are thin layers over
+these."""
 
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load_checkpoint
 from .config import RunConfig, run_config

@@ -1,8 +1,9 @@
 """Checkpoints: tensors in safetensors, everything else in JSON, whole or not at all.
 
-A checkpoint is a pair ``step-00000100.safetensors`` and ``step-00000100.json``. The tensors are written first and the JSON, which
-holds their checksum, last: each to a temporary name in the same folder, flushed to the disk, then renamed. A crash at any moment
-leaves either the whole pair or no JSON, so what carries a JSON was complete once, and what was damaged since is refused by name.
+A checkpoint is a pair `step-00000100.safetensors` and `step-00000100.json`. The tensors are written first and
+the JSON, which holds their checksum, last: each to a temporary name in the same folder, flushed to the disk,
+then renamed. A crash at any moment leaves either the whole pair or no JSON, so what carries a JSON was
+complete once, and what was damaged since is refused by name.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ _NAME = re.compile(r"step-(\d+)\.json")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or not for this run; the message names the file and what is wrong."""
+    """A checkpoint that is missing, damaged, or not for this run; the message names the file and what is
+    wrong."""
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that was read and found whole. ``record`` is the JSON, ``tensors`` are on the CPU."""
+    """A checkpoint that was read and found whole. `record` is the JSON, `tensors` are on the CPU."""
 
     path: Path
     step: int
@@ -36,12 +38,12 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
 
     def group(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors called ``prefix/<name>``, by ``<name>``."""
+        """The tensors called `prefix/<name>`, by `<name>`."""
         return {name[len(prefix) + 1 :]: t for name, t in self.tensors.items() if name.startswith(prefix + "/")}
 
 
 class CheckpointFolder:
-    """The checkpoints of one run. Keeps the newest ``keep`` of them, and the best by validation."""
+    """The checkpoints of one run. Keeps the newest `keep` of them, and the best by validation."""
 
     def __init__(self, folder: str | Path, keep: int = 2):
         self.folder = Path(folder)
@@ -57,9 +59,10 @@ class CheckpointFolder:
         return self.folder / f"step-{step:08d}.json"
 
     def save(self, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of ``step`` and drop the ones no longer kept.
+        """Write the checkpoint of `step` and drop the ones no longer kept.
 
-        ``record`` must be JSON; its key ``"score"``, a number where larger is better or None, decides which one is best.
+        `record` must be JSON; its key `"score"`, a number where larger is better or None, decides which one
+        is best.
         """
         from safetensors.torch import save
 
@@ -86,9 +89,10 @@ class CheckpointFolder:
         return load_checkpoint(self.path(step))
 
     def newest(self, *, fall_back: bool = False) -> tuple[Checkpoint, list[CheckpointError]]:
-        """The newest checkpoint, and with ``fall_back`` the complaints about the damaged ones passed over.
+        """The newest checkpoint, and with `fall_back` the complaints about the damaged ones passed over.
 
-        Without ``fall_back`` a damaged newest checkpoint raises its CheckpointError, as does a folder without any.
+        Without `fall_back` a damaged newest checkpoint raises its CheckpointError, as does a folder without
+        any.
         """
         complaints: list[CheckpointError] = []
         for step in reversed(self.steps()):
@@ -157,7 +161,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors called ``<parameter>/<key>`` and the JSON of all the rest."""
+    """An optimizer's state as tensors called `<parameter>/<key>` and the JSON of all the rest."""
     state = optimizer.state_dict()
     tensors, values = {}, {}
     for index, entries in state["state"].items():
@@ -167,13 +171,14 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """The inverse of :func:`pack_optimizer`, to the bit and with each parameter's memory layout."""
+    """The inverse of `pack_optimizer`, to the bit and with each parameter's memory layout."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, value in [*tensors.items(), *rest["values"].items()]:
         index, key = name.split("/", 1)
         if isinstance(value, Tensor) and value.shape == parameters[int(index)].shape:
-            # In the parameter's own strides, as the optimizer would have made it: another layout may round differently.
+            # In the parameter's own strides, as the optimizer would have made it: another layout may round
+            # differently.
             value = torch.empty_like(parameters[int(index)], dtype=value.dtype, requires_grad=False).copy_(value)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})

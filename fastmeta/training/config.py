@@ -6,20 +6,21 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from ..tasks import NAMES as DATA
+from ..tasks.omniglot import PARTITIONS
 from .schedule import SCHEDULES
 
 ALGORITHMS = ("maml", "protonet")
-DATA = ("sinusoid", "glyphs", "omniglot")
 MODELS = ("mlp", "conv4")
-SPLITS = ("vinyals", "1200")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All choices of a run. Build one with :func:`run_config`; it is stored in every checkpoint.
+    """All choices of a run. Build one with `run_config`; it is stored in every checkpoint.
 
-    ``ways``, ``shots`` and ``query_shots`` describe validation and test tasks (support ``[T, ways * shots, ...]``, query
-    ``[T, ways * query_shots, ...]``), their ``train_`` namesakes the training tasks. Regression has ``ways`` 1.
+    `ways`, `shots` and `query_shots` describe validation and test tasks (support `[T, ways * shots, ...]`,
+    query `[T, ways * query_shots, ...]`), their `train_` namesakes the training tasks. Regression has `ways`
+    1.
     """
 
     algorithm: str
@@ -45,7 +46,7 @@ class RunConfig:
     lr_halve_every: int = 0
     seed: int = 0
     device: str = "auto"
-    split: str = "vinyals"
+    partition: str = "vinyals"
     data_root: str | None = None
     engine: str = "auto"
     task_chunk: int | None = None
@@ -58,7 +59,7 @@ class RunConfig:
         _one_of("algorithm", self.algorithm, ALGORITHMS)
         _one_of("data", self.data, DATA)
         _one_of("model", self.model, MODELS)
-        _one_of("split", self.split, SPLITS)
+        _one_of("partition", self.partition, PARTITIONS)
         _one_of("lr_schedule", self.lr_schedule, SCHEDULES)
         counts = ("ways", "shots", "query_shots", "train_ways", "train_shots", "train_query_shots", "task_batch")
         for name in (*counts, "eval_tasks", "task_chunk", "threads"):
@@ -87,7 +88,9 @@ class RunConfig:
             raise ValueError(f"hidden must be one number of channels for conv4, got {list(self.hidden)}")
         if self.data == "sinusoid":
             if self.algorithm == "protonet":
-                raise ValueError("protonet classifies, and sinusoid is regression: use maml, or data glyphs or omniglot")
+                raise ValueError(
+                    "protonet classifies, and sinusoid is regression: use maml, or data glyphs or omniglot"
+                )
             if self.model == "conv4":
                 raise ValueError("conv4 needs images, and sinusoid has numbers: use model mlp")
             if self.ways != 1 or self.train_ways != 1:
@@ -103,7 +106,7 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunConfig:
-        """The inverse of :meth:`as_json`. A key that this version does not know raises ValueError."""
+        """The inverse of `as_json`. A key that this version does not know raises ValueError."""
         unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"unknown settings {', '.join(sorted(unknown))}: written by another version of fastmeta")
@@ -111,11 +114,11 @@ class RunConfig:
 
 
 def run_config(algorithm: str, data: str, **given: Any) -> RunConfig:
-    """A :class:`RunConfig` with what is ``given`` (None counts as not given) and published settings for the rest.
+    """A `RunConfig` with what is `given` (None counts as not given) and published settings for the rest.
 
-    Sources: MAML on sinusoids, section 5.1 of Finn et al. 2017 (10 shots, one step of 0.01 in training) with more tasks per
-    step; MAML on images, their section A.1 (20-way: five steps of 0.1); prototypical networks, Snell et al. 2017, section 3.1
-    (60-way episodes of 5 queries, Adam at 1e-3 halved every 2,000 episodes).
+    Sources: MAML on sinusoids, section 5.1 of Finn et al. 2017 (10 shots, one step of 0.01 in training) with
+    more tasks per step; MAML on images, their section A.1 (20-way: five steps of 0.1); prototypical networks,
+    Snell et al. 2017, section 3.1 (60-way episodes of 5 queries, Adam at 1e-3 halved every 2,000 episodes).
     """
     _one_of("algorithm", algorithm, ALGORITHMS)
     _one_of("data", data, DATA)
@@ -138,25 +141,45 @@ def _defaults(algorithm: str, data: str, given: dict[str, Any]) -> dict[str, Any
     if data == "sinusoid":
         inner_steps = given.get("inner_steps", 1)
         return {
-            "ways": 1, "shots": 10, "query_shots": 10, "model": "mlp", "hidden": (40, 40), "inner_lr": 0.01,
-            "eval_inner_steps": inner_steps, "task_batch": 100, "iterations": 20_000, "eval_every": 1000,
+            "ways": 1,
+            "shots": 10,
+            "query_shots": 10,
+            "model": "mlp",
+            "hidden": (40, 40),
+            "inner_lr": 0.01,
+            "eval_inner_steps": inner_steps,
+            "task_batch": 100,
+            "iterations": 20_000,
+            "eval_every": 1000,
         }
     model = given.get("model", "conv4")
     ways = given.get("ways", 5)
     common = {
-        "ways": 5, "shots": 1, "query_shots": 15, "train_query_shots": 5, "model": model,
+        "ways": 5,
+        "shots": 1,
+        "query_shots": 15,
+        "train_query_shots": 5,
+        "model": model,
         "hidden": (64,) if model == "conv4" else (256, 128, 64, 64),
     }
     if algorithm == "protonet":
         return {
-            **common, "train_ways": max(ways, 60), "task_batch": 1, "iterations": 20_000, "lr_schedule": "halve",
+            **common,
+            "train_ways": max(ways, 60),
+            "task_batch": 1,
+            "iterations": 20_000,
+            "lr_schedule": "halve",
             "lr_halve_every": 2000,
         }
     many = ways > 5
     inner_steps = given.get("inner_steps", 5 if many else 1)
     return {
-        **common, "inner_lr": 0.1 if many else 0.4, "inner_steps": inner_steps, "eval_inner_steps": max(3, inner_steps),
-        "task_batch": 16 if many else 32, "iterations": 60_000,
+        **common,
+        "inner_lr": 0.1 if many else 0.4,
+        "inner_steps": inner_steps,
+        "eval_inner_steps": max(3, inner_steps),
+        "task_batch": 16 if many else 32,
+        "iterations": 60_000,
     }
 
 

@@ -10,21 +10,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..algorithms import ProtoNet
+from .embed import embed, embedding_pays
 from .metrics import Estimate
 
 if TYPE_CHECKING:
     from ..tasks import TaskBatch
     from .loop import TaskSource
 
-# Task batches are cut so that one batch's inputs hold at most this many numbers: the activations of a conv4 then take about 1 GB.
+# Task batches are cut so that one batch's inputs hold at most this many numbers: the activations of a conv4
+# then take about 1 GB.
 _NUMBERS_PER_BATCH = 1 << 22
+# Keeps held-out tasks away from the random stream of a training run with the same seed, which for sinusoids
+# would be the same tasks.
+_STREAM = 0x6D657461
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` found. ``accuracy`` is None for regression, whose ``loss`` is the mean squared error.
+    """What `evaluate` found. `accuracy` is None for regression, whose `loss` is the mean squared error.
 
-    ``loss_by_step[k]`` is the query loss after ``k`` inner steps, from 0 (before adaptation) on; empty unless asked for.
+    `loss_by_step[k]` is the query loss after `k` inner steps, from 0 (before adaptation) on; empty unless
+    asked for.
     """
 
     loss: Estimate
@@ -55,30 +62,41 @@ def evaluate(
     seed: int = 0,
     stop: Callable[[], bool] | None = None,
 ) -> Evaluation | None:
-    """Judge ``algorithm`` on ``episodes`` tasks, many at a time, without gradients for the outer loop and in eval mode.
+    """Judge `algorithm` on `episodes` tasks, many at a time, without gradients for the outer loop and in eval
+    mode.
 
-    Args:
-        inner_steps: steps of adaptation instead of the algorithm's own; only for algorithms that have ``inner_steps``.
-        by_step: also the loss after every number of inner steps from 0 to ``inner_steps``, on the same tasks.
-        seed: of the tasks: the same seed gives the same tasks, so that two models can be compared task by task.
-        stop: polled between task batches; when it returns True, the evaluation is given up and None comes back.
+    A `~fastmeta.algorithms.ProtoNet` embeds every image of the split once where that is less work than
+    embedding those of each episode.
+
+    Args: inner_steps: steps of adaptation instead of the algorithm's own; only for algorithms that have
+        `inner_steps`. by_step: also the loss after every number of inner steps from 0 to `inner_steps`, on
+        the same tasks. seed: of the tasks: the same seed gives the same tasks, so that two models can be
+        compared task by task. stop: polled between task batches; when it returns True, the evaluation is
+        given up and None comes back.
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
     if inner_steps is not None and not hasattr(algorithm, "inner_steps"):
         raise ValueError(f"inner_steps: {type(algorithm).__name__} has no inner loop")
+    device = next(algorithm.parameters()).device
     last = getattr(algorithm, "inner_steps", None) if inner_steps is None else inner_steps
     counts = list(range(last + 1)) if by_step and last is not None else [last]
     losses: list[list[Tensor]] = [[] for _ in counts]
     accuracies: list[Tensor] = []
     with _judging(algorithm, tasks), torch.no_grad():
-        for batch in _batches(algorithm, tasks, episodes, seed):
+        judged = algorithm
+        if isinstance(algorithm, ProtoNet) and embedding_pays(algorithm, tasks, episodes):
+            embedded = embed(algorithm.encoder, tasks, stop)
+            if embedded is None:
+                return None
+            judged, tasks = ProtoNet(nn.Flatten(), metric=algorithm.metric, ways=algorithm.ways), embedded
+        for batch in _batches(tasks, episodes, torch.Generator(device).manual_seed(_STREAM + seed)):
             if stop is not None and stop():
                 return None
             for steps, kept in zip(counts, losses, strict=True):
                 if steps is not None:
-                    algorithm.inner_steps = steps
-                output = algorithm(batch)
+                    judged.inner_steps = steps
+                output = judged(batch)
                 kept.append(output.task_loss)
             if output.accuracy is not None:
                 accuracies.append(output.accuracy)
@@ -103,10 +121,10 @@ def _judging(algorithm: nn.Module, tasks: TaskSource):
             setattr(algorithm, name, value)
 
 
-def _batches(algorithm: nn.Module, tasks: TaskSource, episodes: int, seed: int) -> Iterator[TaskBatch]:
-    device = next(algorithm.parameters()).device
-    probe = tasks.sample(1, generator=torch.Generator(device).manual_seed(seed))
+def _batches(tasks: TaskSource, episodes: int, generator: torch.Generator) -> Iterator[TaskBatch]:
+    state = generator.get_state()
+    probe = tasks.sample(1, generator=generator)
+    generator.set_state(state)
     size = max(1, _NUMBERS_PER_BATCH // max(1, probe.support_x.numel() + probe.query_x.numel()))
-    generator = torch.Generator(device).manual_seed(seed)
     for start in range(0, episodes, size):
         yield tasks.sample(min(size, episodes - start), generator=generator)

@@ -9,19 +9,22 @@ from torch import Tensor, nn
 
 
 class NonFiniteError(RuntimeError):
-    """Training met a loss or meta-gradient that is not finite. ``step`` is the step it happened in, counted from 1."""
+    """Training met a loss or meta-gradient that is not finite. `step` is the step it happened in, counted
+    from 1."""
 
     def __init__(self, step: int, cause: str):
-        super().__init__(f"step {step}: {cause}. Nothing was saved after it; a smaller inner or outer learning rate often helps")
+        super().__init__(
+            f"step {step}: {cause}. Nothing was saved after it; a smaller inner or outer learning rate often helps"
+        )
         self.step = step
         self.cause = cause
 
 
 class FiniteGuard:
-    """Watches losses and gradients; :meth:`check` raises :class:`NonFiniteError` about the first bad step it saw.
+    """Watches losses and gradients; `check` raises `NonFiniteError` about the first bad step it saw.
 
-    :meth:`watch` only queues work on the device and keeps what the first bad step looked like, so that the check may come many
-    steps later and still name the cause.
+    `watch` only queues work on the device and keeps what the first bad step looked like, so that the check
+    may come many steps later and still name the cause.
     """
 
     def __init__(self, module: nn.Module):
@@ -29,7 +32,8 @@ class FiniteGuard:
         self._bad_step: Tensor | None = None
 
     def watch(self, step: int, task_loss: Tensor) -> None:
-        """Called between ``backward`` and the optimizer's step. ``task_loss`` ``[T]`` are the query losses of this step."""
+        """Called between `backward` and the optimizer's step. `task_loss` `[T]` are the query losses of this
+        step."""
         task_loss = task_loss.detach()
         gradients = [p.grad for _, p in self._parameters if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients)) if gradients else task_loss.new_zeros(0)

@@ -29,11 +29,12 @@ class TaskSource(Protocol):
     """What tasks come from: everything in :mod:`fastmeta.tasks`, or your own."""
 
     def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
-        """``num_tasks`` new tasks on the source's device."""
+        """`num_tasks` new tasks on the source's device."""
 
 
 class Progress(NamedTuple):
-    """Where a run stands. ``loss`` and ``accuracy`` are means since the last report, None if there was no step."""
+    """Where a run stands. `loss` and `accuracy` are means since the last report, None if there was no
+    step."""
 
     step: int
     seconds: float
@@ -56,19 +57,19 @@ class Reporter:
 class Trainer:
     """Adam on the meta-loss of freshly sampled tasks, with checkpoints, validation and a clean way out.
 
-    Args:
-        algorithm: a module with ``forward(TaskBatch) -> MetaOutput``, already on its device.
-        tasks: where training tasks come from, on the same device.
-        task_batch: tasks per step, the ``T`` of every ``[T, ...]``.
-        outer_lr, lr_schedule, lr_halve_every: Adam's rate, see :func:`fastmeta.training.schedule.learning_rate`.
-        iterations, minutes: what ends the run, whichever comes first; at least one. Time counts across resumes.
-        validate: called every ``eval_every`` steps (0: never) and at the end; its ``score`` (larger is better) picks the best checkpoint.
+    Args: algorithm: a module with `forward(TaskBatch) -> MetaOutput`, already on its device. tasks: where
+        training tasks come from, on the same device. task_batch: tasks per step, the `T` of every `[T, ...]`.
+        outer_lr, lr_schedule, lr_halve_every: Adam's rate, see `fastmeta.training.schedule.learning_rate`.
+        iterations, minutes: what ends the run, whichever comes first; at least one. Time counts across
+        resumes. validate: called every `eval_every` steps (0: never) and at the end; its `score` (larger is
+        better) picks the best checkpoint.
             It is given a function to poll, and returns None if that told it to stop.
-        checkpoints: where to save, every ``save_every`` steps (0: never), at each new best, at the end and on SIGINT or SIGTERM. None saves
-            nothing. ``record`` is stored in each.
+        checkpoints: where to save, every `save_every` steps (0: never), at each new best, at the end and on
+            SIGINT or SIGTERM. None saves nothing. `record` is stored in each.
         seed: of the task sampler. Model initialisation is the caller's.
         wrap: turns the algorithm into what is called for the loss, for instance
-            ``torch.nn.parallel.DistributedDataParallel`` or ``torch.compile``; checkpoints hold the algorithm itself.
+            `torch.nn.parallel.DistributedDataParallel` or `torch.compile`; checkpoints hold the algorithm
+            itself.
         reporters: who hears of progress.
 
     A step queues work on the device and does not wait for it; losses are read when the progress is shown.
@@ -122,14 +123,16 @@ class Trainer:
         self._guard = FiniteGuard(algorithm)
         self._loss, self._accuracy = RunningMean(), RunningMean()
         self._validated = self._saved = -1
-        # On a CPU there is no queue to keep full, and checking at once keeps a bad gradient out of the weights.
+        # On a CPU there is no queue to keep full, and checking at once keeps a bad gradient out of the
+        # weights.
         self._check_every_step = self.device.type == "cpu"
 
     def run(self) -> int | None:
-        """Train until done. Returns None, or the number of the signal that ended it early; both leave a checkpoint behind.
+        """Train until done. Returns None, or the number of the signal that ended it early; both leave a
+        checkpoint behind.
 
-        Raises :class:`~fastmeta.training.finite.NonFiniteError` on a loss or meta-gradient that is not finite; the checkpoints of
-        before are left as they are.
+        Raises `~fastmeta.training.finite.NonFiniteError` on a loss or meta-gradient that is not finite; the
+        checkpoints of before are left as they are.
         """
         self.algorithm.train()
         shown_at, shown_step, shown_seconds = 0.0, self.step, self.seconds
@@ -178,7 +181,8 @@ class Trainer:
         return out_of_steps or (self.minutes is not None and self.seconds >= 60 * self.minutes)
 
     def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one. Refuses, with NonFiniteError, to save a broken state."""
+        """Write a checkpoint of this step, unless there is one. Refuses, with NonFiniteError, to save a
+        broken state."""
         if self.checkpoints is None or self._saved == self.step:
             return
         self._guard.check()
@@ -201,13 +205,16 @@ class Trainer:
             reporter.saved(path)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue where ``checkpoint`` was written: on the same device, with the same bits as without the interruption."""
+        """Continue where `checkpoint` was written: on the same device, with the same bits as without the
+        interruption."""
         load_model(self.algorithm, checkpoint)
         try:
             unpack_optimizer(self.optimizer, checkpoint.group("optimizer"), checkpoint.record["optimizer"])
             self._set_rng_states(checkpoint.group("rng"))
         except (KeyError, IndexError, ValueError) as error:
-            raise CheckpointError(f"{checkpoint.path}: its optimizer or random state does not fit this run ({error})") from error
+            raise CheckpointError(
+                f"{checkpoint.path}: its optimizer or random state does not fit this run ({error})"
+            ) from error
         self.step = self._saved = checkpoint.step
         self.seconds = checkpoint.record["seconds"]
         self.best_score = checkpoint.record["best_score"]
@@ -255,12 +262,14 @@ class Trainer:
         if self.device.type == "cuda" and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], self.device)
         sampler = self.generator.get_state()
-        if states["sampler"].shape == sampler.shape:  # another device's generator has another state: begin a new stream there
+        if (
+            states["sampler"].shape == sampler.shape
+        ):  # another device's generator has another state: begin a new stream there
             self.generator.set_state(states["sampler"])
 
 
 def load_model(algorithm: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's model into ``algorithm``. Raises CheckpointError where names or shapes differ."""
+    """Copy a checkpoint's model into `algorithm`. Raises CheckpointError where names or shapes differ."""
     try:
         algorithm.load_state_dict(checkpoint.group("model"))
     except RuntimeError as error:

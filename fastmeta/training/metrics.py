@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Estimate(NamedTuple):
-    """A mean over episodes with the half width of its 95% confidence interval, ``1.96 s / sqrt(n)``."""
+    """A mean over episodes with the half width of its 95% confidence interval, `1.96 s / sqrt(n)`."""
 
     mean: float
     ci95: float
@@ -18,7 +18,8 @@ class Estimate(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor) -> Estimate:
-        """Of one value per episode, ``[n]``. One episode has an interval of NaN: it says nothing about the spread."""
+        """Of one value per episode, `[n]`. One episode has an interval of NaN: it says nothing about the
+        spread."""
         if values.dim() != 1 or values.numel() == 0:
             raise ValueError(f"values must be [n] with n >= 1, got shape {tuple(values.shape)}")
         # One copy to the host; in float64, where a mean over many episodes loses nothing.
@@ -34,7 +35,7 @@ class Estimate(NamedTuple):
         return f"{self.mean:.4g} ± {self.ci95:.2g}"
 
     def as_json(self) -> dict:
-        """``{"mean", "ci95", "episodes"}``; JSON has no NaN, so what is not finite becomes None."""
+        """`{"mean", "ci95", "episodes"}`; JSON has no NaN, so what is not finite becomes None."""
         return {"mean": finite_or_none(self.mean), "ci95": finite_or_none(self.ci95), "episodes": self.count}
 
 

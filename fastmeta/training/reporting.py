@@ -16,16 +16,25 @@ if TYPE_CHECKING:
 
 
 class ConsoleReporter(Reporter):
-    """A bar while a terminal watches, and one line for each validation everywhere. Use it as a context manager."""
+    """A bar while a terminal watches, and one line for each validation everywhere. Use it as a context
+    manager."""
 
     def __init__(self, console: Console, *, iterations: int | None, minutes: float | None, regression: bool):
         self.console = console
         self.regression = regression
         self._minutes = minutes if iterations is None else None
-        columns = [TextColumn("step"), MofNCompleteColumn()] if self._minutes is None else [TextColumn("step {task.fields[step]:,}")]
+        columns = (
+            [TextColumn("step"), MofNCompleteColumn()]
+            if self._minutes is None
+            else [TextColumn("step {task.fields[step]:,}")]
+        )
         self._bar = Bar(
-            *columns, BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[numbers]}"),
-            console=console, disable=not console.is_terminal,
+            *columns,
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=iterations or 60 * (minutes or 0), numbers="", step=0)
         self._numbers = ""
@@ -50,7 +59,8 @@ class ConsoleReporter(Reporter):
     def validation(self, step: int, evaluation: Evaluation, best: bool) -> None:
         held_out = describe(evaluation, self.regression)
         self.console.print(
-            f"step {step:>7,}  {self._numbers}  [bold]validation {held_out}[/bold]{'  (best)' if best else ''}", highlight=False
+            f"step {step:>7,}  {self._numbers}  [bold]validation {held_out}[/bold]{'  (best)' if best else ''}",
+            highlight=False,
         )
 
 

@@ -1,4 +1,4 @@
-"""From a :class:`RunConfig` to a trainer, and from a checkpoint back to a model."""
+"""From a `RunConfig` to a trainer, and from a checkpoint back to a model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,24 @@ from .evaluate import Evaluation, evaluate
 from .loop import Reporter, TaskSource, Trainer, load_model
 
 # What may differ when a run goes on: none of it changes what a step computes, beyond rounding.
-MAY_CHANGE = ("iterations", "minutes", "device", "data_root", "threads", "engine", "task_chunk", "eval_every", "eval_tasks", "save_every")
+MAY_CHANGE = (
+    "iterations",
+    "minutes",
+    "device",
+    "data_root",
+    "threads",
+    "engine",
+    "task_chunk",
+    "eval_every",
+    "eval_tasks",
+    "save_every",
+)
 _VALIDATION_SEED = 1_000_003  # not a seed that a user is likely to train with
 
 
 def prepare(config: RunConfig) -> torch.device:
-    """Set what is global in PyTorch (threads, deterministic convolutions) and return the device. Raises ValueError."""
+    """Set what is global in PyTorch (threads, deterministic convolutions) and return the device. Raises
+    ValueError."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.backends.cudnn.benchmark = False
@@ -39,15 +51,20 @@ def prepare(config: RunConfig) -> torch.device:
 
 
 def build_tasks(config: RunConfig, split: str, device: torch.device, **changed: int | None) -> TaskSource:
-    """The config's tasks of one split (``"train"``, ``"val"`` or ``"test"``); ``changed`` replaces ways, shots or query_shots."""
+    """The config's tasks of one split (`"train"`, `"val"` or `"test"`); `changed` replaces ways, shots or
+    query_shots."""
     prefix = "train_" if split == "train" else ""
     sizes = {name: getattr(config, prefix + name) for name in ("ways", "shots", "query_shots")}
     sizes |= {name: value for name, value in changed.items() if value is not None}
-    return make_tasks(config.data, split, **sizes, device=device, data_root=config.data_root, seed=config.seed)
+    if config.data == "sinusoid":
+        del sizes["ways"]
+    return make_tasks(
+        config.data, split, **sizes, device=device, data_root=config.data_root, partition=config.partition
+    )
 
 
 def build_algorithm(config: RunConfig, tasks: TaskSource, device: torch.device) -> nn.Module:
-    """The config's algorithm with newly initialised weights, which depend on ``config.seed`` alone."""
+    """The config's algorithm with newly initialised weights, which depend on `config.seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         algorithm = _maml(config, tasks) if config.algorithm == "maml" else _protonet(config, tasks)
@@ -90,15 +107,17 @@ def _features(body: nn.Module, tasks: TaskSource) -> int:
 
 
 def validator(config: RunConfig, algorithm: nn.Module, device: torch.device) -> Callable[..., Evaluation | None]:
-    """What a trainer calls to validate: the same ``config.eval_tasks`` held-out tasks every time."""
+    """What a trainer calls to validate: the same `config.eval_tasks` held-out tasks every time."""
     tasks = build_tasks(config, "val", device)
     steps = config.eval_inner_steps if hasattr(algorithm, "inner_steps") else None
     episodes = config.eval_tasks
-    return lambda stop: evaluate(algorithm, tasks, episodes=episodes, inner_steps=steps, seed=_VALIDATION_SEED, stop=stop)
+    return lambda stop: evaluate(
+        algorithm, tasks, episodes=episodes, inner_steps=steps, seed=_VALIDATION_SEED, stop=stop
+    )
 
 
 def build_trainer(config: RunConfig, folder: str | Path | None, reporters: tuple[Reporter, ...] = ()) -> Trainer:
-    """A trainer at step 0 that saves into ``folder`` (None: nowhere)."""
+    """A trainer at step 0 that saves into `folder` (None: nowhere)."""
     device = prepare(config)
     tasks = build_tasks(config, "train", device)
     algorithm = build_algorithm(config, tasks, device)
@@ -123,7 +142,7 @@ def build_trainer(config: RunConfig, folder: str | Path | None, reporters: tuple
 
 
 def config_of(checkpoint: Checkpoint) -> RunConfig:
-    """The settings that ``checkpoint`` was trained with. Raises CheckpointError if there are none."""
+    """The settings that `checkpoint` was trained with. Raises CheckpointError if there are none."""
     try:
         return RunConfig.from_json(checkpoint.record["config"])
     except (KeyError, TypeError, ValueError) as error:
@@ -131,7 +150,8 @@ def config_of(checkpoint: Checkpoint) -> RunConfig:
 
 
 def resumed_config(checkpoint: Checkpoint, given: dict[str, Any]) -> RunConfig:
-    """The run's own settings with what is ``given`` anew. Raises ValueError for a change that would make it another run."""
+    """The run's own settings with what is `given` anew. Raises ValueError for a change that would make it
+    another run."""
     config = config_of(checkpoint)
     changed = {key: value for key, value in given.items() if value is not None and value != getattr(config, key)}
     refused = [f"{key} {getattr(config, key)!r} to {changed[key]!r}" for key in changed if key not in MAY_CHANGE]
@@ -143,7 +163,7 @@ def resumed_config(checkpoint: Checkpoint, given: dict[str, Any]) -> RunConfig:
 
 
 def find_checkpoint(path: str | Path, *, newest: bool = False) -> Checkpoint:
-    """The checkpoint at ``path``: a file of one, or a run's folder, whose best one is taken (or its newest)."""
+    """The checkpoint at `path`: a file of one, or a run's folder, whose best one is taken (or its newest)."""
     path = Path(path)
     if path.is_dir():
         folder = CheckpointFolder(path)
@@ -164,9 +184,10 @@ def load_for_evaluation(
     shots: int | None = None,
     query_shots: int | None = None,
 ) -> tuple[RunConfig, nn.Module, TaskSource]:
-    """A checkpoint's settings, its trained algorithm, and tasks of ``split`` to judge it on, by default as it was validated.
+    """A checkpoint's settings, its trained algorithm, and tasks of `split` to judge it on, by default as it
+    was validated.
 
-    Raises CheckpointError if the checkpoint does not fit, ValueError for ``ways`` that the model cannot serve.
+    Raises CheckpointError if the checkpoint does not fit, ValueError for `ways` that the model cannot serve.
     """
     config = config_of(checkpoint)
     if config.algorithm == "maml" and ways is not None and ways != config.ways:

@@ -7,11 +7,13 @@ import math
 SCHEDULES = ("constant", "halve", "cosine")
 
 
-def learning_rate(base: float, step: int, *, schedule: str = "constant", halve_every: int = 0, total: int | None = None) -> float:
-    """The rate of step ``step``, counted from 0.
+def learning_rate(
+    base: float, step: int, *, schedule: str = "constant", halve_every: int = 0, total: int | None = None
+) -> float:
+    """The rate of step `step`, counted from 0.
 
-    ``"halve"`` halves it every ``halve_every`` steps (Snell et al. 2017 use 2,000). ``"cosine"`` lets it fall along half a
-    cosine to 0 at ``total`` steps. Raises ValueError where the schedule's own number is missing.
+    `"halve"` halves it every `halve_every` steps (Snell et al. 2017 use 2,000). `"cosine"` lets it fall along
+    half a cosine to 0 at `total` steps. Raises ValueError where the schedule's own number is missing.
     """
     if schedule == "constant":
         return base

@@ -7,10 +7,11 @@ import threading
 
 
 class StopSignals:
-    """``with StopSignals() as stop:`` and look at ``stop.received`` (None, or the signal's number) where leaving is safe.
+    """`with StopSignals() as stop:` and look at `stop.received` (None, or the signal's number) where leaving
+    is safe.
 
-    After the first signal the handlers of before are back, so that a second one acts at once. Outside the main thread, where
-    Python allows no handlers, nothing is installed.
+    After the first signal the handlers of before are back, so that a second one acts at once. Outside the
+    main thread, where Python allows no handlers, nothing is installed.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -113,7 +113,7 @@ def triton_accumulator(dtype: torch.dtype):
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies: TF32 where the user allows it, and for half precision, whose values TF32 holds exactly."""
+    """How `tl.dot` multiplies: TF32 where the user allows it, and for half precision, which TF32 holds exactly."""
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed or dtype in (torch.float16, torch.bfloat16) else "ieee"
 
@@ -170,9 +170,9 @@ def activate(x, ACTIVATION: tl.constexpr):
 def activation_slope(x, ACTIVATION: tl.constexpr):
     """Derivative of `activate` at `x`."""
     if ACTIVATION == 0:
-        return x * 0 + 1
+        return tl.full(x.shape, 1, x.dtype)
     elif ACTIVATION == 1:
-        return tl.where(x <= 0, 0.0, x * 0 + 1)
+        return tl.where(x <= 0, tl.full(x.shape, 0, x.dtype), 1.0)
     elif ACTIVATION == 2:
         e = tl.exp(-2 * tl.abs(x))  # 1 - tanh^2 would cancel where tanh is near 1
         return 4 * e / ((1 + e) * (1 + e))

@@ -1,4 +1,4 @@
-"""Class means `[T, S, D] -> [T, N, D]` and their gradient. Rows are added in their order; an absent class gives zeros."""
+"""Class means `[T, S, D] -> [T, N, D]` and their gradient; an absent class gives zeros."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A whole MLP, `x [T, B, I] -> [T, B, O]`, with weights per task or shared, and its gradient.
 
-Narrow nets run in one launch, the activations of a block of rows in registers from first layer to last (`net_kernel`).
-Others, float64 and the gradient go layer by layer. There, what lies between two layers is kept before the activation, which
-is applied on loading: the gradient needs it in that form. A layer that all tasks share entirely is computed once; where
+Narrow nets run in one launch, a block of rows staying in registers from first layer to last (`net_kernel`). Others,
+float64 and the gradient go layer by layer. There, what lies between two layers is kept before the activation, which is
+applied on loading: the gradient needs it in that form. A layer that all tasks share entirely is computed once; where
 only its weights are shared, the rows of all tasks count as those of one.
 """
 
@@ -276,7 +276,8 @@ def _net(x: Tensor, weights: list[Tensor], biases: list[Tensor], activation: int
         WIDTHS=widths,
         SIDES=sides,
         PER_TASK=tuple(
-            (int(w.shape[0] == tasks), int(b.shape[0] == tasks)) for w, b in zip(weights, biases or weights, strict=True)
+            (int(w.shape[0] == tasks), int(b.shape[0] == tasks))
+            for w, b in zip(weights, biases or weights, strict=True)
         ),
         HAS_BIAS=bool(biases),
         ACTIVATION=activation,

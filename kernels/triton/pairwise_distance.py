@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmeta.kernels._common import METRICS, accumulator, blocks, launch, step, tile, triton_accumulator, warps
-from fastmeta.kernels._distance import EPS, distance_tile, load_transposed, row_norms
+from fastmeta.kernels._distance import EPS, distance_tile, row_norms
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """The loss of a Prototypical Network from embeddings, `-> loss [T], accuracy [T]`, and its gradient.
 
-Forward: the prototypes, then one pass over the queries with a running softmax over blocks of classes, so that nothing of
-size `[T, Q, N]` is written. The gradient forms the distances again; the weights of its sums are `[Q, N]` per task and
-live in a scratch buffer for a few tasks at a time.
+Forward: the prototypes, then one pass over the queries with a running softmax over blocks of classes, so that nothing
+of size `[T, Q, N]` is written. The gradient forms the distances again; the weights of its sums are `[Q, N]` per task
+and live in a scratch buffer for a few tasks at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def softmax_row(
     query, prototypes, q, label, Q, N, D, METRIC: tl.constexpr, ACC: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of the distances of rows `q`: the smallest, where it is first, sum of exp(smallest - d), and that of the label."""
+    """Of the distances of rows `q`: the smallest, where it is first, sum of exp(smallest - d), the label's."""
     smallest = tl.full([BLOCK_Q], float("inf"), ACC)
     nearest = tl.zeros([BLOCK_Q], tl.int64)
     total = tl.zeros([BLOCK_Q], ACC)

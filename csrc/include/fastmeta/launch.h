@@ -1,0 +1,86 @@
+// The launchers of the CUDA kernels, free of torch: what the bridges (csrc/cuda/*_torch.cpp) call. All pointers are
+// device pointers to contiguous arrays; `stream` is a cudaStream_t. A launcher starts kernels and returns.
+#pragma once
+
+#include <cstdint>
+
+#include "activations.h"
+#include "metrics.h"
+
+namespace fastmeta::cuda {
+
+enum class Dtype : int { f32, f64, f16, bf16 };
+
+// The sentence of the last launch's error on this thread, or nullptr.
+const char* last_error();
+
+// class_prototypes: x [tasks, support, width], labels [tasks, support], out [tasks, classes, width]
+struct ClassPrototypes {
+  const void* x;
+  const int64_t* labels;
+  void* out;
+  int64_t tasks, support, classes, width;
+};
+void launch_class_prototypes(Dtype dtype, const ClassPrototypes& p, void* stream);
+// x is the gradient [tasks, classes, width], out [tasks, support, width]
+void launch_class_prototypes_bwd(Dtype dtype, const ClassPrototypes& p, void* stream);
+
+// pairwise_distance: out [tasks, rows, classes]
+struct PairwiseDistance {
+  const void* query;
+  const void* prototypes;
+  void* out;
+  int64_t tasks, rows, classes, width;
+  Metric metric;
+};
+void launch_pairwise_distance(Dtype dtype, const PairwiseDistance& p, void* stream);
+
+// What the gradient of a distance needs beyond its inputs, in the accumulation type (float for halves).
+struct Coefficients {
+  void* pair;        // [tasks, rows, classes]: factor of the other operand, or of the difference
+  void* self;        // cosine: [tasks, rows, classes], summed into the factor of the operand itself
+  void* query;       // cosine: [tasks, rows], 1 / |query|^2
+  void* prototypes;  // cosine: [tasks, classes]
+};
+// Whether a gradient handed in as `grad` must be turned into Coefficients first.
+inline bool needs_coefficients(Metric metric) { return metric == Metric::euclidean || metric == Metric::cosine; }
+
+struct PairwiseDistanceBwd {
+  PairwiseDistance forward;  // `out` is not used
+  const void* grad;          // [tasks, rows, classes]; nullptr: the coefficients are there already
+  Coefficients coefficients;
+  void* d_query;       // or nullptr
+  void* d_prototypes;  // or nullptr
+};
+void launch_pairwise_distance_bwd(Dtype dtype, const PairwiseDistanceBwd& p, void* stream);
+
+// prototypical_loss: loss and accuracy [tasks]
+struct PrototypicalLoss {
+  const void* support;
+  const int64_t* support_labels;
+  const void* query;
+  const int64_t* query_labels;
+  int64_t tasks, support_rows, rows, classes, width;
+  Metric metric;
+  void* prototypes;  // scratch [tasks, classes, width]
+  void* sums;        // scratch [tasks, query_tiles(rows), 2], accumulation type
+  void* loss;
+  void* accuracy;
+};
+constexpr int64_t kQueryTile = 64;
+inline int64_t query_tiles(int64_t rows) { return (rows + kQueryTile - 1) / kQueryTile; }
+void launch_prototypical_loss(Dtype dtype, const PrototypicalLoss& p, void* stream);
+
+struct PrototypicalLossBwd {
+  PrototypicalLoss forward;  // `sums`, `loss` and `accuracy` are not used
+  const void* grad_loss;     // [tasks]
+  void* log_sums;            // scratch [tasks, rows], accumulation type
+  Coefficients coefficients;  // scratch for `chunk` tasks at a time, so that nothing grows as [tasks, rows, classes]
+  int64_t chunk;
+  void* d_prototypes;  // scratch [tasks, classes, width], where d_support is wanted
+  void* d_support;     // or nullptr
+  void* d_query;       // or nullptr
+};
+void launch_prototypical_loss_bwd(Dtype dtype, const PrototypicalLossBwd& p, void* stream);
+
+}  // namespace fastmeta::cuda
