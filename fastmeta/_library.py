@@ -57,6 +57,7 @@ def call(spec: OpSpec, args: Args):
     """Run an op, by the way in that is right where the caller stands."""
     transformed = torch._C._are_functorch_transforms_active()
     if forward_ad._current_level >= 0 or transformed and torch.compiler.is_compiling():
+        _check_data(spec, args)
         with torch.autocast(_tensors(args)[0].device.type, enabled=False):  # the inputs have been cast
             return spec.reference(*args)
     if transformed:
@@ -64,6 +65,15 @@ def call(spec: OpSpec, args: Args):
         outputs = _functions[spec.name].apply(structure, *_tensors(args))
         return structure.join_outputs(outputs)
     return dispatcher_op(spec)(*args)
+
+
+def _check_data(spec: OpSpec, args: Args) -> None:
+    """What `_backends.run` checks, for calls that do not get there; not where a label stands for many or for none."""
+    if spec.check is None or torch.compiler.is_compiling():
+        return
+    labels = [t for t in _tensors(args) if not t.is_floating_point()]
+    if not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in labels):
+        spec.check(*args)
 
 
 def dispatcher_op(spec: OpSpec):

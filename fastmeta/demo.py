@@ -68,9 +68,13 @@ def run_demo(
     console.print(table)
     console.print(f"adaptation curves: {picture}", highlight=False, soft_wrap=True)
     return {
-        "mse_before": before.mean, "mse_after_1": one.mean, "mse_after_5": five.mean, "accuracy": accuracy.accuracy.mean,
-        "tasks_per_second": ours, "torch_func_tasks_per_second": plain,
-    }  # fmt: skip
+        "mse_before": before.mean,
+        "mse_after_1": one.mean,
+        "mse_after_5": five.mean,
+        "accuracy": accuracy.accuracy.mean,
+        "tasks_per_second": ours,
+        "torch_func_tasks_per_second": plain,
+    }
 
 
 def _sinusoid_config(iterations: int) -> RunConfig:
@@ -101,7 +105,7 @@ def _characters(
 
     def config(iterations: int) -> RunConfig:
         return run_config(
-            "protonet", data, train_ways=20, iterations=iterations, outer_lr=2e-3, lr_schedule="cosine", eval_every=0,
+            "protonet", data, train_ways=20, hidden=(32,), iterations=iterations, outer_lr=5e-3, lr_schedule="cosine", eval_every=0,
             data_root=str(data_root) if data_root is not None else None,
         )  # fmt: skip
 

@@ -9,6 +9,7 @@
 
 #include "activation_kernel.h"
 #include "kernels.h"
+#include "query_block.h"
 #include "carver.h"
 
 namespace fastmeta::FASTMETA_ISA {
@@ -85,16 +86,6 @@ void mlp(const cpu::MlpItem<T>& item) {
     for (int64_t l = 0; l < item.layers; ++l) block.layer(l, first, rows);
     transpose(outputs, rows, block.value[item.layers], block.ld, item.out + first * outputs, outputs, outputs);
   }
-}
-
-template <class T>
-T sum_of_row(const T* p, int64_t n) {
-  constexpr int W = kWidth<T>;
-  Vec<T> sum = {};
-  int64_t j = 0;
-  for (; j + W <= n; j += W) sum += load(p + j);
-  if (j < n) sum += load_first(p + j, n - j);
-  return sum_of_lanes<T>(sum);
 }
 
 template <class T>

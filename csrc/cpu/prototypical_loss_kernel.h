@@ -7,22 +7,28 @@
 
 namespace fastmeta::FASTMETA_ISA {
 
+// With squared distances, sum_n g[q, n] = 0 leaves d_query = -2 sum_n g[q, n] p_n: plain products, in place of
+// differences. Rows are centred on the mean prototype first, which changes no distance and keeps a common offset out of
+// the sums.
 template <class T>
 struct LossScratch {
   QueryBlock<T> block{};
-  T *prototypes, *inverse, *d_prototypes;
+  T *prototypes, *inverse, *d_prototypes, *centre, *rows;
 
   LossScratch(const cpu::LossItem<T>& item, bool backward) {
     block.classes = item.classes;
     block.width = item.width;
     block.metric = item.metric;
     block.most = QueryBlock<T>::size(item.query_rows, item.width);
+    block.centred = backward && item.metric == cpu::kSqeuclidean;
     Carver carver{nullptr};
     for (int pass = 0; pass < 2; ++pass) {
       if (pass) carver = {static_cast<char*>(cpu::thread_scratch(carver.used))};
       block.carve(carver, backward);
       prototypes = carver.take<T>(item.classes * item.width);
       inverse = carver.take<T>(item.classes);
+      centre = block.centred ? carver.take<T>(item.width) : nullptr;
+      rows = block.centred ? carver.take<T>(block.most * item.width) : nullptr;
       d_prototypes = backward ? carver.take<T>(item.classes * item.width) : nullptr;
     }
     inverse_counts(item.support_labels, item.support_rows, item.classes, inverse);
@@ -30,6 +36,23 @@ struct LossScratch {
                 prototypes, item.width);
     block.prototypes = prototypes;
     block.start();
+    if (!block.centred) return;
+    fill_zero(centre, item.width);
+    for (int64_t n = 0; n < item.classes; ++n) add_row(centre, prototypes + n * item.width, item.width);
+    scale_row(centre, centre, T(1) / T(item.classes), item.width);
+    for (int64_t n = 0; n < item.classes; ++n) subtract(prototypes + n * item.width, prototypes + n * item.width);
+  }
+
+  // to = from - centre, one row
+  void subtract(const T* from, T* to) const {
+    constexpr int W = kWidth<T>;
+    int64_t j = 0;
+    for (; j + W <= block.width; j += W) store(to + j, load(from + j) - load(centre + j));
+    for (; j < block.width; ++j) to[j] = from[j] - centre[j];
+  }
+  const T* centred(const T* query, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) subtract(query + i * block.width, rows + i * block.width);
+    return rows;
   }
 };
 
@@ -84,6 +107,7 @@ void loss_gradient(const cpu::LossItem<T>& item) {
   for (int64_t start = 0; start < item.query_rows; start += ld) {
     const int64_t rows = smaller(ld, item.query_rows - start);
     const T* query = item.query + start * item.width;
+    if (block.centred) query = scratch.centred(query, rows);
     block.distances(query, rows);
     for (int64_t q = 0; q < rows && item.classes > 0; q += W) {
       const T* d = block.distance + q;

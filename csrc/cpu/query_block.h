@@ -42,6 +42,16 @@ inline void inverse_norms(const T* x, int64_t rows, int64_t width, T* inverse, b
 }
 
 template <class T>
+T sum_of_row(const T* p, int64_t n) {
+  constexpr int W = kWidth<T>;
+  Vec<T> sum = {};
+  int64_t j = 0;
+  for (; j + W <= n; j += W) sum += load(p + j);
+  if (j < n) sum += load_first(p + j, n - j);
+  return sum_of_lanes<T>(sum);
+}
+
+template <class T>
 struct QueryBlock {
   int64_t classes, width, metric;
   const T* prototypes;  // [classes, width]
@@ -55,6 +65,7 @@ struct QueryBlock {
   bool* free_prototype;
   T* own_query;         // cosine: what multiplies the row itself in its gradient
   T* own_prototype;
+  bool centred;         // sqeuclidean with gradient rows that sum to zero, on rows that were centred: plain products
 
   void carve(Carver& c, bool backward) {
     packed = c.take<T>(most * smaller(width, kDepthBlock));
@@ -71,15 +82,14 @@ struct QueryBlock {
   // Few enough queries for their rows to stay in the second-level cache, spread evenly over the blocks.
   static int64_t size(int64_t queries, int64_t width) {
     constexpr int W = kWidth<T>;
-    const int64_t room = (128 << 10) / int64_t(sizeof(T)) / larger(width, 1);
+        const int64_t room = (256 << 10) / int64_t(sizeof(T)) / larger(width, 1);
     const int64_t most = larger(2 * W, smaller(96, room / W * W));
     return larger(W, padded<T>(divide_up(larger(queries, 1), divide_up(larger(queries, 1), most))));
   }
 
   void start() {
-    if (metric != cpu::kCosine) return;
-    inverse_norms(prototypes, classes, width, inverse_prototype, free_prototype);
     fill_zero(own_prototype, classes);
+    if (metric == cpu::kCosine) inverse_norms(prototypes, classes, width, inverse_prototype, free_prototype);
   }
 
   // distance[n, q] of `rows` queries; lanes beyond them hold numbers of no meaning
@@ -125,7 +135,7 @@ struct QueryBlock {
       for (int64_t q = 0; q < rows; q += W) {
         const Vec<T> x = load(g + q);
         if (metric == cpu::kSqeuclidean) {
-          store(g + q, x + x);
+          store(g + q, centred ? -(x + x) : x + x);
         } else if (metric == cpu::kDot) {
           store(g + q, -x);
         } else if (metric == cpu::kEuclidean) {
@@ -148,12 +158,20 @@ struct QueryBlock {
   }
 
   static void add_own(int64_t rows, int64_t width, const T* own, const T* x, T* out) {
+    constexpr int W = kWidth<T>;
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < width; ++j) out[i * width + j] += own[i] * x[i * width + j];
+      for (int64_t j = 0; j < width; j += W) {
+        const int64_t n = smaller(W, width - j);
+        T* to = out + i * width + j;
+        store_first(to, load_first(to, n) + broadcast(own[i]) * load_first(x + i * width + j, n), n);
+      }
   }
 
   // d_query of these rows, written
   void query_gradient(const T* query, int64_t rows, T* d_query) {
+    if (centred)
+      return multiply<T>(rows, width, classes, gradient, 1, most, Right<T>{prototypes, width}, d_query, width,
+                         Finish<T>{});
     if (metric == cpu::kManhattan)
       return multiply_differences<T, true>(rows, width, classes, gradient, 1, most, query, width, prototypes, width,
                                            d_query, width, false);
@@ -168,6 +186,12 @@ struct QueryBlock {
 
   // adds these rows' part to d_prototypes
   void prototype_gradient(const T* query, int64_t rows, T* d_prototypes) {
+    if (centred) {
+      Finish<T> finish;
+      finish.add = true;
+      for (int64_t n = 0; n < classes; ++n) own_prototype[n] -= sum_of_row(gradient + n * most, rows);
+      return multiply<T>(classes, width, rows, gradient, most, 1, Right<T>{query, width}, d_prototypes, width, finish);
+    }
     if (metric == cpu::kManhattan)
       return multiply_differences<T, true>(classes, width, rows, gradient, most, 1, prototypes, width, query, width,
                                            d_prototypes, width, true);
@@ -182,6 +206,7 @@ struct QueryBlock {
 
   // once, after the last block
   void finish_prototypes(T* d_prototypes) {
+    if (centred) return add_own(classes, width, own_prototype, prototypes, d_prototypes);
     if (metric != cpu::kCosine) return;
     for (int64_t n = 0; n < classes; ++n)
       own_prototype[n] = free_prototype[n] ? own_prototype[n] * inverse_prototype[n] * inverse_prototype[n] : 0;

@@ -97,8 +97,8 @@ class RunConfig:
                 raise ValueError("sinusoid is regression, it has no ways: leave ways out")
         if self.algorithm == "maml" and self.train_ways != self.ways:
             raise ValueError(
-                f"train_ways must equal ways for maml, whose last layer has one output per class: got {self.train_ways} "
-                f"and {self.ways}"
+                f"train_ways must equal ways for maml, whose last layer has one output per class: "
+                f"got {self.train_ways} and {self.ways}"
             )
 
     def as_json(self) -> dict[str, Any]:

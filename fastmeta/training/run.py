@@ -156,9 +156,7 @@ def resumed_config(checkpoint: Checkpoint, given: dict[str, Any]) -> RunConfig:
     changed = {key: value for key, value in given.items() if value is not None and value != getattr(config, key)}
     refused = [f"{key} {getattr(config, key)!r} to {changed[key]!r}" for key in changed if key not in MAY_CHANGE]
     if refused:
-        raise ValueError(
-            f"--resume cannot change {', '.join(refused)}; only {', '.join(MAY_CHANGE)} may change. Start a new run for that"
-        )
+        raise ValueError(f"--resume cannot change {', '.join(refused)}; only {', '.join(MAY_CHANGE)} may change")
     return dataclasses.replace(config, **changed)
 
 

@@ -98,8 +98,8 @@ template <>
 FM_INLINE void store_first(double* p, Vec<double> v, int64_t n) {
   _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
 }
-FM_INLINE Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm512_sqrt_ps((__m512)v); }
-FM_INLINE Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm512_sqrt_pd((__m512d)v); }
+FM_INLINE Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm512_maskz_sqrt_ps(0xffff, (__m512)v); }
+FM_INLINE Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm512_maskz_sqrt_pd(0xff, (__m512d)v); }
 FM_INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, (__m512)v); }
 FM_INLINE void stream(double* p, Vec<double> v) { _mm512_stream_pd(p, (__m512d)v); }
 #elif FASTMETA_VECTOR_BYTES == 32
@@ -256,8 +256,12 @@ inline void transpose(int64_t rows, int64_t columns, const T* from, int64_t ld_f
   constexpr int B = kBlock<T>;
   const int64_t whole_rows = rows / B * B, whole_columns = columns / B * B;
   for (int64_t i = 0; i < whole_rows; i += B) {
-    for (int64_t j = 0; j < whole_columns; j += B)
+    for (int64_t j = 0; j < whole_columns; j += B) {
+      // short rows start a new stream each, too short for the hardware to foresee the next block of rows
+      if (j % (64 / int64_t(sizeof(T))) == 0 && i + B < whole_rows)
+        FM_UNROLL for (int r = 0; r < B; ++r) __builtin_prefetch(from + (i + B + r) * ld_from + j);
       transpose_block<T>(from + i * ld_from + j, ld_from, to + j * ld_to + i, ld_to);
+    }
     for (int64_t j = whole_columns; j < columns; ++j)
       for (int r = 0; r < B; ++r) to[j * ld_to + i + r] = from[(i + r) * ld_from + j];
   }

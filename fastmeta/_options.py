@@ -1,0 +1,186 @@
+"""The command line's options: type, help and printed default of each. `cli.py` says which command takes which."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class AlgorithmName(str, Enum):
+    maml = "maml"
+    protonet = "protonet"
+
+
+class DataName(str, Enum):
+    sinusoid = "sinusoid"
+    glyphs = "glyphs"
+    omniglot = "omniglot"
+
+
+class ModelName(str, Enum):
+    mlp = "mlp"
+    conv4 = "conv4"
+
+
+class ScheduleName(str, Enum):
+    constant = "constant"
+    halve = "halve"
+    cosine = "cosine"
+
+
+class MetricName(str, Enum):
+    sqeuclidean = "sqeuclidean"
+    euclidean = "euclidean"
+    cosine = "cosine"
+    dot = "dot"
+    manhattan = "manhattan"
+
+
+class PartitionName(str, Enum):
+    vinyals = "vinyals"
+    c1200 = "1200"
+
+
+class SplitName(str, Enum):
+    train = "train"
+    val = "val"
+    test = "test"
+
+
+_debug = False
+
+
+def debugging() -> bool:
+    """Whether `--debug` was given."""
+    return _debug
+
+
+def _set_debug(value: bool) -> bool:
+    global _debug
+    _debug = value
+    return value
+
+
+def _option(panel: str | None, kind: type, flag: str, help: str, default: str | bool = False, **more: Any) -> Any:
+    """An option that is None unless given: its default, printed as `default`, depends on other options."""
+    return Annotated[kind | None, typer.Option(flag, help=help, show_default=default, rich_help_panel=panel, **more)]
+
+
+_TASKS, _INNER, _OUTER, _RUN = "Tasks", "Model and inner loop", "Outer loop", "The run"
+
+Algorithm = Annotated[AlgorithmName, typer.Argument(help="What to train.")]
+Data = _option(_TASKS, DataName, "--data", "sinusoid is regression, glyphs are drawn here, omniglot is real.", "needed")
+Ways = _option(_TASKS, int, "--ways", "N, classes per task; a support set is [T, N * shots, ...].", "5", min=1)
+Shots = _option(_TASKS, int, "--shots", "Support examples per class.", "1; sinusoid 10", min=1)
+QueryShots = _option(
+    _TASKS, int, "--query-shots", "Query examples per class; a query set is [T, N * query_shots, ...].",
+    "15; sinusoid 10", min=1,
+)  # fmt: skip
+TrainWays = _option(
+    _TASKS, int, "--train-ways", "Classes per training task; protonet learns more from more.",
+    "protonet 60, else --ways", min=1,
+)  # fmt: skip
+TrainShots = _option(_TASKS, int, "--train-shots", "Support examples per class in training.", "--shots", min=1)
+TrainQueryShots = _option(
+    _TASKS, int, "--train-query-shots", "Query examples per class in training.", "5; sinusoid --query-shots", min=1
+)
+Partition = _option(
+    _TASKS, PartitionName, "--partition", "Omniglot's classes: as Vinyals et al., or 1,200 characters to train on.",
+    "vinyals",
+)  # fmt: skip
+DataRoot = _option(
+    _TASKS, Path, "--data-root", "Folder with real data.", "FASTMETA_DATA, else a download", metavar="DIR"
+)
+
+Model = _option(
+    _INNER, ModelName, "--model", "mlp on flattened inputs [B, D], or conv4 on images [B, C, H, W].", "images conv4"
+)
+Hidden = _option(
+    _INNER, str, "--hidden", "Hidden widths of the mlp, or channels of conv4.",
+    "sinusoid 40,40; images 256,128,64,64; conv4 64", metavar="N[,N...]",
+)  # fmt: skip
+Metric = _option(_INNER, MetricName, "--metric", "Distance of protonet, [T, Q, D] to [T, N, D].", "sqeuclidean")
+InnerLR = _option(
+    _INNER, float, "--inner-lr", "Step size of adaptation.", "sinusoid 0.01; images 0.4, above 5 ways 0.1"
+)
+InnerSteps = _option(
+    _INNER, int, "--inner-steps", "K, gradient steps on the support set in training.",
+    "1; images above 5 ways 5", min=0,
+)  # fmt: skip
+EvalInnerSteps = _option(
+    _INNER, int, "--eval-inner-steps", "The same in validation.", "as in training; images at least 3", min=0
+)
+FirstOrder = _option(
+    _INNER, bool, "--first-order/--second-order", "Drop second derivatives (first-order MAML).", "second order"
+)
+Engine = _option(_INNER, str, "--engine", "What runs the inner loops.", "auto: the fastest that serves")
+TaskChunk = _option(_INNER, int, "--task-chunk", "Tasks at a time, to bound memory; same gradient.", "all", min=1)
+
+OuterLR = _option(_OUTER, float, "--outer-lr", "Adam's step size.", "0.001")
+Schedule = _option(
+    _OUTER, ScheduleName, "--lr-schedule", "Of the outer rate; cosine falls to 0 at --iterations.",
+    "protonet halve, else constant",
+)  # fmt: skip
+HalveEvery = _option(
+    _OUTER, int, "--lr-halve-every", "Halve the outer rate every so many steps.", "protonet 2000", min=1
+)
+TaskBatchSize = _option(
+    _OUTER, int, "--task-batch", "T, tasks per step.", "sinusoid 100; images 32, above 5 ways 16; protonet 1", min=1
+)
+Iterations = _option(
+    _OUTER, int, "--iterations", "Steps until the end.", "20000; maml on images 60000; none with --minutes", min=1
+)
+Minutes = _option(_OUTER, float, "--minutes", "Minutes of training; with --iterations, whichever ends first.")
+
+Seed = _option(_RUN, int, "--seed", "Of the weights and of the tasks drawn.", "0")
+Device = _option(_RUN, str, "--device", "auto, cpu, cuda or cuda:N.", "auto: a GPU if there is one")
+Threads = _option(_RUN, int, "--threads", "CPU threads.", "all cores", min=1)
+RunFolder = _option(
+    _RUN, Path, "--out", "The run's folder, for checkpoints.", "runs/ALGORITHM-DATA-TIME", metavar="DIR"
+)
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", rich_help_panel=_RUN,
+        help="Go on with the run in --out, bit for bit on one device. Its settings hold; options may be left out.",
+    ),
+]  # fmt: skip
+FallBack = Annotated[
+    bool,
+    typer.Option(
+        "--fall-back", rich_help_panel=_RUN,
+        help="With --resume: if the newest checkpoint is damaged, take the newest whole one.",
+    ),
+]  # fmt: skip
+EvalEvery = _option(_RUN, int, "--eval-every", "Validate every so many steps; 0: never.", "500; sinusoid 1000", min=0)
+EvalTasks = _option(_RUN, int, "--eval-tasks", "Tasks of a validation.", "600", min=2)
+SaveEvery = _option(
+    _RUN, int, "--save-every", "Checkpoint every so many steps, beside those at a new best and at the end.",
+    "--eval-every", min=0,
+)  # fmt: skip
+TensorBoard = Annotated[
+    bool,
+    typer.Option("--tensorboard/--no-tensorboard", rich_help_panel=_RUN, help="Write TensorBoard scalars to --out."),
+]
+Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
+
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A run's folder, of which the best checkpoint is taken, or one checkpoint's file.")
+]
+Episodes = Annotated[int, typer.Option(min=2, help="Held-out tasks; the interval is 1.96 s / sqrt(episodes).")]
+Split = Annotated[SplitName, typer.Option(help="Of which classes; sinusoids have one distribution.")]
+TestWays = _option(None, int, "--ways", "Classes per task.", "as validated; maml cannot change it", min=1)
+TestShots = _option(None, int, "--shots", "Support examples per class.", "as validated", min=1)
+TestQueryShots = _option(None, int, "--query-shots", "Query examples per class.", "as validated", min=1)
+TestInnerSteps = _option(
+    None, int, "--inner-steps", "Steps of adaptation.", "as validated; regression 10, each shown", min=0
+)
+Newest = Annotated[bool, typer.Option("--newest", help="Of a folder, the newest checkpoint instead of the best.")]
+TestSeed = Annotated[int, typer.Option("--seed", help="Of the tasks.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+DemoFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the picture goes.")]
+Quick = Annotated[bool, typer.Option("--quick", hidden=True, help="A few seconds, to see that it runs.")]
