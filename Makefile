@@ -3,6 +3,7 @@
 # make gpu-check tests, compute-sanitizer and benchmarks on a CUDA machine, with PYTHON's own torch, no network
 PYTHON ?= python3
 VENV := .venv
+PYTEST_ARGS ?= --numprocesses auto
 PY := $(VENV)/bin/python
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
 

@@ -43,8 +43,8 @@ def run_demo(
     console = console or Console()
     began = time.perf_counter()
     episodes = 20 if quick else 1000
-    maml, regression = _sinusoids(console, 0.5 if quick else 55, episodes)
-    accuracy, accuracy_name = _characters(console, 0.5 if quick else 60, episodes, data_root)
+    maml, regression = _sinusoids(console, 0.5 if quick else 45, episodes)
+    accuracy, accuracy_name = _characters(console, 0.5 if quick else 55, episodes, data_root)
     console.print("the same meta-gradient with torch.func (vmap of grad), in turn", highlight=False)
     ours, plain, difference = compare(maml.algorithm, maml.tasks, _TASK_BATCH, seconds=0.5 if quick else 10)
     folder = Path(folder)
@@ -105,8 +105,8 @@ def _characters(
 
     def config(iterations: int) -> RunConfig:
         return run_config(
-            "protonet", data, train_ways=20, hidden=(32,), iterations=iterations, outer_lr=5e-3, lr_schedule="cosine", eval_every=0,
-            data_root=str(data_root) if data_root is not None else None,
+            "protonet", data, train_ways=40, train_query_shots=2, hidden=(32,), iterations=iterations, outer_lr=4e-3,
+            lr_schedule="cosine", eval_every=0, data_root=str(data_root) if data_root is not None else None,
         )  # fmt: skip
 
     console.print(f"[bold]prototypical network[/bold] on {where}", highlight=False, soft_wrap=True)
@@ -116,8 +116,7 @@ def _characters(
 
 
 def _train(console: Console, config: Callable[[int], RunConfig], seconds: float) -> Trainer:
-    """Train for about `seconds`. The cosine needs to know its end in steps, so a few steps are timed
-    first."""
+    """Train for about `seconds`. The cosine must know its end in steps, so a few steps are timed first."""
     pilot = build_trainer(config(1000), None)
     pilot.train_step()
     steps, began = 0, time.perf_counter()
@@ -129,7 +128,9 @@ def _train(console: Console, config: Callable[[int], RunConfig], seconds: float)
     trainer = build_trainer(config(iterations), None, (reporter,))
     trainer.minutes = 1.3 * seconds / 60  # a machine that slows down ends the demo early, not late
     with reporter:
-        trainer.run()
+        received = trainer.run()
+    if received is not None:
+        raise SystemExit(128 + received)
     return trainer
 
 

@@ -10,6 +10,9 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
 DEVICE = "cuda" if CUDA else "cpu"
 DATA = Path(os.environ.get("FASTMETA_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 

@@ -1,7 +1,9 @@
 """The training loop and its checkpoints, in one process; the command line around them is in test_cli.py."""
 
+import importlib
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -21,8 +23,20 @@ from fastmeta.training import (
     load_checkpoint,
     run_config,
 )
-from fastmeta.training.run import build_trainer, resumed_config
+from fastmeta.training.embed import embedding_pays
+from fastmeta.training.run import build_tasks, build_trainer, resumed_config
 from fastmeta.training.schedule import learning_rate
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_glyphs():
+    """Drawing the whole alphabet takes seconds."""
+    module = importlib.import_module("fastmeta.tasks.glyphs")
+    before, module.CLASSES = module.CLASSES, {"train": 6, "val": 5, "test": 4}
+    module.glyphs.cache_clear()
+    yield
+    module.CLASSES = before
+    module.glyphs.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +188,7 @@ def test_damage_is_named_and_refused(tmp_path, suffix, damage, text):
 def test_crash_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     folder = CheckpointFolder(tmp_path)
     save(folder, 1)
-    replace, calls = __import__("os").replace, []
+    replace, calls = os.replace, []
 
     def crash_at_the_second(source, target):
         calls.append(target)
@@ -266,8 +280,6 @@ def test_evaluate_by_step_and_leaves_the_algorithm_as_it_was():
 
 
 def test_evaluate_protonet_with_other_ways_than_in_training():
-    from fastmeta.training.run import build_tasks
-
     config = glyphs(train_ways=3, ways=4)
     trainer = build_trainer(config, None)
     result = evaluate(trainer.algorithm, build_tasks(config, "test", trainer.device), episodes=6)
@@ -278,18 +290,14 @@ def test_evaluate_protonet_with_other_ways_than_in_training():
 
 
 def test_embedding_once_gives_the_same_accuracy(monkeypatch):
-    from fastmeta.training.run import build_tasks
-
     config = glyphs()
     trainer = build_trainer(config, None)
     trainer.run()
     tasks = build_tasks(config, "test", trainer.device)
-    tasks.images = tasks.images[:6, :5]
-    once = evaluate(trainer.algorithm, tasks, episodes=20)
-    called = []
-    monkeypatch.setitem(evaluate.__globals__, "embedding_pays", lambda *_: called.append(1))
-    each = evaluate(trainer.algorithm, tasks, episodes=20)
-    assert called
+    once = evaluate(trainer.algorithm, tasks, episodes=100)
+    assert embedding_pays(trainer.algorithm, tasks, 100) and not embedding_pays(trainer.algorithm, tasks, 10)
+    monkeypatch.setitem(evaluate.__globals__, "embedding_pays", lambda *_: False)
+    each = evaluate(trainer.algorithm, tasks, episodes=100)
     assert once.accuracy == each.accuracy and once.loss.mean == pytest.approx(each.loss.mean, rel=1e-4)
 
 

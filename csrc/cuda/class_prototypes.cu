@@ -11,12 +11,10 @@ constexpr int kColumns = 32, kRows = 8, kThreads = kColumns * kRows, kLabels = 2
 template <class T>
 __global__ void __launch_bounds__(kThreads) class_prototypes_kernel(ClassPrototypes p) {
   __shared__ int labels[kLabels];
-  const int64_t column_tiles = divide_up<int64_t>(p.width, kColumns), class_tiles = divide_up<int64_t>(p.classes, kRows);
-  const int64_t items = p.tasks * class_tiles * column_tiles;
   const int lane = int(threadIdx.x) % kColumns, row = int(threadIdx.x) / kColumns;
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int64_t column = item % column_tiles * kColumns + lane, t = item / column_tiles / class_tiles;
-    const int64_t label = item / column_tiles % class_tiles * kRows + row;
+  FM_EACH(t, x, p.tasks) FM_EACH(class_tile, y, divide_up<int64_t>(p.classes, kRows))
+  FM_EACH(column_tile, z, divide_up<int64_t>(p.width, kColumns)) {
+    const int64_t column = column_tile * kColumns + lane, label = class_tile * kRows + row;
     const T* x = static_cast<const T*>(p.x) + t * p.support * p.width + column;
     Acc<T> sum = 0, count = 0;
     for (int64_t first = 0; first < p.support; first += kLabels) {
@@ -42,10 +40,9 @@ __global__ void __launch_bounds__(kThreads) class_prototypes_kernel(ClassPrototy
 template <class T>
 __global__ void __launch_bounds__(kThreads) class_prototypes_bwd_kernel(ClassPrototypes p) {
   __shared__ int counts[kRows][kColumns];
-  const int64_t tiles = divide_up<int64_t>(p.support, kRows), items = p.tasks * tiles;
   const int lane = int(threadIdx.x) % kColumns, row = int(threadIdx.x) / kColumns;
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int64_t t = item / tiles, s = item % tiles * kRows + row;
+  FM_EACH(t, x, p.tasks) FM_EACH(tile, y, divide_up<int64_t>(p.support, kRows)) {
+    const int64_t s = tile * kRows + row;
     const int64_t* labels = p.labels + t * p.support;
     const int64_t label = s < p.support ? labels[s] : -1;
     const bool known = label >= 0 && label < p.classes;
@@ -69,16 +66,16 @@ __global__ void __launch_bounds__(kThreads) class_prototypes_bwd_kernel(ClassPro
 void launch_class_prototypes(Dtype dtype, const ClassPrototypes& p, void* stream) {
   by_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const int64_t tiles = divide_up<int64_t>(p.width, kColumns) * divide_up<int64_t>(p.classes, kRows);
-    launch(class_prototypes_kernel<T>, p.tasks * tiles, kThreads, 0, stream, p);
+    const Grid grid{p.tasks, divide_up<int64_t>(p.classes, kRows), divide_up<int64_t>(p.width, kColumns)};
+    launch(class_prototypes_kernel<T>, grid, kThreads, 0, stream, p);
   });
 }
 
 void launch_class_prototypes_bwd(Dtype dtype, const ClassPrototypes& p, void* stream) {
   by_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const int64_t items = p.width > 0 ? p.tasks * divide_up<int64_t>(p.support, kRows) : 0;
-    launch(class_prototypes_bwd_kernel<T>, items, kThreads, 0, stream, p);
+    if (p.width == 0) return;
+    launch(class_prototypes_bwd_kernel<T>, {p.tasks, divide_up<int64_t>(p.support, kRows)}, kThreads, 0, stream, p);
   });
 }
 

@@ -48,13 +48,20 @@ __host__ __device__ __forceinline__ I smaller(I a, I b) {
   return a < b ? a : b;
 }
 
-// Blocks take items blockIdx.x, + gridDim.x, ...: any number of items is one launch, none is no launch.
-constexpr int64_t kMostBlocks = int64_t(1) << 30;
+// Blocks walk up to three dimensions by FM_EACH, each as wide as it likes: any size is one launch, none is no launch, and
+// no index is taken apart by 64-bit divisions, which cost registers.
+#define FM_EACH(i, axis, count) for (int64_t i = blockIdx.axis, end_##i = (count); i < end_##i; i += gridDim.axis)
+
+struct Grid {
+  int64_t x, y = 1, z = 1;
+};
 
 template <class... P, class... V>
-void launch(void (*kernel)(P...), int64_t items, int threads, size_t shared, void* stream, V... arguments) {
-  if (items <= 0) return;
-  const dim3 grid(unsigned(smaller(items, kMostBlocks))), block(unsigned(threads), 1, 1);
+void launch(void (*kernel)(P...), Grid size, int threads, size_t shared, void* stream, V... arguments) {
+  if (size.x <= 0 || size.y <= 0 || size.z <= 0) return;
+  const dim3 grid(unsigned(smaller<int64_t>(size.x, 1 << 30)), unsigned(smaller<int64_t>(size.y, 65535)),
+                  unsigned(smaller<int64_t>(size.z, 65535)));
+  const dim3 block(unsigned(threads), 1, 1);
 #ifdef FASTMETA_HOST
   (void)stream;
   host::run(grid, block, shared, [=] { kernel(arguments...); });

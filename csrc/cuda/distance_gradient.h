@@ -1,6 +1,8 @@
 // Gradients of distances from their coefficients: one kernel for either side.
 #pragma once
 
+#include <type_traits>
+
 #include "distance_tile.h"
 
 namespace fastmeta::cuda {
@@ -34,13 +36,11 @@ __global__ void __launch_bounds__(GradientTile::kThreads) distance_gradient_kern
   __shared__ A pair[G::kRows][G::kOthers + 1];
   __shared__ A self[kCosine ? G::kRows : 1][kCosine ? G::kOthers + 1 : 1];
   __shared__ A y[G::kOthers][G::kColumns];
-  const int64_t column_tiles = divide_up<int64_t>(p.width, G::kColumns), row_tiles = divide_up<int64_t>(p.rows, G::kRows);
-  const int64_t items = p.tasks * row_tiles * column_tiles;
   const int lane = int(threadIdx.x) % G::kLanes, across = int(threadIdx.x) / G::kLanes;
   const A factor = A(p.factor);
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int64_t t = item / column_tiles / row_tiles;
-    const int64_t first_row = item / column_tiles % row_tiles * G::kRows, first_column = item % column_tiles * G::kColumns;
+  FM_EACH(t, x, p.tasks) FM_EACH(row_tile, y, divide_up<int64_t>(p.rows, G::kRows))
+  FM_EACH(column_tile, z, divide_up<int64_t>(p.width, G::kColumns)) {
+    const int64_t first_row = row_tile * G::kRows, first_column = column_tile * G::kColumns;
     const T* from = static_cast<const T*>(p.y) + t * p.others * p.width + first_column;
     const int64_t pairs = t * p.rows * p.others + first_row * p.row_stride;
     A x[G::kEachRow][2], sum[G::kEachRow][2], self_sum[G::kEachRow];
@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(GradientTile::kThreads) distance_gradient_kern
     for (int64_t first = 0; first < p.others; first += G::kOthers) {
       const int others = int(smaller<int64_t>(G::kOthers, p.others - first));
       __syncthreads();
+#pragma unroll 2
       for (int i = int(threadIdx.x); i < G::kRows * G::kOthers; i += G::kThreads) {
         const bool along_others = p.other_stride == 1;  // neighbouring threads read neighbours in memory
         const int r = along_others ? i / G::kOthers : i % G::kRows, o = along_others ? i % G::kOthers : i / G::kRows;
@@ -66,12 +67,14 @@ __global__ void __launch_bounds__(GradientTile::kThreads) distance_gradient_kern
         pair[r][o] = inside ? factor * A(load(p.pair + at)) : A(0);
         if constexpr (kCosine) self[r][o] = inside ? factor * A(load(p.self + at)) : A(0);
       }
+#pragma unroll 4
       for (int i = int(threadIdx.x); i < G::kOthers * G::kColumns; i += G::kThreads) {
         const int o = i / G::kColumns, column = i % G::kColumns;
         const bool inside = o < others && first_column + column < p.width;
         y[o][column] = inside ? load(from + (first + o) * p.width + column) : A(0);
       }
       __syncthreads();
+#pragma unroll 2
       for (int o = 0; o < others; ++o) {
         const A y0 = y[o][lane], y1 = y[o][lane + G::kLanes];
 #pragma unroll
@@ -111,11 +114,14 @@ __global__ void __launch_bounds__(GradientTile::kThreads) distance_gradient_kern
 
 template <class T, class C>
 void launch_gradient_side(Metric metric, const GradientSide<C>& p, void* stream) {
-  const int64_t items = p.tasks * divide_up<int64_t>(p.rows, GradientTile::kRows) *
-                        divide_up<int64_t>(p.width, GradientTile::kColumns);
+  const Grid grid{p.tasks, divide_up<int64_t>(p.rows, GradientTile::kRows),
+                  divide_up<int64_t>(p.width, GradientTile::kColumns)};
   by_combine(metric, [&](auto combine) {
     constexpr Combine kCombine = decltype(combine)::value;
-    launch(distance_gradient_kernel<T, C, kCombine>, items, GradientTile::kThreads, 0, stream, p);
+    // cosine always comes with coefficients in the accumulation type
+    if constexpr (std::is_same_v<C, Acc<T>> || kCombine != Combine::cosine)
+      launch(distance_gradient_kernel<T, C, kCombine>, grid, GradientTile::kThreads, 0, stream,
+             p);
   });
 }
 

@@ -28,6 +28,7 @@ struct DistanceTile {
 
   static __device__ __forceinline__ void fetch(A (*to)[kDepth + 1], int tile, const T* from, int64_t rows,
                                                int64_t width, int64_t first) {
+#pragma unroll 4
     for (int i = int(threadIdx.x); i < tile * kDepth; i += kThreads) {
       const int r = i / kDepth, k = i % kDepth;
       to[r][k] = r < rows && first + k < width ? load(from + r * width + first + k) : A(0);
@@ -50,7 +51,7 @@ struct DistanceTile {
       fetch(s.q, kTileQ, query, rows, width, first);
       fetch(s.p, kTileN, prototypes, classes, width, first);
       __syncthreads();
-#pragma unroll 8
+#pragma unroll 4
       for (int k = 0; k < kDepth; ++k) {
         A q[kEachQ], p[kEachN];
 #pragma unroll

@@ -13,19 +13,16 @@ using WideTile = DistanceTile<T, kCombine, 64, 64, 4, 4>;
 constexpr int64_t kNarrowClasses = 16;
 
 template <class Tile>
-int64_t tiles(const PairwiseDistance& p) {
-  return p.tasks * divide_up<int64_t>(p.rows, Tile::kQueries) * divide_up<int64_t>(p.classes, Tile::kClasses);
+Grid tiles(const PairwiseDistance& p) {
+  return {p.tasks, divide_up<int64_t>(p.rows, Tile::kQueries), divide_up<int64_t>(p.classes, Tile::kClasses)};
 }
 
 // f(tile, task, first row, first class) for each tile of distances that falls to this block
 template <class T, class Tile, class F>
 __device__ __forceinline__ void for_each_tile(const PairwiseDistance& p, typename Tile::Shared& shared, const F& f) {
-  const int64_t row_tiles = divide_up<int64_t>(p.rows, Tile::kQueries);
-  const int64_t class_tiles = divide_up<int64_t>(p.classes, Tile::kClasses);
-  const int64_t items = p.tasks * row_tiles * class_tiles;
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int64_t t = item / class_tiles / row_tiles;
-    const int64_t row = item / class_tiles % row_tiles * Tile::kQueries, label = item % class_tiles * Tile::kClasses;
+  FM_EACH(t, x, p.tasks) FM_EACH(row_tile, y, divide_up<int64_t>(p.rows, Tile::kQueries))
+  FM_EACH(class_tile, z, divide_up<int64_t>(p.classes, Tile::kClasses)) {
+    const int64_t row = row_tile * Tile::kQueries, label = class_tile * Tile::kClasses;
     Tile tile;
     tile.run(shared, static_cast<const T*>(p.query) + (t * p.rows + row) * p.width, p.rows - row,
              static_cast<const T*>(p.prototypes) + (t * p.classes + label) * p.width, p.classes - label, p.width);

@@ -61,6 +61,7 @@ class ConsoleReporter(Reporter):
         self.console.print(
             f"step {step:>7,}  {self._numbers}  [bold]validation {held_out}[/bold]{'  (best)' if best else ''}",
             highlight=False,
+            soft_wrap=True,
         )
 
 

@@ -83,4 +83,28 @@ struct PrototypicalLossBwd {
 };
 void launch_prototypical_loss_bwd(Dtype dtype, const PrototypicalLossBwd& p, void* stream);
 
+// fast_weight_update and its gradients are all of one form: out = addend - a * b, maybe summed.
+struct Strided {
+  const void* data;     // nullptr: 0 as `addend`, the `number` of the launch as `b`
+  int64_t row, column;  // element (t, i) is at t * row + i * column; a stride of 0 repeats
+};
+enum class Reduce : int { none, rows, columns, all };  // what is summed over; then there is no addend
+struct Product {
+  Strided addend, a, b;
+  void* out;
+  int64_t rows, columns;
+  Reduce reduce;
+};
+constexpr int64_t kMostSums = 256;  // into how many sums the rows are split at most
+inline int64_t sum_length(int64_t rows) {  // how many rows a sum has
+  const int64_t even = (rows + kMostSums - 1) / kMostSums;
+  return even < 64 ? 64 : even;
+}
+inline int64_t sum_count(int64_t rows) { return rows > 0 ? (rows + sum_length(rows) - 1) / sum_length(rows) : 1; }
+// Elements of scratch, in the accumulation type; one scratch of the largest size serves a whole launch.
+inline int64_t product_scratch(const Product& p) {
+  return p.reduce == Reduce::rows ? sum_count(p.rows) * p.columns : p.reduce == Reduce::all ? sum_count(p.rows) : 0;
+}
+void launch_products(Dtype dtype, const Product* products, int64_t count, double number, void* scratch, void* stream);
+
 }  // namespace fastmeta::cuda

@@ -1,0 +1,324 @@
+"""Wrong arguments: the type of the error, and a text that names the argument, what came and what is allowed.
+
+No kernel runs before the arguments are known to be right.
+"""
+
+import re
+
+import pytest
+import torch
+from conftest import CUDA, DEVICE
+from test_ops import BACKENDS, require
+
+import fastmeta
+from fastmeta import _backends, functional, use_backend
+
+T, S, Q, N, D = 2, 5, 4, 3, 6
+META = "{} must be on the CPU or a CUDA device, got meta"
+FLOATING = "{} must be float32, float64, float16 or bfloat16, got {}"
+METRIC = "metric must be one of sqeuclidean, euclidean, cosine, dot, manhattan; got {!r}"
+COUNT = [
+    ({"num_classes": -1}, ValueError, "num_classes must be at least 0, got -1"),
+    ({"num_classes": True}, TypeError, "num_classes must be an int, got bool"),
+    ({"num_classes": 3.0}, TypeError, "num_classes must be an int, got float"),
+    ({"num_classes": None}, TypeError, "num_classes must be an int, got NoneType"),
+]
+
+
+def x(*shape, dtype=torch.float32, device=DEVICE):
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+def labels(*shape, value=0, dtype=torch.int64, device=DEVICE):
+    out = torch.zeros(shape, dtype=dtype, device=device)
+    if value:
+        out[-1, -1] = value
+    return out
+
+
+def of_tensor(name, layout, shape):
+    """What is wrong with any floating tensor argument."""
+    return [
+        ({name: [[1.0]]}, TypeError, f"{name} must be a tensor of shape {layout}, got list"),
+        ({name: None}, TypeError, f"{name} must be a tensor of shape {layout}, got NoneType"),
+        ({name: x(*shape[:2])}, ValueError, f"{name} must have shape {layout}, got {list(shape[:2])}"),
+        ({name: x(1, *shape)}, ValueError, f"{name} must have shape {layout}, got {[1, *shape]}"),
+        ({name: x(*shape, dtype=torch.int64)}, TypeError, FLOATING.format(name, "int64")),
+        ({name: x(*shape, dtype=torch.complex64)}, TypeError, FLOATING.format(name, "complex64")),
+        ({name: x(*shape, device="meta")}, ValueError, META.format(name)),
+    ]
+
+
+def of_labels(name, layout, shape, like):
+    wide, shape = [shape[0], shape[1] + 1], list(shape)
+    match = f"{name} must have shape {layout} = {shape} to match {like}, got "
+    in_range = f"{name} must lie in [0, num_classes) = [0, {N}), got "
+    return [
+        ({name: [0, 1]}, TypeError, f"{name} must be an int64 tensor of shape {layout}, got list"),
+        ({name: labels(*shape, dtype=torch.int32)}, TypeError, f"{name} must be int64, got int32"),
+        ({name: x(*shape)}, TypeError, f"{name} must be int64, got float32"),
+        ({name: labels(shape[1])}, ValueError, f"{match}{shape[1:]}"),
+        ({name: labels(*wide)}, ValueError, f"{match}{wide}"),
+        ({name: labels(*shape, device="meta")}, ValueError, f"{name} is on meta, but {like} is on {x().device}: they must"),
+        ({name: labels(*shape, value=N)}, ValueError, f"{in_range}{N}"),
+        ({name: labels(*shape, value=2**40)}, ValueError, f"{in_range}{2**40}"),
+        ({name: labels(*shape, value=-1)}, ValueError, f"{in_range}-1"),
+    ]
+
+
+RIGHT = {
+    "class_prototypes": lambda: {"embeddings": x(T, S, D), "labels": labels(T, S), "num_classes": N},
+    "pairwise_distance": lambda: {"query": x(T, Q, D), "prototypes": x(T, N, D)},
+    "prototypical_loss": lambda: {
+        "support": x(T, S, D),
+        "support_labels": labels(T, S),
+        "query": x(T, Q, D),
+        "query_labels": labels(T, Q),
+        "num_classes": N,
+    },
+    "functional_mlp": lambda: {
+        "x": x(T, S, D),
+        "weights": [x(4, D), x(T, 3, 4)],
+        "biases": [x(T, 4), x(3)],
+    },
+    "fast_weight_update": lambda: {
+        "params": {"w": x(4, 3), "b": x(4)},
+        "grads": {"w": x(T, 4, 3), "b": x(T, 4)},
+        "lr": 0.1,
+    },
+}
+# for each function: the arguments that are wrong, the error, a piece of its text
+WRONG = {
+    "class_prototypes": [
+        *of_tensor("embeddings", "[T, S, D]", (T, S, D)),
+        *of_labels("labels", "[T, S]", (T, S), "embeddings"),
+        *COUNT,
+        ({"num_classes": 0}, ValueError, "labels must lie in [0, num_classes) = [0, 0), got 0"),
+    ],
+    "pairwise_distance": [
+        *of_tensor("query", "[T, Q, D]", (T, Q, D)),
+        *of_tensor("prototypes", "[T, N, D]", (T, N, D)),
+        ({"prototypes": x(3, N, D)}, ValueError, "prototypes has T = 3 (shape [3, 3, 6]), but query has 2"),
+        ({"prototypes": x(1, N, D)}, ValueError, "prototypes has T = 1 (shape [1, 3, 6]), but query has 2"),
+        ({"prototypes": x(T, N, 5)}, ValueError, "prototypes has D = 5 (shape [2, 3, 5]), but query has 6"),
+        (
+            {"prototypes": x(T, N, D, dtype=torch.float64)},
+            TypeError,
+            "prototypes is float64, but query is float32: they must agree",
+        ),
+        ({"metric": "l2"}, ValueError, METRIC.format("l2")),
+        ({"metric": None}, ValueError, METRIC.format(None)),
+        ({"metric": 0}, ValueError, METRIC.format(0)),
+    ],
+    "prototypical_loss": [
+        *of_tensor("support", "[T, S, D]", (T, S, D)),
+        *of_tensor("query", "[T, Q, D]", (T, Q, D)),
+        *of_labels("support_labels", "[T, S]", (T, S), "support"),
+        *of_labels("query_labels", "[T, Q]", (T, Q), "query"),
+        *COUNT,
+        ({"num_classes": 0}, ValueError, "support_labels must lie in [0, num_classes) = [0, 0), got 0"),
+        ({"query": x(3, Q, D)}, ValueError, "query has T = 3 (shape [3, 4, 6]), but support has 2"),
+        ({"query": x(T, Q, 1)}, ValueError, "query has D = 1 (shape [2, 4, 1]), but support has 6"),
+        (
+            {"query": x(T, Q, D, dtype=torch.float16)},
+            TypeError,
+            "query is float16, but support is float32: they must agree",
+        ),
+        ({"metric": "Euclidean"}, ValueError, METRIC.format("Euclidean")),
+    ],
+    "functional_mlp": [
+        *of_tensor("x", "[T, B, I]", (T, S, D)),
+        ({"weights": x(2, 4, D)}, TypeError, "weights must be a list or tuple of tensors, got Tensor"),
+        ({"weights": None}, TypeError, "weights must be a list or tuple of tensors, got NoneType"),
+        ({"weights": []}, ValueError, "weights must hold at least one layer, got none"),
+        ({"weights": [x(4, D), None]}, TypeError, "weights[1] must be a tensor, got NoneType"),
+        ({"weights": [x(D), x(3, 4)]}, ValueError, "weights[0] must have shape [T, O, I] or [O, I], got [6]"),
+        ({"weights": [x(4, 5), x(3, 4)]}, ValueError, "weights[0] has I = 5 (shape [1, 4, 5]), but its input has 6"),
+        ({"weights": [x(4, D), x(3, 7)]}, ValueError, "weights[1] has I = 7 (shape [1, 3, 7]), but its input has 4"),
+        ({"weights": [x(4, D), x(3, 3, 4)]}, ValueError, "weights[1] has T = 3 (shape [3, 3, 4]), but the others have 2"),
+        ({"weights": [x(4, D, dtype=torch.int32), x(3, 4)]}, TypeError, FLOATING.format("weights[0]", "int32")),
+        ({"weights": [x(4, D), x(3, 4, device="meta")]}, ValueError, META.format("weights[1]")),
+        (
+            {"weights": [x(4, D), x(3, 4, dtype=torch.float64)]},
+            TypeError,
+            "weights[1] is float64, but x is float32: they must agree",
+        ),
+        ({"biases": x(2, 4)}, TypeError, "biases must be a list or tuple of tensors, got Tensor"),
+        ({"biases": [x(4)]}, ValueError, "biases must hold one per layer = 2, got 1"),
+        ({"biases": [x(4), 0.0]}, TypeError, "biases[1] must be a tensor, got float"),
+        ({"biases": [x(1, T, 4), x(3)]}, ValueError, "biases[0] must have shape [T, O] or [O], got [1, 2, 4]"),
+        ({"biases": [x(5), x(3)]}, ValueError, "biases[0] has O = 5 (shape [1, 5]), but weights[0] has 4"),
+        ({"biases": [x(3, 4), x(3)]}, ValueError, "biases[0] has T = 3 (shape [3, 4]), but the others have 2"),
+        ({"biases": [x(4), x(3, dtype=torch.bfloat16)]}, TypeError, "biases[1] is bfloat16, but x is float32: they must"),
+        ({"biases": [x(4, device="meta"), x(3)]}, ValueError, META.format("biases[0]")),
+        (
+            {"activation": "ReLU"},
+            ValueError,
+            "activation must be one of identity, relu, tanh, sigmoid, silu, gelu, sine; got 'ReLU'",
+        ),
+        ({"activation": torch.relu}, ValueError, "activation must be one of identity, relu, tanh,"),
+    ],
+    "fast_weight_update": [
+        ({"params": {"w": x(4, 3), "b": 1.0}}, TypeError, "params['b'] must be a tensor, got float"),
+        ({"params": {"w": x(4, 3), "b": labels(4)}}, TypeError, FLOATING.format("params['b']", "int64")),
+        ({"params": {"w": x(4, 3, device="meta"), "b": x(4)}}, ValueError, META.format("params['w']")),
+        ({"grads": {"w": x(T, 4, 3)}}, ValueError, "grads must have the structure of params, TreeSpec(dict, ['w', 'b']"),
+        ({"grads": [x(T, 4, 3), x(T, 4)]}, ValueError, "grads must have the structure of params, TreeSpec(dict, ['w', 'b']"),
+        ({"grads": {"w": x(T, 4, 3), "b": None}}, TypeError, "grads['b'] must be a tensor, got NoneType"),
+        ({"grads": {"w": labels(T, 4, 3), "b": x(T, 4)}}, TypeError, FLOATING.format("grads['w']", "int64")),
+        ({"grads": {"w": x(T, 4, 3), "b": x(T, 4, device="meta")}}, ValueError, META.format("grads['b']")),
+        (
+            {"grads": {"w": x(T, 4, 3), "b": x(T, 5)}},
+            ValueError,
+            "grads['b'] must have the shape of params['b'] = [4], with or without a leading task dimension, got [2, 5]",
+        ),
+        (
+            {"grads": {"w": x(T, 4, 3), "b": x(3, 4)}},
+            ValueError,
+            "params['b'] has 3 tasks (shape [4]), but the others have 2",
+        ),
+        (
+            {"params": {"w": x(4, 3), "b": x()}, "grads": {"w": x(T, 4, 3), "b": x()}},
+            ValueError,
+            "params['b'] and its gradient have no task dimension (shape []), but the others have 2 tasks",
+        ),
+        (
+            {"grads": {"w": x(T, 4, 3), "b": x(T, 4, dtype=torch.float64)}},
+            TypeError,
+            "grads['b'] is float64, but params['w'] is float32: they must agree",
+        ),
+        (
+            {"params": {"w": x(4, 3), "b": x(4, dtype=torch.float64)}},
+            TypeError,
+            "params['b'] is float64, but params['w'] is float32: they must agree",
+        ),
+        ({"lr": None}, TypeError, "lr must be or hold floats or tensors, got NoneType"),
+        ({"lr": True}, TypeError, "lr must be or hold floats or tensors, got bool"),
+        ({"lr": "0.1"}, TypeError, "lr must be or hold floats or tensors, got str"),
+        ({"lr": {"w": 0.1, "b": "0.1"}}, TypeError, "lr must be or hold floats or tensors, got str"),
+        ({"lr": labels()}, TypeError, FLOATING.format("lr", "int64")),
+        ({"lr": {"w": labels(4, 3), "b": 0.1}}, TypeError, FLOATING.format("lr", "int64")),
+        ({"lr": x(device="meta")}, ValueError, META.format("lr")),
+        ({"lr": {"w": 0.1}}, ValueError, "lr must be a float, a tensor, or have the structure of params, TreeSpec(dict,"),
+        ({"lr": [0.1, 0.1]}, ValueError, "lr must be a float, a tensor, or have the structure of params, TreeSpec(dict,"),
+        ({"lr": x(4, 3)}, ValueError, "lr as one tensor must have one element or shape [T], got [4, 3]; for a rate per"),
+        (
+            {"lr": x(5)},
+            ValueError,
+            "lr for params['w'] must have one element, shape [T], [*shape] or [T, *shape] with T = 2, shape = [4, 3]; got [5]",
+        ),
+        ({"lr": {"w": x(3, 4), "b": 0.1}}, ValueError, "T = 2, shape = [4, 3]; got [3, 4]"),
+        ({"lr": {"w": x(3, 4, 3), "b": 0.1}}, ValueError, "T = 2, shape = [4, 3]; got [3, 4, 3]"),
+        (
+            {"params": x(T, 4), "grads": x(T, 4), "lr": x(5)},
+            ValueError,
+            "lr for params must have one element, shape [T], or the shape of one task's parameter, got [5] for a parameter "
+            "of shape [2, 4]",
+        ),
+        (
+            {"params": x(T), "grads": x(T, T), "lr": x(T)},
+            ValueError,
+            "lr of shape [2] may be a rate per task or per element of params [2]: give it shape [T, *shape], or put",
+        ),
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_runs():
+    before = _backends.calls.copy()
+    yield
+    assert _backends.calls == before
+
+
+@pytest.mark.parametrize(
+    "name, changes, error, text",
+    [
+        pytest.param(name, *case, id=f"{name}-{'-'.join(case[0])}-{i}")
+        for name, cases in WRONG.items()
+        for i, case in enumerate(cases)
+    ],
+)
+def test_wrong_argument(name, changes, error, text):
+    with pytest.raises(error, match=re.escape(text)) as caught:
+        getattr(functional, name)(**RIGHT[name]() | changes)
+    assert type(caught.value) is error  # no subclass such as NotImplementedError
+
+
+def test_every_public_function_is_here():
+    assert set(functional.__all__) == set(WRONG) == set(RIGHT)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs two devices")
+@pytest.mark.parametrize(
+    "name, changes, text",
+    [
+        ("class_prototypes", lambda: {"labels": labels(T, S, device="cpu")}, "labels is on cpu, but embeddings is on cuda:0"),
+        ("pairwise_distance", lambda: {"prototypes": x(T, N, D, device="cpu")}, "prototypes is on cpu, but query is on cuda:0"),
+        ("prototypical_loss", lambda: {"query": x(T, Q, D, device="cpu")}, "query_labels is on cuda:0, but query is on cpu"),
+        ("functional_mlp", lambda: {"biases": [x(4), x(3, device="cpu")]}, "biases[1] is on cpu, but x is on cuda:0"),
+        (
+            "fast_weight_update",
+            lambda: {"grads": {"w": x(T, 4, 3), "b": x(T, 4, device="cpu")}},
+            "grads['b'] is on cpu, but params['w'] is on cuda:0",
+        ),
+    ],
+)
+def test_tensors_on_two_devices(name, changes, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        getattr(functional, name)(**RIGHT[name]() | changes())
+
+
+@pytest.mark.parametrize("wrong", [-1, N])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_out_of_range_reach_no_backend(backend, wrong):
+    require(backend)
+    wrong_labels, right_labels = labels(T, S, value=wrong), labels(T, S)
+    embeddings = x(T, S, D)
+    with use_backend(backend):
+        with pytest.raises(ValueError, match=rf"^labels must lie in \[0, num_classes\) = \[0, 3\), got {wrong}$"):
+            torch.ops.fastmeta.class_prototypes(embeddings, wrong_labels, N)
+        with pytest.raises(ValueError, match=rf"^query_labels must lie in \[0, num_classes\) = \[0, 3\), got {wrong}$"):
+            torch.ops.fastmeta.prototypical_loss(embeddings, right_labels, embeddings, wrong_labels, N, "dot")
+
+
+def test_labels_are_checked_under_every_transform():
+    """Forward mode and torch.func take other ways to the op than a plain call."""
+    wrong, embeddings = labels(T, S, value=N), x(T, S, D)
+
+    def function(embeddings):
+        return functional.class_prototypes(embeddings, wrong, N).sum()
+
+    text = r"^labels must lie in \[0, num_classes\) = \[0, 3\), got 3$"
+    with pytest.raises(ValueError, match=text):
+        torch.func.grad(function)(embeddings)
+    with pytest.raises(ValueError, match=text):
+        torch.func.vmap(torch.func.grad(function))(embeddings[None])
+    with pytest.raises(ValueError, match=text):
+        torch.func.jvp(function, (embeddings,), (embeddings,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match=text):
+        function(torch.autograd.forward_ad.make_dual(embeddings, embeddings))
+
+
+@pytest.mark.skipif(CUDA, reason="the switch is for CUDA tensors; a wrong label there is undefined")
+def test_labels_on_the_cpu_are_checked_whatever_the_switch():
+    fastmeta.check_labels(False)
+    try:
+        with pytest.raises(ValueError, match="labels must lie in"):
+            functional.class_prototypes(x(T, S, D), labels(T, S, value=N), N)
+    finally:
+        fastmeta.check_labels(True)
+
+
+def test_arguments_are_checked_before_autocast_reads_them():
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for name, changes in (("functional_mlp", {"weights": [None, x(3, 4)]}), ("pairwise_distance", {"prototypes": None})):
+            with pytest.raises(TypeError, match=r"must be a tensor.*, got NoneType"):
+                getattr(functional, name)(**RIGHT[name]() | changes)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "", "Reference"])
+def test_unknown_backend(name):
+    with pytest.raises(ValueError, match=re.escape(f"must be one of cuda, cpp, triton, reference; got {name!r}")):
+        with use_backend(name):
+            pass

@@ -1,0 +1,193 @@
+"""What is packaged, where an op's files stand, and who may import whom: the rules of docs/architecture.md, kept."""
+
+import ast
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastmeta
+import fastmeta.ops  # noqa: F401  (fills the registry)
+from fastmeta._spec import REGISTRY
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
+
+ROOT = Path(__file__).parent.parent
+PACKAGE, KERNELS = ROOT / "fastmeta", ROOT / "kernels" / "triton"
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+OPS = [name for name in REGISTRY if not name.endswith("_bwd")]
+
+
+def packages_on_disk():
+    inside = [init.parent.relative_to(ROOT) for init in PACKAGE.rglob("__init__.py")]
+    return {".".join(folder.parts) for folder in inside} | {"fastmeta.kernels"}
+
+
+def test_the_list_of_packages_is_complete():
+    listed = PYPROJECT["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(packages_on_disk())
+    assert listed == sorted(listed)
+
+
+def test_every_module_lies_in_a_package():
+    """A folder without __init__.py would work from the source tree and be missing from the wheel."""
+    bare = [str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*.py") if not (p.parent / "__init__.py").exists()]
+    assert not bare
+
+
+def files_of_the_wheel(monkeypatch):
+    """The pure-Python files that setuptools would install, from its own reading of pyproject.toml."""
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("FASTMETA_NO_EXT", "1")
+    distribution = setuptools.Distribution()
+    distribution.script_name = "setup.py"
+    distribution.parse_config_files(["pyproject.toml"])
+    build = distribution.get_command_obj("build_py")
+    build.build_lib = ""
+    build.ensure_finalized()
+    return {Path(path).as_posix().lstrip("/") for path in build.get_outputs(include_bytecode=False)}
+
+
+def test_the_wheel_holds_every_module_and_no_top_level_kernels(monkeypatch):
+    files = files_of_the_wheel(monkeypatch)
+    assert {path.split("/")[0] for path in files} == {"fastmeta"}
+    expected = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")}
+    expected |= {f"fastmeta/kernels/{p.name}" for p in KERNELS.glob("*.py")}
+    data = {p.relative_to(ROOT).as_posix() for p in (PACKAGE / "tasks" / "splits").glob("*.txt")}
+    assert data and files == expected | data
+
+
+def test_the_folder_kernels_is_no_package():
+    """Else it would shadow a published package of that name for whoever runs Python at the root."""
+    assert not (KERNELS.parent / "__init__.py").exists()
+    assert (KERNELS / "__init__.py").exists()
+
+
+def test_the_installed_distribution_has_one_top_level_name():
+    try:
+        names = importlib.metadata.distribution("fastmeta").read_text("top_level.txt")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("fastmeta is not installed")
+    assert names.split() == ["fastmeta"]
+
+
+def test_one_version():
+    assert PYPROJECT["project"]["version"] == fastmeta.__version__
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("folder, suffix", [("fastmeta/ops", "py"), ("kernels/triton", "py"), ("csrc/cpu", "cpp"), ("csrc/cuda", "cu")])
+def test_an_op_has_the_same_basename_everywhere(folder, suffix, op):
+    if not any((ROOT / folder).glob(f"*.{suffix}")):
+        pytest.skip(f"{folder} holds no kernels")
+    assert (ROOT / folder / f"{op}.{suffix}").is_file()
+
+
+def test_every_file_of_ops_is_an_op():
+    assert {p.stem for p in (PACKAGE / "ops").glob("[!_]*.py")} == set(OPS)
+
+
+# Who is lower knows nothing of who is higher; who stands on one line does not know the others on it, except at the top.
+LAYERS = (
+    ("_native", "_checks", "nn", "kernels", "tasks"),
+    ("_spec",),
+    ("_backends",),
+    ("_library",),
+    ("ops", "testing"),
+    ("functional",),
+    ("engines",),
+    ("algorithms", "compat"),
+    ("fastmeta",),
+    ("training",),
+    ("cli", "info", "demo", "_picture", "__main__"),
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+TOP = len(LAYERS) - 1
+# inside functions only: a spec calls and registers itself through the library above it
+UPWARD = {("_spec", "_library")}
+
+
+def unit_of(path: Path) -> str:
+    if path.is_relative_to(KERNELS):
+        return "kernels"
+    inside = path.relative_to(PACKAGE)
+    return inside.parts[0] if len(inside.parts) > 1 else "fastmeta" if path.stem == "__init__" else path.stem
+
+
+def imports_at_run_time(node: ast.AST):
+    """Import statements, also those inside functions, but not under `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        yield from imports_at_run_time(child)
+
+
+def imported_units(path: Path):
+    """The parts of fastmeta that a file imports, as named in LAYERS."""
+    package = ["fastmeta", "kernels"] if path.is_relative_to(KERNELS) else ["fastmeta", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in imports_at_run_time(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        else:
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = base + (node.module.split(".") if node.module else [])
+            names = [module] if len(module) > 1 else [[*module, alias.name] for alias in node.names]
+        for parts in names:
+            if parts[0] == "fastmeta":
+                # `from fastmeta import use_backend` takes a name of the package itself
+                yield parts[1] if len(parts) > 1 and parts[1] in MODULES else "fastmeta"
+
+
+FILES = sorted(PACKAGE.rglob("*.py")) + sorted(KERNELS.glob("*.py"))
+MODULES = {unit_of(path) for path in FILES} | {"_C", "_build_info"}
+
+
+def test_every_module_has_its_layer():
+    assert not MODULES - set(RANK) - {"_C", "_build_info"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_point_one_way(path):
+    importer = unit_of(path)
+    for imported in imported_units(path):
+        if imported in ("_C", "_build_info") or imported == importer or (importer, imported) in UPWARD:
+            continue
+        assert RANK[imported] < RANK[importer] or RANK[imported] == RANK[importer] == TOP, (
+            f"{importer} imports {imported}, which stands {'beside' if RANK[imported] == RANK[importer] else 'above'} it"
+        )
+        if imported == "tasks":
+            assert RANK[importer] >= RANK["fastmeta"], f"{importer} imports tasks, which training and cli alone use"
+        assert imported != "testing", f"{importer} imports testing, which is for tests"
+
+
+def test_optional_packages_are_not_imported():
+    """`import fastmeta` and an op work where the optional packages are not installed, and do not load them if they are."""
+    code = """if True:
+        import sys
+        refused = {"matplotlib", "pooch", "typer", "rich", "PIL", "safetensors", "tensorboard", "triton"}
+        class Refuse:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in refused:
+                    asked.add(name.split(".")[0])
+                    raise ModuleNotFoundError(name)
+        asked = set()
+        sys.meta_path.insert(0, Refuse())
+        import torch
+        import fastmeta
+        fastmeta.functional.pairwise_distance(torch.ones(1, 1, 1), torch.ones(1, 1, 1))
+        # torch itself looks whether triton is there
+        print(sorted(asked - {"triton"}), sorted(name for name in sys.modules if name.startswith("fastmeta.kernels")))
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "FASTMETA_BACKEND"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[] []"
