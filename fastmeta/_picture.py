@@ -21,7 +21,11 @@ def draw_curves(maml: MAML, tasks, path: Path, *, num_tasks: int = 4, seed: int 
         raise ImportError("matplotlib is not installed: pip install matplotlib") from error
 
     device = next(maml.parameters()).device
-    batch = tasks.sample(num_tasks, generator=torch.Generator(device).manual_seed(seed))
+    batch = tasks.sample(16 * num_tasks, generator=torch.Generator(device).manual_seed(seed))
+    # From the flattest to the highest function in even steps, so that the picture shows the range and not the
+    # luck of a draw.
+    by_height = batch.query_y.std(1).flatten().argsort()
+    batch = type(batch)(*(tensor[by_height[8::16]] for tensor in batch))
     order = batch.query_x.argsort(1)
     predictions = {steps: _predict(maml, batch, steps).gather(1, order).cpu() for steps in _STEPS}
     x, truth = batch.query_x.gather(1, order).cpu(), batch.query_y.gather(1, order).cpu()
@@ -30,7 +34,7 @@ def draw_curves(maml: MAML, tasks, path: Path, *, num_tasks: int = 4, seed: int 
     # Figure and canvas by hand: pyplot would look for a display and keep state.
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, (num_tasks + 1) // 2, sharex=True, squeeze=False).flatten()
+    axes = figure.subplots(2, (num_tasks + 1) // 2, sharex=True, sharey=True, squeeze=False).flatten()
     for task, axis in zip(range(num_tasks), axes, strict=False):
         axis.plot(x[task], truth[task], color="black", linewidth=1, label="truth")
         for steps, (label, colour, style) in _STEPS.items():

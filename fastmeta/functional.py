@@ -293,7 +293,10 @@ def _tasks_of_update(names, params, grads, rates) -> int | None:
         if p.dim() == g.dim() == 0:
             raise ValueError(f"{name} and its gradient have no task dimension (shape []), but the others have {tasks} tasks")
         if here != tasks:
-            raise ValueError(f"{name} has {here} tasks (shape {list(p.shape)}), but the others have {tasks}")
+            raise ValueError(
+                f"{name} and its gradient have T = {here} (shapes {list(p.shape)} and {list(g.shape)}), but the others "
+                f"have {tasks}"
+            )
     return tasks
 
 

@@ -59,7 +59,11 @@ def of_labels(name, layout, shape, like):
         ({name: x(*shape)}, TypeError, f"{name} must be int64, got float32"),
         ({name: labels(shape[1])}, ValueError, f"{match}{shape[1:]}"),
         ({name: labels(*wide)}, ValueError, f"{match}{wide}"),
-        ({name: labels(*shape, device="meta")}, ValueError, f"{name} is on meta, but {like} is on {x().device}: they must"),
+        (
+            {name: labels(*shape, device="meta")},
+            ValueError,
+            f"{name} is on meta, but {like} is on {x().device}: they must",
+        ),
         ({name: labels(*shape, value=N)}, ValueError, f"{in_range}{N}"),
         ({name: labels(*shape, value=2**40)}, ValueError, f"{in_range}{2**40}"),
         ({name: labels(*shape, value=-1)}, ValueError, f"{in_range}-1"),
@@ -133,10 +137,26 @@ WRONG = {
         ({"weights": []}, ValueError, "weights must hold at least one layer, got none"),
         ({"weights": [x(4, D), None]}, TypeError, "weights[1] must be a tensor, got NoneType"),
         ({"weights": [x(D), x(3, 4)]}, ValueError, "weights[0] must have shape [T, O, I] or [O, I], got [6]"),
-        ({"weights": [x(4, 5), x(3, 4)]}, ValueError, "weights[0] has I = 5 (shape [1, 4, 5]), but its input has 6"),
-        ({"weights": [x(4, D), x(3, 7)]}, ValueError, "weights[1] has I = 7 (shape [1, 3, 7]), but its input has 4"),
-        ({"weights": [x(4, D), x(3, 3, 4)]}, ValueError, "weights[1] has T = 3 (shape [3, 3, 4]), but the others have 2"),
-        ({"weights": [x(4, D, dtype=torch.int32), x(3, 4)]}, TypeError, FLOATING.format("weights[0]", "int32")),
+        (
+            {"weights": [x(4, 5), x(3, 4)]},
+            ValueError,
+            "weights[0] has I = 5 (shape [1, 4, 5]), but its input has 6",
+        ),
+        (
+            {"weights": [x(4, D), x(3, 7)]},
+            ValueError,
+            "weights[1] has I = 7 (shape [1, 3, 7]), but its input has 4",
+        ),
+        (
+            {"weights": [x(4, D), x(3, 3, 4)]},
+            ValueError,
+            "weights[1] has T = 3 (shape [3, 3, 4]), but the others have 2",
+        ),
+        (
+            {"weights": [x(4, D, dtype=torch.int32), x(3, 4)]},
+            TypeError,
+            FLOATING.format("weights[0]", "int32"),
+        ),
         ({"weights": [x(4, D), x(3, 4, device="meta")]}, ValueError, META.format("weights[1]")),
         (
             {"weights": [x(4, D), x(3, 4, dtype=torch.float64)]},
@@ -146,10 +166,22 @@ WRONG = {
         ({"biases": x(2, 4)}, TypeError, "biases must be a list or tuple of tensors, got Tensor"),
         ({"biases": [x(4)]}, ValueError, "biases must hold one per layer = 2, got 1"),
         ({"biases": [x(4), 0.0]}, TypeError, "biases[1] must be a tensor, got float"),
-        ({"biases": [x(1, T, 4), x(3)]}, ValueError, "biases[0] must have shape [T, O] or [O], got [1, 2, 4]"),
+        (
+            {"biases": [x(1, T, 4), x(3)]},
+            ValueError,
+            "biases[0] must have shape [T, O] or [O], got [1, 2, 4]",
+        ),
         ({"biases": [x(5), x(3)]}, ValueError, "biases[0] has O = 5 (shape [1, 5]), but weights[0] has 4"),
-        ({"biases": [x(3, 4), x(3)]}, ValueError, "biases[0] has T = 3 (shape [3, 4]), but the others have 2"),
-        ({"biases": [x(4), x(3, dtype=torch.bfloat16)]}, TypeError, "biases[1] is bfloat16, but x is float32: they must"),
+        (
+            {"biases": [x(3, 4), x(3)]},
+            ValueError,
+            "biases[0] has T = 3 (shape [3, 4]), but the others have 2",
+        ),
+        (
+            {"biases": [x(4), x(3, dtype=torch.bfloat16)]},
+            TypeError,
+            "biases[1] is bfloat16, but x is float32: they must",
+        ),
         ({"biases": [x(4, device="meta"), x(3)]}, ValueError, META.format("biases[0]")),
         (
             {"activation": "ReLU"},
@@ -162,20 +194,29 @@ WRONG = {
         ({"params": {"w": x(4, 3), "b": 1.0}}, TypeError, "params['b'] must be a tensor, got float"),
         ({"params": {"w": x(4, 3), "b": labels(4)}}, TypeError, FLOATING.format("params['b']", "int64")),
         ({"params": {"w": x(4, 3, device="meta"), "b": x(4)}}, ValueError, META.format("params['w']")),
-        ({"grads": {"w": x(T, 4, 3)}}, ValueError, "grads must have the structure of params, TreeSpec(dict, ['w', 'b']"),
-        ({"grads": [x(T, 4, 3), x(T, 4)]}, ValueError, "grads must have the structure of params, TreeSpec(dict, ['w', 'b']"),
+        (
+            {"grads": {"w": x(T, 4, 3)}},
+            ValueError,
+            "grads must have the structure of params, TreeSpec(dict,",
+        ),
+        (
+            {"grads": [x(T, 4, 3), x(T, 4)]},
+            ValueError,
+            "grads must have the structure of params, TreeSpec(dict,",
+        ),
         ({"grads": {"w": x(T, 4, 3), "b": None}}, TypeError, "grads['b'] must be a tensor, got NoneType"),
         ({"grads": {"w": labels(T, 4, 3), "b": x(T, 4)}}, TypeError, FLOATING.format("grads['w']", "int64")),
         ({"grads": {"w": x(T, 4, 3), "b": x(T, 4, device="meta")}}, ValueError, META.format("grads['b']")),
         (
             {"grads": {"w": x(T, 4, 3), "b": x(T, 5)}},
             ValueError,
-            "grads['b'] must have the shape of params['b'] = [4], with or without a leading task dimension, got [2, 5]",
+            "grads['b'] must have the shape of params['b'] = [4], with or without a leading "
+            "task dimension, got [2, 5]",
         ),
         (
             {"grads": {"w": x(T, 4, 3), "b": x(3, 4)}},
             ValueError,
-            "params['b'] has 3 tasks (shape [4]), but the others have 2",
+            "params['b'] and its gradient have T = 3 (shapes [4] and [3, 4]), but the others have 2",
         ),
         (
             {"params": {"w": x(4, 3), "b": x()}, "grads": {"w": x(T, 4, 3), "b": x()}},
@@ -199,26 +240,39 @@ WRONG = {
         ({"lr": labels()}, TypeError, FLOATING.format("lr", "int64")),
         ({"lr": {"w": labels(4, 3), "b": 0.1}}, TypeError, FLOATING.format("lr", "int64")),
         ({"lr": x(device="meta")}, ValueError, META.format("lr")),
-        ({"lr": {"w": 0.1}}, ValueError, "lr must be a float, a tensor, or have the structure of params, TreeSpec(dict,"),
-        ({"lr": [0.1, 0.1]}, ValueError, "lr must be a float, a tensor, or have the structure of params, TreeSpec(dict,"),
-        ({"lr": x(4, 3)}, ValueError, "lr as one tensor must have one element or shape [T], got [4, 3]; for a rate per"),
+        (
+            {"lr": {"w": 0.1}},
+            ValueError,
+            "lr must be a float, a tensor, or have the structure of params, TreeSpec(dict,",
+        ),
+        (
+            {"lr": [0.1, 0.1]},
+            ValueError,
+            "lr must be a float, a tensor, or have the structure of params, TreeSpec(dict,",
+        ),
+        (
+            {"lr": x(4, 3)},
+            ValueError,
+            "lr as one tensor must have one element or shape [T], got [4, 3]; for a rate per",
+        ),
         (
             {"lr": x(5)},
             ValueError,
-            "lr for params['w'] must have one element, shape [T], [*shape] or [T, *shape] with T = 2, shape = [4, 3]; got [5]",
+            "lr for params['w'] must have one element, shape [T], [*shape] or [T, *shape] with T = 2, "
+            "shape = [4, 3]; got [5]",
         ),
         ({"lr": {"w": x(3, 4), "b": 0.1}}, ValueError, "T = 2, shape = [4, 3]; got [3, 4]"),
         ({"lr": {"w": x(3, 4, 3), "b": 0.1}}, ValueError, "T = 2, shape = [4, 3]; got [3, 4, 3]"),
         (
             {"params": x(T, 4), "grads": x(T, 4), "lr": x(5)},
             ValueError,
-            "lr for params must have one element, shape [T], or the shape of one task's parameter, got [5] for a parameter "
-            "of shape [2, 4]",
+            "lr for params must have one element, shape [T], or the shape of one task's parameter, got [5] "
+            "for a parameter of shape [2, 4]",
         ),
         (
             {"params": x(T), "grads": x(T, T), "lr": x(T)},
             ValueError,
-            "lr of shape [2] may be a rate per task or per element of params [2]: give it shape [T, *shape], or put",
+            "lr of shape [2] may be a rate per task or per element of params [2]: give it shape",
         ),
     ],
 }
@@ -253,10 +307,26 @@ def test_every_public_function_is_here():
 @pytest.mark.parametrize(
     "name, changes, text",
     [
-        ("class_prototypes", lambda: {"labels": labels(T, S, device="cpu")}, "labels is on cpu, but embeddings is on cuda:0"),
-        ("pairwise_distance", lambda: {"prototypes": x(T, N, D, device="cpu")}, "prototypes is on cpu, but query is on cuda:0"),
-        ("prototypical_loss", lambda: {"query": x(T, Q, D, device="cpu")}, "query_labels is on cuda:0, but query is on cpu"),
-        ("functional_mlp", lambda: {"biases": [x(4), x(3, device="cpu")]}, "biases[1] is on cpu, but x is on cuda:0"),
+        (
+            "class_prototypes",
+            lambda: {"labels": labels(T, S, device="cpu")},
+            "labels is on cpu, but embeddings is on cuda:0",
+        ),
+        (
+            "pairwise_distance",
+            lambda: {"prototypes": x(T, N, D, device="cpu")},
+            "prototypes is on cpu, but query is on cuda:0",
+        ),
+        (
+            "prototypical_loss",
+            lambda: {"query": x(T, Q, D, device="cpu")},
+            "query_labels is on cuda:0, but query is on cpu",
+        ),
+        (
+            "functional_mlp",
+            lambda: {"biases": [x(4), x(3, device="cpu")]},
+            "biases[1] is on cpu, but x is on cuda:0",
+        ),
         (
             "fast_weight_update",
             lambda: {"grads": {"w": x(T, 4, 3), "b": x(T, 4, device="cpu")}},
@@ -276,9 +346,13 @@ def test_labels_out_of_range_reach_no_backend(backend, wrong):
     wrong_labels, right_labels = labels(T, S, value=wrong), labels(T, S)
     embeddings = x(T, S, D)
     with use_backend(backend):
-        with pytest.raises(ValueError, match=rf"^labels must lie in \[0, num_classes\) = \[0, 3\), got {wrong}$"):
+        with pytest.raises(
+            ValueError, match=rf"^labels must lie in \[0, num_classes\) = \[0, 3\), got {wrong}$"
+        ):
             torch.ops.fastmeta.class_prototypes(embeddings, wrong_labels, N)
-        with pytest.raises(ValueError, match=rf"^query_labels must lie in \[0, num_classes\) = \[0, 3\), got {wrong}$"):
+        with pytest.raises(
+            ValueError, match=rf"^query_labels must lie in \[0, num_classes\) = \[0, 3\), got {wrong}$"
+        ):
             torch.ops.fastmeta.prototypical_loss(embeddings, right_labels, embeddings, wrong_labels, N, "dot")
 
 
@@ -312,13 +386,18 @@ def test_labels_on_the_cpu_are_checked_whatever_the_switch():
 
 def test_arguments_are_checked_before_autocast_reads_them():
     with torch.autocast(DEVICE, torch.bfloat16):
-        for name, changes in (("functional_mlp", {"weights": [None, x(3, 4)]}), ("pairwise_distance", {"prototypes": None})):
+        for name, changes in (
+            ("functional_mlp", {"weights": [None, x(3, 4)]}),
+            ("pairwise_distance", {"prototypes": None}),
+        ):
             with pytest.raises(TypeError, match=r"must be a tensor.*, got NoneType"):
                 getattr(functional, name)(**RIGHT[name]() | changes)
 
 
 @pytest.mark.parametrize("name", ["cudnn", "", "Reference"])
 def test_unknown_backend(name):
-    with pytest.raises(ValueError, match=re.escape(f"must be one of cuda, cpp, triton, reference; got {name!r}")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"must be one of cuda, cpp, triton, reference; got {name!r}")
+    ):
         with use_backend(name):
             pass

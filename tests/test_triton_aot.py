@@ -4,14 +4,15 @@ Every kernel file names representative calls (`aot`). They are run on tensors wi
 place of being run, and what they would have compiled is compiled. So tile sizes are those that the launchers choose.
 """
 
+import contextlib
 import importlib
 import inspect
+import io
 import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -96,35 +97,21 @@ def _compile(dtype: str, description: str, capability: int) -> dict:
     from fastmeta.kernels._common import OPTIONS
 
     launch = _launches(dtype)[description]
-    compiled = triton.compile(
-        _source(launch), target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps, **OPTIONS}
-    )
+    target, options = GPUTarget("cuda", capability, 32), {"num_warps": launch.num_warps, **OPTIONS}
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        compiled = triton.compile(_source(launch), target=target, options=options)
     return {
         "kernel": description,
         "dtype": dtype,
         "capability": capability,
         "shared": compiled.metadata.shared,
-        **_resources(compiled),
+        **_resources(log.getvalue()),
     }
 
 
-def _resources(compiled) -> dict:
-    """Registers and bytes of spills, from the assembler that comes with Triton; nothing where it is absent."""
-    import tempfile
-
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    text, ptx = "", compiled.asm["ptx"]
-    target = re.search(r"\.target (sm_\w+)", ptx)[1]
-    for name in ("ptxas-blackwell", "ptxas"):
-        if (tools / name).exists() and "Used" not in text:
-            with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-                file.write(ptx)
-                file.flush()
-                command = [tools / name, "-v", "--gpu-name", target, "-o", os.devnull, file.name]
-                text = subprocess.run(command, capture_output=True, text=True).stderr
-    registers, spills = re.search(r"Used (\d+) registers", text), re.search(r"(\d+) bytes spill stores", text)
+def _resources(log: str) -> dict:
+    """Registers and bytes of spills, from what the assembler said; nothing where it said nothing."""
+    registers, spills = re.search(r"Used (\d+) registers", log), re.search(r"(\d+) bytes spill stores", log)
     return {"registers": int(registers[1]), "spilled": int(spills[1])} if registers and spills else {}
 
 
@@ -159,6 +146,7 @@ def report(tmp_path_factory):
     pytest.importorskip("triton", reason="triton is not installed")
     # kernels imported under the interpreter cannot be compiled: a process of its own, and a cache of its own
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_DUMP_PTXAS_LOG"] = "1"
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-8000:]

@@ -35,12 +35,13 @@ struct LossScratch {
     class_means(item.support, item.width, item.support_labels, inverse, item.support_rows, item.classes, item.width,
                 prototypes, item.width);
     block.prototypes = prototypes;
+    if (block.centred) {
+      fill_zero(centre, item.width);
+      for (int64_t n = 0; n < item.classes; ++n) add_row(centre, prototypes + n * item.width, item.width);
+      scale_row(centre, centre, T(1) / T(larger(item.classes, 1)), item.width);
+      for (int64_t n = 0; n < item.classes; ++n) subtract(prototypes + n * item.width, prototypes + n * item.width);
+    }
     block.start();
-    if (!block.centred) return;
-    fill_zero(centre, item.width);
-    for (int64_t n = 0; n < item.classes; ++n) add_row(centre, prototypes + n * item.width, item.width);
-    scale_row(centre, centre, T(1) / T(item.classes), item.width);
-    for (int64_t n = 0; n < item.classes; ++n) subtract(prototypes + n * item.width, prototypes + n * item.width);
   }
 
   // to = from - centre, one row

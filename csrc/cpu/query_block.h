@@ -1,7 +1,7 @@
 // A block of queries against the prototypes of their task, with the queries in the vector lanes: distances
 // [classes, queries], and from a gradient of that shape the gradients of queries and prototypes.
 //
-// Lanes of queries keep a softmax over classes free of horizontal sums and of padding for small class counts.
+// Lanes of queries keep a softmax over classes free of horizontal sums.
 #pragma once
 
 #include <fastmeta/gemm.h>
@@ -56,7 +56,8 @@ struct QueryBlock {
   int64_t classes, width, metric;
   const T* prototypes;  // [classes, width]
   int64_t most;         // queries of a block, a multiple of the vector width
-  T* packed;            // queries transposed, kDepthBlock features at a time
+  T* packed;            // prototypes transposed, in panels
+  T* by_query;          // distances as they are formed, [most, padded classes]
   T* distance;          // [classes, most]
   T* gradient;          // [classes, most], of the loss with respect to the distances
   T* inverse_query;     // cosine: 1 / norm
@@ -68,11 +69,12 @@ struct QueryBlock {
   bool centred;         // sqeuclidean with gradient rows that sum to zero, on rows that were centred: plain products
 
   void carve(Carver& c, bool backward) {
-    packed = c.take<T>(most * smaller(width, kDepthBlock));
+    packed = c.take<T>(padded<T>(classes) * width);
+    by_query = c.take<T>(most * padded<T>(classes));
     distance = c.take<T>(classes * most);
     gradient = backward ? c.take<T>(classes * most) : nullptr;
     inverse_query = c.take<T>(most);
-    inverse_prototype = c.take<T>(classes);
+    inverse_prototype = c.take<T>(padded<T>(classes));
     free_query = c.take<bool>(most);
     free_prototype = c.take<bool>(classes);
     own_query = c.take<T>(most);
@@ -89,38 +91,34 @@ struct QueryBlock {
 
   void start() {
     fill_zero(own_prototype, classes);
-    if (metric == cpu::kCosine) inverse_norms(prototypes, classes, width, inverse_prototype, free_prototype);
+    pack_transposed(classes, width, prototypes, width, packed);
+    if (metric != cpu::kCosine) return;
+    inverse_norms(prototypes, classes, width, inverse_prototype, free_prototype);
+    fill_zero(inverse_prototype + classes, padded<T>(classes) - classes);
   }
 
-  // distance[n, q] of `rows` queries; lanes beyond them hold numbers of no meaning
+  // distance[n, q] of `rows` queries. Formed with classes in the lanes, which reads the queries as they stand, and
+  // transposed afterwards: there are fewer classes than features.
   void distances(const T* query, int64_t rows) {
     Finish<T> finish;
+    if (metric == cpu::kEuclidean) finish.then = Finish<T>::root;
+    if (metric == cpu::kDot) finish.then = Finish<T>::scale, finish.factor = -1;
     if (metric == cpu::kCosine) {
       inverse_norms(query, rows, width, inverse_query, free_query);
-      for (int64_t q = rows; q < most; ++q) inverse_query[q] = 0;
+      fill_zero(inverse_query + rows, most - rows);
+      finish.then = Finish<T>::cosine;
+      finish.row_factor = inverse_query;
+      finish.column_factor = inverse_prototype;
     }
-    const int64_t lanes = padded<T>(rows);
-    for (int64_t k = 0; k == 0 || k < width; k += kDepthBlock) {
-      const int64_t depth = smaller(kDepthBlock, width - k);
-      pack_transposed(rows, depth, query + k, width, packed);
-      finish.add = k > 0;
-      if (k + kDepthBlock >= width) {
-        if (metric == cpu::kEuclidean) finish.then = Finish<T>::root;
-        if (metric == cpu::kDot) finish.then = Finish<T>::scale, finish.factor = -1;
-        if (metric == cpu::kCosine) {
-          finish.then = Finish<T>::cosine;
-          finish.row_factor = inverse_prototype;
-          finish.column_factor = inverse_query;
-        }
-      }
-      const Right<T> b{packed, 0, larger(depth, 1)};
-      if (metric == cpu::kManhattan)
-        multiply<T, Combine::absolute_difference>(classes, lanes, depth, prototypes + k, width, 1, b, distance, most, finish);
-      else if (metric == cpu::kCosine || metric == cpu::kDot)
-        multiply<T, Combine::product>(classes, lanes, depth, prototypes + k, width, 1, b, distance, most, finish);
-      else
-        multiply<T, Combine::squared_difference>(classes, lanes, depth, prototypes + k, width, 1, b, distance, most, finish);
-    }
+    const int64_t lanes = padded<T>(classes);
+    const Right<T> b{packed, 0, larger(width, 1)};
+    if (metric == cpu::kManhattan)
+      multiply<T, Combine::absolute_difference>(rows, lanes, width, query, width, 1, b, by_query, lanes, finish);
+    else if (metric == cpu::kCosine || metric == cpu::kDot)
+      multiply<T, Combine::product>(rows, lanes, width, query, width, 1, b, by_query, lanes, finish);
+    else
+      multiply<T, Combine::squared_difference>(rows, lanes, width, query, width, 1, b, by_query, lanes, finish);
+    transpose(rows, classes, by_query, lanes, distance, most, padded<T>(rows));
   }
 
   // Turns d loss / d distance into the factors of the rows in the gradients.

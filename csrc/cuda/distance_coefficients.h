@@ -14,11 +14,11 @@ __device__ __forceinline__ void store_coefficients(const Coefficients& c, const 
   A pair = grad;
   if (metric == Metric::sqeuclidean) pair = A(2) * grad;
   if (metric == Metric::dot) pair = -grad;
-  if (metric == Metric::euclidean) {
+  if (Tile::kEuclidean && metric == Metric::euclidean) {
     const A distance = tile.distance(i, j, metric);
     pair = distance == 0 ? A(0) : grad / distance;
   }
-  if (metric == Metric::cosine) {
+  if (Tile::kCosine) {
     pair = -grad * (inverse_norm(tile.qq[i]) * inverse_norm(tile.pp[j]));
     static_cast<A*>(c.self)[index] = -pair * tile.sum[i][j];
   }

@@ -29,7 +29,7 @@ struct GradientTile {
 };
 
 template <class T, class C, Combine kCombine>
-__global__ void __launch_bounds__(GradientTile::kThreads) distance_gradient_kernel(GradientSide<C> p) {
+__global__ void __launch_bounds__(GradientTile::kThreads, sizeof(Acc<T>) == 8 ? 4 : 5) distance_gradient_kernel(GradientSide<C> p) {
   using A = Acc<T>;
   using G = GradientTile;
   constexpr bool kCosine = kCombine == Combine::cosine;

@@ -13,7 +13,10 @@ struct DistanceTile {
   static constexpr int kQueries = kTileQ, kClasses = kTileN, kRowsEach = kEachQ, kColumnsEach = kEachN;
   static constexpr int kAcrossN = kTileN / kEachN, kAcrossQ = kTileQ / kEachQ, kThreads = kAcrossN * kAcrossQ;
   static constexpr int kDepth = 32;
+  // Blocks a multiprocessor is to hold. Said aloud, since the compiler left alone spills a register to fit one more.
+  static constexpr int kBlocks = (sizeof(A) == 8 || kEachQ * kEachN > 4 ? 512 : 1024) / kThreads;
   static constexpr bool kCosine = kCombine == Combine::cosine;
+  static constexpr bool kEuclidean = kCombine == Combine::squared_difference;  // or its square
 
   struct Shared {
     A q[kTileQ][kDepth + 1];  // + 1: rows start in different banks
@@ -80,12 +83,10 @@ struct DistanceTile {
   }
 
   __device__ __forceinline__ A distance(int i, int j, Metric metric) const {
-    switch (metric) {
-      case Metric::euclidean: return sqrt(sum[i][j]);
-      case Metric::cosine: return A(1) - sum[i][j] * (inverse_norm(qq[i]) * inverse_norm(pp[j]));
-      case Metric::dot: return -sum[i][j];
-      default: return sum[i][j];
-    }
+    if constexpr (kEuclidean) return metric == Metric::euclidean ? sqrt(sum[i][j]) : sum[i][j];
+    if constexpr (kCosine) return A(1) - sum[i][j] * (inverse_norm(qq[i]) * inverse_norm(pp[j]));
+    if constexpr (kCombine == Combine::product) return -sum[i][j];
+    return sum[i][j];
   }
 };
 

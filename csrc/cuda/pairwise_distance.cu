@@ -31,7 +31,7 @@ __device__ __forceinline__ void for_each_tile(const PairwiseDistance& p, typenam
 }
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads) pairwise_distance_kernel(PairwiseDistance p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) pairwise_distance_kernel(PairwiseDistance p) {
   __shared__ typename Tile::Shared shared;
   for_each_tile<T, Tile>(p, shared, [&](const Tile& tile, int64_t t, int64_t row, int64_t label) {
 #pragma unroll
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(Tile::kThreads) pairwise_distance_kernel(Pairw
 }
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads) distance_coefficients_kernel(PairwiseDistanceBwd b) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) distance_coefficients_kernel(PairwiseDistanceBwd b) {
   __shared__ typename Tile::Shared shared;
   const PairwiseDistance& p = b.forward;
   for_each_tile<T, Tile>(p, shared, [&](const Tile& tile, int64_t t, int64_t row, int64_t label) {

@@ -10,24 +10,19 @@ using LossTile = DistanceTile<T, kCombine, int(kQueryTile), 16, 4, 1>;
 // What a query keeps of the distances seen so far: its softmax is formed on the way (Milakov and Gimelshein, 2018).
 template <class A>
 struct Seen {
-  A most, sum, nearest, right;
-  int64_t answer;
+  A most = -A(INFINITY), sum = 0, right = 0;  // the largest -distance, the sum of exp(-distance - most), the label's
+  bool hit = false;                           // whether the first of the nearest is the label's
 
-  __device__ __forceinline__ Seen() : most(-A(INFINITY)), sum(0), nearest(A(INFINITY)), right(0), answer(-1) {}
-
-  __device__ __forceinline__ void add(A distance, int64_t n, int64_t label) {
+  __device__ __forceinline__ void add(A distance, bool first, bool is_label) {
     const A logit = -distance;
+    if (first || logit > most) hit = is_label;
     if (logit > most) {
       sum = sum * exp(most - logit) + A(1);
       most = logit;
     } else if (logit != -A(INFINITY)) {
       sum += exp(logit - most);  // NaN too gets here, and stays
     }
-    if (answer < 0 || distance < nearest) {
-      nearest = distance;
-      answer = n;
-    }
-    if (n == label) right = distance;
+    if (is_label) right = distance;
   }
   __device__ __forceinline__ A log_sum() const { return most + log(sum); }
 };
@@ -35,7 +30,7 @@ struct Seen {
 // A block per tile of queries: sums loss and hits of its queries into `sums`, and, where `log_sums` is given, writes the
 // queries' log-sum-exp instead.
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads) loss_kernel(PrototypicalLoss p, void* log_sums) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) loss_kernel(PrototypicalLoss p, void* log_sums) {
   using A = Acc<T>;
   __shared__ typename Tile::Shared shared;
   __shared__ A distances[Tile::kQueries][Tile::kClasses + 1];
@@ -44,7 +39,7 @@ __global__ void __launch_bounds__(Tile::kThreads) loss_kernel(PrototypicalLoss p
     const int64_t first = query_tile * Tile::kQueries;
     const int64_t q = t * p.rows + first + threadIdx.x;
     const bool mine = threadIdx.x < Tile::kQueries && first + threadIdx.x < p.rows;
-    const int64_t label = mine ? p.query_labels[q] : -1;
+    const int label = mine ? int(p.query_labels[q]) : -1;
     Seen<A> seen;
     for (int64_t n = 0; n < p.classes; n += Tile::kClasses) {
       Tile tile;
@@ -59,7 +54,7 @@ __global__ void __launch_bounds__(Tile::kThreads) loss_kernel(PrototypicalLoss p
       __syncthreads();
       if (mine) {
         const int classes = int(smaller<int64_t>(Tile::kClasses, p.classes - n));
-        for (int j = 0; j < classes; ++j) seen.add(distances[threadIdx.x][j], n + j, label);
+        for (int j = 0; j < classes; ++j) seen.add(distances[threadIdx.x][j], n + j == 0, int(n) + j == label);
       }
       __syncthreads();
     }
@@ -69,7 +64,7 @@ __global__ void __launch_bounds__(Tile::kThreads) loss_kernel(PrototypicalLoss p
     }
     if (threadIdx.x < Tile::kQueries) {
       distances[threadIdx.x][0] = mine ? seen.right + seen.log_sum() : A(0);
-      distances[threadIdx.x][1] = mine && seen.answer == label ? A(1) : A(0);
+      distances[threadIdx.x][1] = mine && seen.hit ? A(1) : A(0);
     }
     __syncthreads();
     if (threadIdx.x < 2) {
@@ -102,7 +97,7 @@ __global__ void __launch_bounds__(kMeanThreads) mean_kernel(PrototypicalLoss p, 
 // d loss / d distance = (1[n is the label] - softmax_n(-distance)) / rows, turned into coefficients. Task t of the scratch is
 // task first_task + t.
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     loss_coefficients_kernel(PrototypicalLossBwd b, int64_t first_task, int64_t tasks) {
   using A = Acc<T>;
   __shared__ typename Tile::Shared shared;

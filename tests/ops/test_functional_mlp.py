@@ -46,7 +46,10 @@ def sequential(activation, bias=True, seed=0):
     torch.manual_seed(seed)
     layers = []
     for inputs, outputs in zip(WIDTHS[:-1], WIDTHS[1:], strict=True):
-        layers += [nn.Linear(inputs, outputs, bias, dtype=torch.float64, device=DEVICE), MODULES[activation]()]
+        layers += [
+            nn.Linear(inputs, outputs, bias, dtype=torch.float64, device=DEVICE),
+            MODULES[activation](),
+        ]
     return nn.Sequential(*layers[:-1])
 
 
@@ -72,7 +75,11 @@ def by_loop(x, weights, biases, activation):
 def test_equals_one_sequential_per_task(activation, bias):
     nets = [sequential(activation, bias, seed) for seed in range(T)]
     weights = [torch.stack(w) for w in zip(*([m.weight for m in layers(net)] for net in nets), strict=True)]
-    biases = [torch.stack(b) for b in zip(*([m.bias for m in layers(net)] for net in nets), strict=True)] if bias else None
+    biases = (
+        [torch.stack(b) for b in zip(*([m.bias for m in layers(net)] for net in nets), strict=True)]
+        if bias
+        else None
+    )
     x, weight = normal(T, B, 5).requires_grad_(), normal(T, B, 2, seed=1)
     ours = functional_mlp(x, weights, biases, activation)
     truth = torch.stack([net(rows) for net, rows in zip(nets, x, strict=True)])
@@ -100,7 +107,11 @@ def test_shared_and_per_task_inputs_mix(case, bias):
     pairs = list(zip(WIDTHS[:-1], WIDTHS[1:], strict=True))
     x = normal(1 if shared_x else T, B, 5)
     weights = [normal(*[T] * (not s), o, i, seed=i) for s, (i, o) in zip(shared_weights, pairs, strict=True)]
-    biases = [normal(*[T] * (not s), o, seed=o) for s, (_, o) in zip(shared_biases, pairs, strict=True)] if bias else None
+    biases = (
+        [normal(*[T] * (not s), o, seed=o) for s, (_, o) in zip(shared_biases, pairs, strict=True)]
+        if bias
+        else None
+    )
     leaves = [t.requires_grad_() for t in (x, *weights, *(biases or []))]
     weight = normal(T, B, 2, seed=9)
     ours, truth = (f(x, weights, biases, "tanh") for f in (functional_mlp, by_loop))
@@ -154,3 +165,20 @@ def test_relu_has_slope_0_at_0():
     x = torch.zeros(T, B, 5, dtype=torch.float64, device=DEVICE, requires_grad=True)
     value = functional_mlp(x, [normal(7, 5), normal(2, 7)], None, "relu")
     assert torch.equal(torch.autograd.grad(value.sum(), x)[0], torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("shared", ["x", "weights", "biases"])
+def test_without_tasks_the_gradient_of_what_they_share_is_0(shared, poisoned_memory):
+    """A sum over no tasks: nobody else writes it."""
+    x, weights = normal(0, B, 5), [normal(0, 7, 5), normal(0, 2, 7)]
+    biases = [normal(0, 7), normal(0, 2)]
+    if shared == "x":
+        leaves = [x] = [normal(1, B, 5)]
+    elif shared == "weights":
+        leaves = weights = [normal(7, 5), normal(2, 7)]
+    else:
+        leaves = biases = [normal(7), normal(2)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    for gradient in torch.autograd.grad(functional_mlp(x, weights, biases).sum(), leaves):
+        assert torch.equal(gradient, torch.zeros_like(gradient))

@@ -89,12 +89,14 @@ def test_equals_torch_forms(metric):
         value = function(*leaves, metric)
         return value, *torch.autograd.grad((value * weight).sum(), leaves)
 
-    for ours, theirs in zip(value_and_gradients(pairwise_distance), value_and_gradients(torch_form), strict=True):
+    for ours, theirs in zip(
+        value_and_gradients(pairwise_distance), value_and_gradients(torch_form), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, **EXACT)
 
 
 def test_cosine_of_vectors_shorter_than_eps():
-    """Their norm counts as eps, a constant; the zero vector is as far from everything as a right angle."""
+    """Their norm counts as eps, a constant; the zero vector is at a right angle to everything."""
     query = torch.tensor([[[0.0, 0.0], [3e-9, 0.0], [1.0, 2.0]]], dtype=torch.float64, device=DEVICE)
     prototypes = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]], dtype=torch.float64, device=DEVICE)
     distance = pairwise_distance(query.requires_grad_(), prototypes, "cosine")

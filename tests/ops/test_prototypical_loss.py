@@ -30,8 +30,11 @@ def composed(support, support_labels, query, query_labels, num_classes, metric):
 def episode(dtype=torch.float64, tasks=3, ways=5, shots=3, queries=11, width=6):
     make = Make(dtype, DEVICE)
     support_labels = make.balanced_labels(tasks, ways, shots)
-    return make.normal(tasks, ways * shots, width), support_labels, make.normal(tasks, queries, width), make.labels(
-        ways, tasks, queries
+    return (
+        make.normal(tasks, ways * shots, width),
+        support_labels,
+        make.normal(tasks, queries, width),
+        make.labels(ways, tasks, queries),
     )
 
 
@@ -52,7 +55,7 @@ def test_equals_its_parts(metric):
 @metrics
 @pytest.mark.parametrize("ways", [3, 20])
 def test_of_equally_near_classes_the_first_wins(metric, ways):
-    """Whole numbers on one axis: no rounding decides. Classes 1 to the last lie at the same, nearest point."""
+    """Whole numbers on one axis: no rounding decides. All classes but 0 lie at the same, nearest point."""
     near, far = [2.0, 0.0], [0.0, 0.0] if metric == "dot" else [-4.0, 0.0]
     support = torch.tensor([[far] + [near] * (ways - 1)], device=DEVICE)
     labels = torch.arange(ways, device=DEVICE)
@@ -94,7 +97,9 @@ def test_keeps_no_distances_for_the_backward(metric):
     support, support_labels, query, query_labels = episode(torch.float32, tasks, ways, shots, queries, width)
     support.requires_grad_(), query.requires_grad_()
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.untyped_storage().nbytes()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.untyped_storage().nbytes()) or t, lambda t: t
+    ):
         loss, _ = prototypical_loss(support, support_labels, query, query_labels, ways, metric)
     inputs = [t.untyped_storage().nbytes() for t in (support, support_labels, query, query_labels)]
     assert kept and max(kept) < tasks * queries * ways * 4  # bytes of one [T, Q, N] in float32
