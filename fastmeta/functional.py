@@ -253,7 +253,9 @@ def _rates(lr, structure, params) -> list:
     if isinstance(lr, (int, float)):
         return [float(lr)] * len(params)
     if lr_structure != structure:
-        raise ValueError(f"lr must be a float, a tensor, or have the structure of params, {structure}; got {lr_structure}")
+        raise ValueError(
+            f"lr must be a float, a tensor, or have the structure of params, {structure}; got {lr_structure}"
+        )
     if not any(isinstance(leaf, Tensor) for leaf in leaves) and len(set(leaves)) == 1:
         return [float(leaf) for leaf in leaves]
     # float64: float32 would round a rate before float64 parameters see it
@@ -291,7 +293,9 @@ def _tasks_of_update(names, params, grads, rates) -> int | None:
     for name, p, g in zip(names, params, grads, strict=True):
         here = found.get(name, p.shape[0] if p.dim() and p.shape == g.shape else tasks)
         if p.dim() == g.dim() == 0:
-            raise ValueError(f"{name} and its gradient have no task dimension (shape []), but the others have {tasks} tasks")
+            raise ValueError(
+                f"{name} and its gradient have no task dimension (shape []), but the others have {tasks} tasks"
+            )
         if here != tasks:
             raise ValueError(
                 f"{name} and its gradient have T = {here} (shapes {list(p.shape)} and {list(g.shape)}), but the others "

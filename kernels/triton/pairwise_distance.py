@@ -162,17 +162,17 @@ def distance_bwd_kernel(
     tl.store(out + task * R * D + r[:, None] * D + d[None, :], total.to(out.dtype.element_ty), mask=own_mask)
 
 
-def distance_sides(Q: int, N: int, D: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Sides of the tile of a distance; in float64 the tile holds as many bytes."""
-    most = 16 if dtype == torch.float64 else 32
-    return tile(Q, most), tile(N, most), tile(D, step(8))
+def distance_sides(Q: int, N: int, D: int, dtype: torch.dtype, metric: str) -> tuple[int, int, int]:
+    """Sides of the tile of a distance: smaller where an entry takes more registers."""
+    double = dtype == torch.float64
+    return tile(Q, 16 if double or metric == "cosine" else 32), tile(N, 16 if double else 32), tile(D, step(8))
 
 
 def pairwise_distance(query: Tensor, prototypes: Tensor, metric: str) -> Tensor:
     tasks, Q, D = query.shape
     N = prototypes.shape[1]
     out = query.new_empty(tasks, Q, N)
-    side_q, side_n, side_d = distance_sides(Q, N, D, query.dtype)
+    side_q, side_n, side_d = distance_sides(Q, N, D, query.dtype, metric)
     launch(
         distance_kernel,
         tasks * blocks(Q, side_q) * blocks(N, side_n),
@@ -233,7 +233,7 @@ def pairwise_distance_bwd(
     if metric in ("euclidean", "cosine"):
         weights = grad.new_empty(grad.shape, dtype=accumulator(grad.dtype))
         slopes = torch.empty_like(weights) if metric == "cosine" else weights
-        side_q, side_n, side_d = distance_sides(Q, N, D, query.dtype)
+        side_q, side_n, side_d = distance_sides(Q, N, D, query.dtype, metric)
         launch(
             weights_kernel,
             tasks * blocks(Q, side_q) * blocks(N, side_n),

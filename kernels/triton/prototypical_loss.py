@@ -150,7 +150,7 @@ def prototypical_loss(
         return query.new_full((tasks,), float("nan")), query.new_full((tasks,), float("nan"))
     scratch = accumulator(query.dtype)
     prototypes = means(support, support_labels, num_classes, scratch)
-    side_q, side_n, side_d = distance_sides(Q, num_classes, D, query.dtype)
+    side_q, side_n, side_d = distance_sides(Q, num_classes, D, query.dtype, metric)
     q_blocks = blocks(Q, side_q)
     parts = 1 if tasks >= ENOUGH_PROGRAMS else min(q_blocks, blocks(ENOUGH_PROGRAMS, max(tasks, 1)))
     blocks_per_part = blocks(q_blocks, parts)
@@ -208,7 +208,7 @@ def prototypical_loss_bwd(
     prototypes = means(support, support_labels, num_classes, scratch)
     d_query = torch.empty_like(query) if needs & 2 else query.new_empty(0)
     d_prototypes = torch.empty_like(prototypes) if needs & 1 else None
-    side_q, side_n, side_d = distance_sides(Q, num_classes, D, query.dtype)
+    side_q, side_n, side_d = distance_sides(Q, num_classes, D, query.dtype, metric)
     at_once = max(1, SCRATCH_BYTES // max(1, Q * num_classes * prototypes.element_size()))
     for start in range(0, tasks, at_once):
         part = slice(start, start + at_once)

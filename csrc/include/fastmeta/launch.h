@@ -107,4 +107,39 @@ inline int64_t product_scratch(const Product& p) {
 }
 void launch_products(Dtype dtype, const Product* products, int64_t count, double number, void* scratch, void* stream);
 
+// functional_mlp: arrays of `layers` (widths: layers + 1) elements on the host, of pointers to the device
+struct FunctionalMlp {
+  int64_t tasks, rows, layers;
+  const int64_t* widths;
+  Activation activation;
+  const void* x;
+  int64_t x_task;  // elements from task to task, 0 where all share it; so below
+  const void* const* weights;
+  const int64_t* weight_task;
+  const void* const* biases;  // nullptr: none
+  const int64_t* bias_task;
+};
+// scratch: 2 * tasks * rows * widest hidden layer
+void launch_functional_mlp(Dtype dtype, FunctionalMlp p, void* out, void* scratch, void* stream);
+
+struct FunctionalMlpBwd {
+  FunctionalMlp forward;
+  const void* grad;
+  void* const* hidden;  // scratch per hidden layer, tasks * rows * width: its values
+  void* const* pre;     // likewise its pre-activations, where derivative_needs_input
+  void* deltas;         // scratch: 2 * tasks * rows * widest hidden layer
+  void* sums;           // scratch in the accumulation type: the most of `split_scratch` over the gradients
+  void* dx;             // or nullptr, as below
+  void* const* d_weights;
+  void* const* d_biases;
+};
+void launch_functional_mlp_bwd(Dtype dtype, FunctionalMlpBwd b, void* stream);
+
+// Into how many sums the gradient of a shared tensor is split, so that one small tensor keeps many blocks busy.
+inline int64_t most_splits(int64_t size) {
+  const int64_t room = (int64_t(1) << 22) / (size > 0 ? size : 1);
+  return room < 1 ? 1 : room > 64 ? 64 : room;
+}
+inline int64_t split_scratch(int64_t size) { return size * most_splits(size); }
+
 }  // namespace fastmeta::cuda
