@@ -10,11 +10,11 @@ from typing import Annotated
 
 import torch
 import typer
-from benchmarks import measure, roofline, suite
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks import measure, roofline, suite
 from fastmeta import testing
 from fastmeta._spec import REGISTRY, Make
 

@@ -6,6 +6,7 @@ import platform
 import statistics
 
 import torch
+
 from benchmarks.measure import interleaved
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 
 import torch
-from benchmarks.measure import interleaved
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measure import interleaved
 from fastmeta.tasks import EpisodeSampler, SinusoidTasks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

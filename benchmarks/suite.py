@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from benchmarks import contenders as peers
-from benchmarks.measure import Contender
 
 import fastmeta.nn
+from benchmarks import contenders as peers
+from benchmarks.measure import Contender
 from fastmeta import MAML, ProtoNet, TaskBatch, functional
 from fastmeta._spec import REGISTRY, Make
 
@@ -63,11 +63,12 @@ def distances(make: Make) -> Iterator[Case]:
     for index, bar in enumerate((1.5, 1.0)):
         workload = _workload("pairwise_distance", index, make)
         query, prototypes, _ = workload.args
+        bmm_compiled = compiled(peers.squared_distance_by_bmm)
         rows = {
             "fastmeta": lambda q=query, p=prototypes: functional.pairwise_distance(q, p),
             "bmm": lambda q=query, p=prototypes: peers.squared_distance_by_bmm(q, p),
             "cdist": lambda q=query, p=prototypes: peers.squared_distance_by_cdist(q, p),
-            "compiled": lambda q=query, p=prototypes, f=compiled(peers.squared_distance_by_bmm): f(q, p),
+            "compiled": lambda q=query, p=prototypes, f=bmm_compiled: f(q, p),
         }
         bars = dict.fromkeys(("bmm", "cdist", "compiled"), bar)
         yield Case(f"pairwise_distance fwd {workload.label}", rows, bars, workload.flops, workload.bytes)

@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from fastmeta.tasks import TaskBatch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from fastmeta.algorithms import MAML, ProtoNet
 from fastmeta.nn import conv4, mlp
+from fastmeta.tasks import TaskBatch
 
 
 def class_batch(tasks=4, shots=2, queries=3, ways=3, width=5, spread=0.3, seed=0):

@@ -137,8 +137,8 @@ def test_equals_the_reference(name, backend):
 def episodes(draw):
     """support, labels, query, labels, number of classes.
 
-    No two classes tie, else rounding would pick the nearer: each has a row, and with one dimension cosine knows two
-    distances alone.
+    No two classes tie, else rounding would pick the nearer: each has a row, and the width is not 1, where
+    cosine knows only two distances.
     """
     make, t, n, d = Make(torch.float64, DEVICE, draw(seeds)), draw(tasks), draw(some), draw(some) + 1
     s, q = n + draw(size), draw(some)

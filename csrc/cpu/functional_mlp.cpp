@@ -73,7 +73,6 @@ struct Problem {
     for (int64_t d = 1; d < t.dim(); ++d) n *= t.size(d);
     return n;
   }
-  // x as seen after merging: its tasks' rows follow each other
 };
 
 template <class T>

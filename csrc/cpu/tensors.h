@@ -43,6 +43,7 @@ const Kernels<T>& kernels() {
 // f(float{}) or f(double{}), by the dtype of `t`.
 template <class F>
 void by_dtype(const char* op, const Tensor& t, const F& f) {
+  isa();  // here, since an error inside a parallel loop loses its text
   const auto dtype = t.scalar_type();
   if (dtype == torch::headeronly::ScalarType::Float) return f(float{});
   STD_TORCH_CHECK(dtype == torch::headeronly::ScalarType::Double, op, ": the CPU kernels take float32 and float64");

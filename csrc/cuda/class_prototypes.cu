@@ -9,7 +9,7 @@ constexpr int kColumns = 32, kRows = 8, kThreads = kColumns * kRows, kLabels = 2
 // A warp owns one class and 32 features, and walks the task's labels: rows are summed in order, and which rows count is
 // the same question for the whole warp, so each row is read once, by the warp of its class.
 template <class T>
-__global__ void __launch_bounds__(kThreads) class_prototypes_kernel(ClassPrototypes p) {
+__global__ void __launch_bounds__(kThreads, 4) class_prototypes_kernel(ClassPrototypes p) {
   __shared__ int labels[kLabels];
   const int lane = int(threadIdx.x) % kColumns, row = int(threadIdx.x) / kColumns;
   FM_EACH(t, x, p.tasks) FM_EACH(class_tile, y, divide_up<int64_t>(p.classes, kRows))
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) class_prototypes_kernel(ClassPrototy
 
 // A warp owns one row of the support set: counts the rows of its class, then copies the class's gradient over the count.
 template <class T>
-__global__ void __launch_bounds__(kThreads) class_prototypes_bwd_kernel(ClassPrototypes p) {
+__global__ void __launch_bounds__(kThreads, 4) class_prototypes_bwd_kernel(ClassPrototypes p) {
   __shared__ int counts[kRows][kColumns];
   const int lane = int(threadIdx.x) % kColumns, row = int(threadIdx.x) / kColumns;
   FM_EACH(t, x, p.tasks) FM_EACH(tile, y, divide_up<int64_t>(p.support, kRows)) {

@@ -58,7 +58,7 @@ template <class T>
 __global__ void __launch_bounds__(kColumns* kRows) sum_rows_kernel(Product p, double number, int64_t length, Acc<T>* sums) {
   __shared__ Acc<T> parts[kRows][kColumns];
   const int lane = int(threadIdx.x) % kColumns, across = int(threadIdx.x) / kColumns;
-  FM_EACH(tile, x, divide_up<int64_t>(p.columns, kColumns)) FM_EACH(group, y, gridDim.y) {
+  FM_EACH(tile, x, divide_up<int64_t>(p.columns, kColumns)) FM_EACH(group, y, p.rows > 0 ? divide_up(p.rows, length) : 1) {
     const int64_t column = tile * kColumns + lane, end = smaller(p.rows, (group + 1) * length);
     Acc<T> sum = 0;
     if (column < p.columns)

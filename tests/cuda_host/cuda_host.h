@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -33,13 +34,10 @@ namespace fastmeta::cuda::host {
 inline dim3 grid_size, block_index, thread_index;
 inline std::vector<unsigned char> shared_memory;
 inline ucontext_t scheduler;
-inline ucontext_t* running = nullptr;
-inline int barriers_passed = 0;  // by the running thread, so that one that leaves others waiting is caught
 
 struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
-  int barriers = 0;
   bool done = false;
 };
 
@@ -52,7 +50,6 @@ inline void enter() {
   swapcontext(&current->context, &scheduler);
 }
 inline void wait_for_block() {
-  ++current->barriers;
   swapcontext(&current->context, &scheduler);
 }
 
@@ -61,14 +58,13 @@ inline void run_block(std::vector<Thread>& threads, bool reversed) {
   for (Thread& t : threads) {
     if (!t.stack) t.stack.reset(new char[kStack]);
     t.done = false;
-    t.barriers = 0;
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack.get();
     t.context.uc_stack.ss_size = kStack;
     t.context.uc_link = nullptr;
     makecontext(&t.context, enter, 0);
   }
-  for (int barrier = 1;; ++barrier) {
+  for (;;) {
     size_t done = 0;
     for (size_t i = 0; i < threads.size(); ++i) {
       const size_t number = reversed ? threads.size() - 1 - i : i;

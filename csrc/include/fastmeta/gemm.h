@@ -26,7 +26,7 @@ struct Finish {
 };
 
 // B [depth, columns]. In panels (packed), the columns from vector v on start at data + v * width * depth and the row
-// stride is the panel's own width; `first_row` walks down without knowing the panel.
+// stride is the panel's own width.
 template <class T>
 struct Right {
   const T* data;
