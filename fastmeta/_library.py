@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 
 from fastmeta import _backends
@@ -29,7 +30,9 @@ def define(spec: OpSpec) -> None:
     LIBRARY.define(spec.schema)
     qualified = f"fastmeta::{spec.name}"
 
-    @torch.compiler.disable  # called from a frame that dynamo runs, it must not be traced: it is a kernel
+    # called from a frame that dynamo runs, it must not be traced: it is a kernel. Not torch.compiler.disable, which
+    # imports all of dynamo, two seconds
+    @_disable_dynamo
     def implementation(*args):
         return _backends.run(spec, args)
 

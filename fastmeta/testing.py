@@ -82,7 +82,9 @@ def derivative(function, spec: OpSpec, args: Args, order: int, seed: int = 0) ->
         draws = [torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for v in values]
         return sum((v * d).sum() for v, d in zip(values, draws, strict=True))
 
-    values = tensors_of(function(*args))[: spec.differentiable_outputs]
+    values = tensors_of(function(*args))
+    if order:
+        values = values[: spec.differentiable_outputs]
     for remaining in range(order, 0, -1):
         total = contract([v for v in values if v.requires_grad])
         if not isinstance(total, Tensor) or not total.requires_grad:

@@ -46,13 +46,14 @@ def _demangled(names: list[str]) -> list[str]:
 def _rows(source: str, log: str) -> list[dict]:
     """What ptxas says of each kernel."""
     rows = []
+    spills = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
     for part in log.split("Compiling entry function ")[1:]:
         rows.append(
             {
                 "source": source,
                 "capability": int(re.search(r"for 'sm_(\d+)", part)[1]),
                 "registers": int(re.search(r"Used (\d+) registers", part)[1]),
-                "spilled": sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())),
+                "spilled": sum(map(int, spills.search(part).groups())),
                 "shared": int((re.search(r"(\d+) bytes smem", part) or [0, 0])[1]),
                 "kernel": re.match(r"'(\w+)'", part)[1],
             }

@@ -2,6 +2,7 @@
 // tasks, and over ranges of rows where tasks are few.
 #include "tensors.h"
 
+#include <algorithm>
 #include <array>
 
 namespace fastmeta::cpu {
@@ -139,6 +140,7 @@ struct Target {
   T* out = nullptr;
   int64_t size = 0, copies = 0;
   enum { direct, per_item, per_group } mode = direct;
+  bool zeroed = false;  // a group may write only some rows of its partial sum, or, without tasks, nothing
 
   Target(const Problem& problem, const Tensor& like, bool needed, int64_t parts, int64_t groups, bool rows_apart) {
     tensor = new_like(like, needed);
@@ -153,8 +155,11 @@ struct Target {
     }
     partials = new_tensor(like, {copies * size});
     out = mutable_data<T>(partials);
+    zeroed = mode == per_group && (parts > 1 || problem.tasks == 0);
+    if (zeroed) std::fill_n(out, copies * size, T(0));
   }
   bool needed() const { return out != nullptr; }
+  bool adds(bool later) const { return zeroed || (later && mode == per_group); }
   T* at(int64_t task, int64_t item, int64_t group) const {
     return out + (mode == direct ? task : mode == per_item ? item : group) * size;
   }
@@ -205,15 +210,15 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> functional_mlp_bwd(
         const bool later = i != mine.begin;
         if (x_target.needed()) {
           item.dx = x_target.at(t, i, group) + range.begin * problem.widths[0];
-          item.add_dx = later && x_target.mode == Target<T>::per_group;
+          item.add_dx = x_target.adds(later);
         }
         for (size_t l = 0; l < weights.size(); ++l) {
           if (w_targets[l].needed()) pointers.d_weights[l] = w_targets[l].at(t, i, group);
-          pointers.add_weights[l] = later && w_targets[l].mode == Target<T>::per_group;
+          pointers.add_weights[l] = w_targets[l].adds(later);
         }
         for (size_t l = 0; l < biases.size(); ++l) {
           if (b_targets[l].needed()) pointers.d_biases[l] = b_targets[l].at(t, i, group);
-          pointers.add_biases[l] = later && b_targets[l].mode == Target<T>::per_group;
+          pointers.add_biases[l] = b_targets[l].adds(later);
         }
         item.d_weights = needs & 2 ? pointers.d_weights : nullptr;
         item.d_biases = (needs & 4) && !biases.empty() ? pointers.d_biases : nullptr;

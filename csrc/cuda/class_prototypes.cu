@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, 4) class_prototypes_kernel(ClassProt
   }
 }
 
-// A warp owns one row of the support set: counts the rows of its class, then copies the class's gradient over the count.
+// A warp owns one row of the support set: counts the rows of its class, then copies the class's gradient over that.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) class_prototypes_bwd_kernel(ClassPrototypes p) {
   __shared__ int counts[kRows][kColumns];
@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kThreads, 4) class_prototypes_bwd_kernel(Class
     for (int i = 0; i < kColumns; ++i) total += counts[row][i];
     const T* grad = static_cast<const T*>(p.x) + (t * p.classes + (known ? label : 0)) * p.width;
     T* out = static_cast<T*>(p.out) + (t * p.support + s) * p.width;
-    for (int64_t k = lane; k < p.width; k += kColumns) store(out + k, known ? load(grad + k) / Acc<T>(total) : Acc<T>(0));
+    for (int64_t k = lane; k < p.width; k += kColumns)
+      store(out + k, known ? load(grad + k) / Acc<T>(total) : Acc<T>(0));
   }
 }
 

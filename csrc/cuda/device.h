@@ -1,5 +1,5 @@
-// What every kernel file starts from: accumulation types, conversions, launches. FASTMETA_HOST replaces the CUDA headers
-// by an emulation on the CPU (tests/cuda_host), which checks indices where there is no GPU.
+// What every kernel file starts from: accumulation types, conversions, launches. FASTMETA_HOST replaces the CUDA
+// headers by an emulation on the CPU (tests/cuda_host), which checks indices where there is no GPU.
 #pragma once
 
 #include <cstddef>
@@ -48,8 +48,8 @@ __host__ __device__ __forceinline__ I smaller(I a, I b) {
   return a < b ? a : b;
 }
 
-// Blocks walk up to three dimensions by FM_EACH, each as wide as it likes: any size is one launch, none is no launch, and
-// no index is taken apart by 64-bit divisions, which cost registers.
+// Blocks walk up to three dimensions by FM_EACH, each as wide as it likes: any size is one launch, none is no launch,
+// and no index is taken apart by 64-bit divisions, which cost registers.
 #define FM_EACH(i, axis, count) for (int64_t i = blockIdx.axis, end_##i = (count); i < end_##i; i += gridDim.axis)
 
 struct Grid {

@@ -5,8 +5,8 @@
 
 namespace fastmeta::cuda {
 
-// d_query[q] = sum_n pair[q, n] * (query[q] - prototypes[n]), its sign for manhattan, or prototypes[n] alone for dot and
-// cosine; cosine adds query[q] / |query[q]|^2 * sum_n self[q, n]. Likewise for prototypes, with sums over q.
+// d_query[q] = sum_n pair[q, n] * (query[q] - prototypes[n]), its sign for manhattan, or prototypes[n] alone for dot
+// and cosine; cosine adds query[q] / |query[q]|^2 * sum_n self[q, n]. Likewise for prototypes, with sums over q.
 // `grad` is the gradient of the distance of pair (i, j) of the tile, `index` where that pair's factors go.
 template <class Tile, class A>
 __device__ __forceinline__ void store_coefficients(const Coefficients& c, const Tile& tile, int i, int j, Metric metric,

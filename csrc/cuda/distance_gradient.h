@@ -29,7 +29,8 @@ struct GradientTile {
 };
 
 template <class T, class C, Combine kCombine>
-__global__ void __launch_bounds__(GradientTile::kThreads, sizeof(Acc<T>) == 8 ? 4 : 5) distance_gradient_kernel(GradientSide<C> p) {
+__global__ void __launch_bounds__(GradientTile::kThreads, sizeof(Acc<T>) == 8 ? 4 : 5)
+    distance_gradient_kernel(GradientSide<C> p) {
   using A = Acc<T>;
   using G = GradientTile;
   constexpr bool kCosine = kCombine == Combine::cosine;
@@ -120,8 +121,7 @@ void launch_gradient_side(Metric metric, const GradientSide<C>& p, void* stream)
     constexpr Combine kCombine = decltype(combine)::value;
     // cosine always comes with coefficients in the accumulation type
     if constexpr (std::is_same_v<C, Acc<T>> || kCombine != Combine::cosine)
-      launch(distance_gradient_kernel<T, C, kCombine>, grid, GradientTile::kThreads, 0, stream,
-             p);
+      launch(distance_gradient_kernel<T, C, kCombine>, grid, GradientTile::kThreads, 0, stream, p);
   });
 }
 
@@ -130,14 +130,14 @@ template <class T, class C>
 void launch_gradients(const PairwiseDistanceBwd& b, const C* pair, double factor, void* stream) {
   const PairwiseDistance& p = b.forward;
   const C* self = static_cast<const C*>(b.coefficients.self);
-  GradientSide<C> side{p.query, p.prototypes, b.d_query,  pair,    self,      static_cast<const C*>(b.coefficients.query),
-                       p.tasks, p.rows,       p.classes,  p.width, p.classes, 1,
-                       factor};
-  if (b.d_query) launch_gradient_side<T, C>(p.metric, side, stream);
-  side = {p.prototypes, p.query,   b.d_prototypes, pair,    self, static_cast<const C*>(b.coefficients.prototypes),
-          p.tasks,      p.classes, p.rows,         p.width, 1,    p.classes,
-          factor};
-  if (b.d_prototypes) launch_gradient_side<T, C>(p.metric, side, stream);
+  const C* query_norms = static_cast<const C*>(b.coefficients.query);
+  const C* prototype_norms = static_cast<const C*>(b.coefficients.prototypes);
+  const GradientSide<C> query{p.query, p.prototypes, b.d_query, pair,      self, query_norms, p.tasks,
+                              p.rows,  p.classes,    p.width,   p.classes, 1,    factor};
+  if (b.d_query) launch_gradient_side<T, C>(p.metric, query, stream);
+  const GradientSide<C> prototypes{p.prototypes, p.query, b.d_prototypes, pair, self,      prototype_norms, p.tasks,
+                                   p.classes,    p.rows,  p.width,        1,    p.classes, factor};
+  if (b.d_prototypes) launch_gradient_side<T, C>(p.metric, prototypes, stream);
 }
 
 }  // namespace fastmeta::cuda

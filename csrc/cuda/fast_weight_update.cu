@@ -55,10 +55,12 @@ constexpr int kColumns = 32, kRows = 8;
 
 // sums[g, column] = -sum of the rows of group g
 template <class T>
-__global__ void __launch_bounds__(kColumns* kRows) sum_rows_kernel(Product p, double number, int64_t length, Acc<T>* sums) {
+__global__ void __launch_bounds__(kColumns* kRows)
+    sum_rows_kernel(Product p, double number, int64_t length, Acc<T>* sums) {
   __shared__ Acc<T> parts[kRows][kColumns];
   const int lane = int(threadIdx.x) % kColumns, across = int(threadIdx.x) / kColumns;
-  FM_EACH(tile, x, divide_up<int64_t>(p.columns, kColumns)) FM_EACH(group, y, p.rows > 0 ? divide_up(p.rows, length) : 1) {
+  FM_EACH(tile, x, divide_up<int64_t>(p.columns, kColumns))
+  FM_EACH(group, y, p.rows > 0 ? divide_up(p.rows, length) : 1) {
     const int64_t column = tile * kColumns + lane, end = smaller(p.rows, (group + 1) * length);
     Acc<T> sum = 0;
     if (column < p.columns)
@@ -100,10 +102,11 @@ void launch_sum(const Product& p, double number, void* scratch, void* stream) {
   const int64_t length = sum_length(p.rows), groups = sum_count(p.rows);
   A* sums = static_cast<A*>(scratch);
   if (p.reduce == Reduce::columns)
-    return launch(sum_columns_kernel<T, T>, {p.rows}, kThreads, 0, stream, p, number, int64_t(1), static_cast<T*>(p.out));
+    return launch(sum_columns_kernel<T, T>, {p.rows}, kThreads, 0, stream, p, number, int64_t(1),
+                  static_cast<T*>(p.out));
   if (p.reduce == Reduce::rows) {
-    launch(sum_rows_kernel<T>, {divide_up<int64_t>(p.columns, kColumns), groups}, kColumns * kRows, 0, stream, p, number,
-           length, sums);
+    launch(sum_rows_kernel<T>, {divide_up<int64_t>(p.columns, kColumns), groups}, kColumns * kRows, 0, stream, p,
+           number, length, sums);
     return launch_add_groups<T>(sums, 1, groups, p.columns, p.out, stream);
   }
   launch(sum_columns_kernel<T, A>, {p.rows > 0 ? groups : 0}, kThreads, 0, stream, p, number, length, sums);
@@ -141,7 +144,8 @@ void launch_products(Dtype dtype, const Product* products, int64_t count, double
       if (batch.count == kCapacity) flush();
       batch.products[batch.count] = p;
       batch.inverse[batch.count] = 1.0 / double(p.columns);
-      batch.first_block[batch.count + 1] = batch.first_block[batch.count] + divide_up<int64_t>(p.rows * p.columns, kBlock);
+      batch.first_block[batch.count + 1] =
+          batch.first_block[batch.count] + divide_up<int64_t>(p.rows * p.columns, kBlock);
       ++batch.count;
     }
     flush();

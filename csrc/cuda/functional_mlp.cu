@@ -46,8 +46,8 @@ void launch_layer(const FunctionalMlp& p, int64_t l, const void* input, void* ou
   launch_gemm<T>(g, stream);
 }
 
-// g.k terms of each of `tasks` tasks are summed into the one output of all. Where they lie one after the other, tasks do
-// not matter and they are cut into even pieces.
+// g.k terms of each of `tasks` tasks are summed into the one output of all. Where they lie one after the other, tasks
+// do not matter and they are cut into even pieces.
 template <class T>
 void launch_sum_over_tasks(Gemm g, int64_t tasks, void* sums, void* stream) {
   constexpr int64_t kPiece = 512;
@@ -156,7 +156,8 @@ void launch_functional_mlp_bwd(Dtype dtype, FunctionalMlpBwd b, void* stream) {
         launch_parameter_gradient<T>(p, delta, outputs, input_of(p, l, b.hidden), inputs, input_task(p, l),
                                      p.weight_task[l] == 0, b.d_weights[l], b.sums, stream);
       if (b.d_biases)
-        launch_parameter_gradient<T>(p, delta, outputs, nullptr, 1, 0, p.bias_task[l] == 0, b.d_biases[l], b.sums, stream);
+        launch_parameter_gradient<T>(p, delta, outputs, nullptr, 1, 0, p.bias_task[l] == 0, b.d_biases[l], b.sums,
+                                     stream);
       void* to = l > 0 ? halves[l % 2] : b.dx;
       if (to) launch_input_gradient<T>(b, l, delta, to, stream);
       delta = to;

@@ -1,4 +1,5 @@
-// A whole small perceptron in one kernel: a block runs all layers for some rows of one task, hidden values stay on chip.
+// A whole small perceptron in one kernel: a block runs all layers for some rows of one task, hidden values stay on
+// chip.
 #pragma once
 
 #include "device.h"
@@ -7,7 +8,7 @@ namespace fastmeta::cuda {
 
 constexpr int kFusedLayers = 8, kFusedRows = 32, kFusedThreads = 256;
 constexpr int kFusedLanes = 32, kFusedEach = kFusedRows * kFusedLanes / kFusedThreads;  // rows a thread has
-constexpr int64_t kFusedBytes = 96 << 10;  // what every GPU since compute capability 8.0 gives a block
+constexpr int64_t kFusedBytes = 64 << 10;  // what every GPU since compute capability 7.5 gives a block
 
 struct FusedMlp {
   const void* weights[kFusedLayers];

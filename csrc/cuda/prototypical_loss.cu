@@ -27,8 +27,8 @@ struct Seen {
   __device__ __forceinline__ A log_sum() const { return most + log(sum); }
 };
 
-// A block per tile of queries: sums loss and hits of its queries into `sums`, and, where `log_sums` is given, writes the
-// queries' log-sum-exp instead.
+// A block per tile of queries: sums loss and hits of its queries into `sums`, and, where `log_sums` is given, writes
+// the queries' log-sum-exp instead.
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) loss_kernel(PrototypicalLoss p, void* log_sums) {
   using A = Acc<T>;
@@ -82,7 +82,9 @@ constexpr int kMeanThreads = 128;
 template <class T>
 __global__ void __launch_bounds__(kMeanThreads) mean_kernel(PrototypicalLoss p, int64_t tiles) {
   using A = Acc<T>;
-  for (int64_t t = int64_t(blockIdx.x) * kMeanThreads + threadIdx.x; t < p.tasks; t += int64_t(gridDim.x) * kMeanThreads) {
+  FM_EACH(tile, x, divide_up<int64_t>(p.tasks, kMeanThreads)) {
+    const int64_t t = tile * kMeanThreads + threadIdx.x;
+    if (t >= p.tasks) continue;
     const A* sums = static_cast<const A*>(p.sums) + 2 * t * tiles;
     A loss = 0, hits = 0;
     for (int64_t i = 0; i < tiles; ++i) {
@@ -94,8 +96,8 @@ __global__ void __launch_bounds__(kMeanThreads) mean_kernel(PrototypicalLoss p, 
   }
 }
 
-// d loss / d distance = (1[n is the label] - softmax_n(-distance)) / rows, turned into coefficients. Task t of the scratch is
-// task first_task + t.
+// d loss / d distance = (1[n is the label] - softmax_n(-distance)) / rows, turned into coefficients. Task t of the
+// scratch is task first_task + t.
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     loss_coefficients_kernel(PrototypicalLossBwd b, int64_t first_task, int64_t tasks) {
@@ -151,7 +153,8 @@ template <class T>
 void launch_loss_bwd(Dtype dtype, const PrototypicalLossBwd& b, void* stream) {
   const PrototypicalLoss& p = b.forward;
   for (int64_t first = 0; first < p.tasks; first += b.chunk) {
-    const int64_t tasks = smaller(b.chunk, p.tasks - first), q = first * p.rows * p.width, c = first * p.classes * p.width;
+    const int64_t tasks = smaller(b.chunk, p.tasks - first);
+    const int64_t q = first * p.rows * p.width, c = first * p.classes * p.width;
     by_combine(p.metric, [&](auto combine) {
       using Tile = LossTile<T, decltype(combine)::value>;
       const Grid grid{tasks, query_tiles(p.rows), divide_up<int64_t>(p.classes, Tile::kClasses)};
@@ -174,7 +177,8 @@ void launch_prototypical_loss(Dtype dtype, const PrototypicalLoss& p, void* stre
   by_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     by_combine(p.metric, [&](auto combine) { launch_loss<T, decltype(combine)::value>(p, nullptr, stream); });
-    launch(mean_kernel<T>, {divide_up<int64_t>(p.tasks, kMeanThreads)}, kMeanThreads, 0, stream, p, query_tiles(p.rows));
+    launch(mean_kernel<T>, {divide_up<int64_t>(p.tasks, kMeanThreads)}, kMeanThreads, 0, stream, p,
+           query_tiles(p.rows));
   });
 }
 
@@ -187,9 +191,9 @@ void launch_prototypical_loss_bwd(Dtype dtype, const PrototypicalLossBwd& b, voi
     by_combine(p.metric, [&](auto combine) { launch_loss<T, decltype(combine)::value>(p, b.log_sums, stream); });
     launch_loss_bwd<T>(dtype, b, stream);
   });
-  if (b.d_support)
-    launch_class_prototypes_bwd(dtype, {b.d_prototypes, p.support_labels, b.d_support, p.tasks, p.support_rows, p.classes, p.width},
-                                stream);
+  if (!b.d_support) return;
+  const ClassPrototypes c{b.d_prototypes, p.support_labels, b.d_support, p.tasks, p.support_rows, p.classes, p.width};
+  launch_class_prototypes_bwd(dtype, c, stream);
 }
 
 }  // namespace fastmeta::cuda

@@ -60,8 +60,6 @@ class _Refused(Exception):
 _seen: WeakKeyDictionary[nn.Module, tuple[tuple, MLPSpec | str]] = WeakKeyDictionary()
 
 
-# torch.compile takes the answer for a constant: the layers of a model that is compiled already must not be replaced
-@torch.compiler.assume_constant_result
 def mlp_spec(model: nn.Module) -> MLPSpec | str:
     """The module's `MLPSpec`, or a sentence that says why it has none. Remembered until its layers change."""
     layers = tuple((name, id(layer), layer.training) for name, layer in model.named_modules())
@@ -75,6 +73,11 @@ def mlp_spec(model: nn.Module) -> MLPSpec | str:
         if reason:
             return reason
     return known[1]
+
+
+# torch.compile takes the answer for a constant: the layers of a model that is compiled already must not be replaced.
+# What torch.compiler.assume_constant_result does, without the two seconds in which that imports all of dynamo.
+mlp_spec._dynamo_marked_constant = True
 
 
 def _hooks_or_ties(model: nn.Module, spec: MLPSpec) -> str | None:

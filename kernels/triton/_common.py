@@ -8,10 +8,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
 MAX_PROGRAMS = 2**31 - 1  # of grid.x; the other axes end at 65535, so no kernel uses them
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastmeta.kernels._common import blocks, launch, tile, triton_accumulator, warps
 
 ROWS = 256  # summed by one program; what is longer is summed in a tree

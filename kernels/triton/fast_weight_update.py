@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ctypes
 
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastmeta.kernels._common import accumulator, blocks, launch, leading_size, tile, triton_accumulator, warps
 from fastmeta.kernels._sums import sum_over_tasks
 

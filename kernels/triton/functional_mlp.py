@@ -9,10 +9,10 @@ only its weights are shared, the rows of all tasks count as those of one.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastmeta.kernels._common import (
     ACTIVATIONS,
     accumulator,

@@ -13,10 +13,10 @@ and the same with the sides swapped. Where the weights need the distance they ar
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastmeta.kernels._common import METRICS, accumulator, blocks, launch, step, tile, triton_accumulator, warps
 from fastmeta.kernels._distance import EPS, distance_tile, row_norms
 

@@ -8,10 +8,10 @@ and live in a scratch buffer for a few tasks at a time.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastmeta.kernels._common import METRICS, accumulator, blocks, launch, tile, triton_accumulator, warps
 from fastmeta.kernels._distance import distance_tile
 from fastmeta.kernels.class_prototypes import means, scatter

@@ -1,6 +1,6 @@
 // CUDA's vocabulary on the CPU, as far as the kernels of csrc/cuda use it, so that g++ compiles them and a test can run
 // them. One block runs at a time; its threads are coroutines that change places at __syncthreads, in an order that a
-// switch reverses: a missing __syncthreads then shows as different results. No warps: the kernels use no warp functions.
+// switch reverses: a missing __syncthreads then shows as different results. No warps: kernels use no warp functions.
 #pragma once
 
 #include <ucontext.h>
@@ -76,7 +76,8 @@ inline void run_block(std::vector<Thread>& threads, bool reversed) {
     if (done == threads.size()) return;
     // CUDA leaves it undefined when some threads wait and others have ended
     if (done != 0) {
-      fprintf(stderr, "cuda_host: %zu of %zu threads ended while the others wait at __syncthreads\n", done, threads.size());
+      fprintf(stderr, "cuda_host: %zu of %zu threads ended while the others wait at __syncthreads\n", done,
+              threads.size());
       abort();
     }
   }

@@ -125,7 +125,9 @@ def labels_of(tasks, rows, classes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 7, 4, 5), (1, 300, 9, 33), (2, 0, 3, 2), (2, 5, 3, 0), (0, 4, 3, 2), (1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(3, 7, 4, 5), (1, 300, 9, 33), (2, 0, 3, 2), (2, 5, 3, 0), (0, 4, 3, 2), (1, 1, 1, 1)]
+)
 def test_class_prototypes(ops, shape, dtype):
     tasks, rows, classes, width = shape
     x, labels = rand(tasks, rows, width, dtype=dtype), labels_of(tasks, rows, classes)
@@ -172,7 +174,9 @@ def test_zero_vectors_have_no_direction(ops):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("shape", [(3, 10, 7, 5, 6), (2, 40, 70, 20, 33), (2, 3, 0, 3, 4), (1, 1, 1, 1, 1), (0, 3, 2, 2, 2)])
+@pytest.mark.parametrize(
+    "shape", [(3, 10, 7, 5, 6), (2, 40, 70, 20, 33), (2, 3, 0, 3, 4), (1, 1, 1, 1, 1), (0, 3, 2, 2, 2)]
+)
 def test_prototypical_loss(ops, shape, metric, dtype):
     tasks, rows, queries, classes, width = shape
     support, query = rand(tasks, rows, width, dtype=dtype), rand(tasks, queries, width, dtype=dtype)
