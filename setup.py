@@ -2,7 +2,8 @@
 
 Environment:
   FASTMETA_NO_EXT=1       pure Python, no native kernels
-  FASTMETA_BUILD_CUDA=0/1 leave the CUDA kernels out, or insist on them (default: where torch is a CUDA build and nvcc exists)
+  FASTMETA_BUILD_CUDA=0/1 leave the CUDA kernels out, or insist on them (default: where torch is a CUDA build and
+                          nvcc exists)
   TORCH_CUDA_ARCH_LIST    CUDA architectures, as for any PyTorch extension
   MAX_JOBS                parallel compilations (default: from cores and memory)
 """

@@ -59,7 +59,9 @@ def task_query_loss(model, params, loss, support_x, support_y, query_x, query_y,
         return loss(functional_call(model, p, (support_x,)), support_y)
 
     for _ in range(steps):
-        params = {name: p - lr * g for (name, p), g in zip(params.items(), grad(support_loss)(params).values(), strict=True)}
+        params = {
+            name: p - lr * g for (name, p), g in zip(params.items(), grad(support_loss)(params).values(), strict=True)
+        }
     return loss(functional_call(model, params, (query_x,)), query_y)
 
 

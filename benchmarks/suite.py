@@ -113,9 +113,7 @@ def mlps(make: Make) -> Iterator[Case]:
             "fastmeta": lambda x=x, w=weights, b=biases: functional.functional_mlp(x, w, b),
             "baddbmm chain": lambda x=x, w=weights, b=biases: peers.mlp_by_baddbmm(x, w, b),
         }
-        yield Case(
-            f"functional_mlp fwd {workload.label}", rows, {"baddbmm chain": bar}, workload.flops, workload.bytes
-        )
+        yield Case(f"functional_mlp fwd {workload.label}", rows, {"baddbmm chain": bar}, workload.flops, workload.bytes)
 
 
 def mamls(make: Make) -> Iterator[Case]:
@@ -145,7 +143,10 @@ def mamls(make: Make) -> Iterator[Case]:
         }
         yield Case(f"MAML meta-gradient {name}", rows)
         # not the same result, hence a case of its own: what the same rows cost without any adaptation
-        yield Case(f"supervised on the rows of {name}", {"supervised": lambda m=model, f=loss, b=batch: peers.supervised(m, f, b)})
+        yield Case(
+            f"supervised on the rows of {name}",
+            {"supervised": lambda m=model, f=loss, b=batch: peers.supervised(m, f, b)},
+        )
 
 
 def protonets(make: Make) -> Iterator[Case]:

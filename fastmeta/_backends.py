@@ -107,8 +107,10 @@ def _native_missing(device_type: str) -> str | None:
     if _native.why_missing is not None:
         return f"{_native.why_missing}; pip install --no-build-isolation . (or make build) builds it"
     if not _native.has_kernel("pairwise_distance", device_type):
-        return "the native extension was built without CUDA kernels; FASTMETA_BUILD_CUDA=1 pip install " \
-               "--no-build-isolation . builds them, given nvcc and a CUDA build of torch"
+        return (
+            "the native extension was built without CUDA kernels; FASTMETA_BUILD_CUDA=1 pip install "
+            "--no-build-isolation . builds them, given nvcc and a CUDA build of torch"
+        )
     return None
 
 

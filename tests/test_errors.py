@@ -210,8 +210,7 @@ WRONG = {
         (
             {"grads": {"w": x(T, 4, 3), "b": x(T, 5)}},
             ValueError,
-            "grads['b'] must have the shape of params['b'] = [4], with or without a leading "
-            "task dimension, got [2, 5]",
+            "grads['b'] must have the shape of params['b'] = [4], with or without a leading task dimension, got [2, 5]",
         ),
         (
             {"grads": {"w": x(T, 4, 3), "b": x(3, 4)}},
@@ -346,13 +345,9 @@ def test_labels_out_of_range_reach_no_backend(backend, wrong):
     wrong_labels, right_labels = labels(T, S, value=wrong), labels(T, S)
     embeddings = x(T, S, D)
     with use_backend(backend):
-        with pytest.raises(
-            ValueError, match=rf"^labels must lie in \[0, num_classes\) = \[0, 3\), got {wrong}$"
-        ):
+        with pytest.raises(ValueError, match=rf"^labels must lie in \[0, num_classes\) = \[0, 3\), got {wrong}$"):
             torch.ops.fastmeta.class_prototypes(embeddings, wrong_labels, N)
-        with pytest.raises(
-            ValueError, match=rf"^query_labels must lie in \[0, num_classes\) = \[0, 3\), got {wrong}$"
-        ):
+        with pytest.raises(ValueError, match=rf"^query_labels must lie in \[0, num_classes\) = \[0, 3\), got {wrong}$"):
             torch.ops.fastmeta.prototypical_loss(embeddings, right_labels, embeddings, wrong_labels, N, "dot")
 
 
@@ -396,8 +391,6 @@ def test_arguments_are_checked_before_autocast_reads_them():
 
 @pytest.mark.parametrize("name", ["cudnn", "", "Reference"])
 def test_unknown_backend(name):
-    with pytest.raises(
-        ValueError, match=re.escape(f"must be one of cuda, cpp, triton, reference; got {name!r}")
-    ):
+    with pytest.raises(ValueError, match=re.escape(f"must be one of cuda, cpp, triton, reference; got {name!r}")):
         with use_backend(name):
             pass

@@ -80,7 +80,9 @@ def test_missing_folder_archive_or_file(tmp_path):
 def test_incomplete_archives_are_refused_by_name(tmp_path, fresh_cache):
     for name in ARCHIVES:
         archive(tmp_path / name, 2)
-    with pytest.raises(ValueError, match=r"images_background.zip and .* are not complete: 2 characters, should be 1623"):
+    with pytest.raises(
+        ValueError, match=r"images_background.zip and .* are not complete: 2 characters, should be 1623"
+    ):
         omniglot(data_root=tmp_path)
 
 

@@ -133,7 +133,9 @@ def strided(t: torch.Tensor) -> torch.Tensor:
     wide = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1])
     wide[..., ::2] = t
     view = wide[..., ::2]
-    return view if t.dim() < 2 else view.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
+    return (
+        view if t.dim() < 2 else view.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
+    )
 
 
 @pytest.mark.parametrize("name, backend, dtype, label", cases(spread_labels, dtypes=lambda _: [torch.float32]))
@@ -164,7 +166,9 @@ def test_same_bits_on_a_second_run(name, backend, dtype, label):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("name, backend, dtype, label", cases(backends=["cpp"] * (not CUDA), dtypes=lambda _: [torch.float32]))
+@pytest.mark.parametrize(
+    "name, backend, dtype, label", cases(backends=["cpp"] * (not CUDA), dtypes=lambda _: [torch.float32])
+)
 def test_any_number_of_threads(name, backend, dtype, label, threads, poisoned_memory):
     require(backend)
     before = torch.get_num_threads()

@@ -37,9 +37,7 @@ def test_the_list_of_packages_is_complete():
 
 def test_every_module_lies_in_a_package():
     """A folder without __init__.py would work from the source tree and be missing from the wheel."""
-    bare = [
-        str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*.py") if not (p.parent / "__init__.py").exists()
-    ]
+    bare = [str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*.py") if not (p.parent / "__init__.py").exists()]
     assert not bare
 
 
@@ -139,9 +137,7 @@ def imports_at_run_time(node: ast.AST):
 def imported_units(path: Path):
     """The parts of fastmeta that a file imports, as named in LAYERS."""
     package = (
-        ["fastmeta", "kernels"]
-        if path.is_relative_to(KERNELS)
-        else ["fastmeta", *path.relative_to(PACKAGE).parts[:-1]]
+        ["fastmeta", "kernels"] if path.is_relative_to(KERNELS) else ["fastmeta", *path.relative_to(PACKAGE).parts[:-1]]
     )
     for node in imports_at_run_time(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -173,13 +169,9 @@ def test_imports_point_one_way(path):
         if imported in COMPILED or imported == importer or (importer, imported) in UPWARD:
             continue
         below, beside = RANK[imported] < RANK[importer], RANK[imported] == RANK[importer]
-        assert below or beside and RANK[importer] == TOP, (
-            f"{importer} imports {imported}, which is not below it"
-        )
+        assert below or beside and RANK[importer] == TOP, f"{importer} imports {imported}, which is not below it"
         if imported == "tasks":
-            assert RANK[importer] >= RANK["fastmeta"], (
-                f"{importer} imports tasks, which training and cli alone use"
-            )
+            assert RANK[importer] >= RANK["fastmeta"], f"{importer} imports tasks, which training and cli alone use"
         assert imported != "testing", f"{importer} imports testing, which is for tests"
 
 
@@ -202,8 +194,6 @@ def test_optional_packages_are_not_imported():
         print(sorted(asked - {"triton"}), [name for name in sys.modules if "fastmeta.kernels" in name])
     """
     environment = {k: v for k, v in os.environ.items() if k != "FASTMETA_BACKEND"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[] []"

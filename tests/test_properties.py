@@ -101,9 +101,7 @@ def fast_weight_update_args(draw, make):
 
     params, grads = ([make.normal(lead(), n) for n in sizes] for _ in range(2))
     per_element = draw(st.booleans())
-    lrs = (
-        [make.uniform(0.01, 1, lead(), n if per_element else 1) for n in sizes] if draw(st.booleans()) else []
-    )
+    lrs = [make.uniform(0.01, 1, lead(), n if per_element else 1) for n in sizes] if draw(st.booleans()) else []
     return params, grads, lrs, draw(st.sampled_from([0.0, 0.1, 2.0]))
 
 
@@ -187,9 +185,7 @@ def test_tasks_do_not_see_each_other(backend):
         whole, order = testing.tensors_of(function(*tensors)), permutation(len(tensors[0]), seed)
         assert_close(function(*(t[order] for t in tensors)), [value[order] for value in whole])
         for t in range(len(order)):
-            assert_close(
-                function(*(tensor[t : t + 1] for tensor in tensors)), [value[t : t + 1] for value in whole]
-            )
+            assert_close(function(*(tensor[t : t + 1] for tensor in tensors)), [value[t : t + 1] for value in whole])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -223,9 +219,7 @@ def test_names_of_the_classes_do_not_matter(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_translation_leaves_distances(backend):
-    @holds(
-        backend, episodes(), st.sampled_from(["sqeuclidean", "euclidean", "manhattan"]), st.floats(-10, 10)
-    )
+    @holds(backend, episodes(), st.sampled_from(["sqeuclidean", "euclidean", "manhattan"]), st.floats(-10, 10))
     def run(episode, metric, shift):
         support, _, query, _, _ = episode
         shift = shift * torch.arange(1, query.shape[2] + 1, dtype=query.dtype, device=DEVICE)

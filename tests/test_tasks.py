@@ -86,7 +86,10 @@ def test_more_than_there_is(sizes, message):
 def test_sinusoids():
     batch = SinusoidTasks(shots=10, query_shots=15, device=DEVICE).sample(4000, generator=seeded())
     assert batch.support_x.shape == (4000, 10, 1) and batch.query_y.shape == (4000, 15, 1)
-    x, y = (torch.cat(pair, 1).double().squeeze(-1) for pair in ((batch.support_x, batch.query_x), (batch.support_y, batch.query_y)))
+    x, y = (
+        torch.cat(pair, 1).double().squeeze(-1)
+        for pair in ((batch.support_x, batch.query_x), (batch.support_y, batch.query_y))
+    )
     assert -5 <= x.min() < -4.99 and 4.99 < x.max() <= 5
     # A sin(x - phase) = a sin x + b cos x: solve for each task, and look at what was drawn
     solution = torch.linalg.lstsq(torch.stack([x.sin(), x.cos()], -1), y.unsqueeze(-1)).solution.squeeze(-1)

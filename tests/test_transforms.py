@@ -36,12 +36,17 @@ def scalar_of(spec, args):
 
 def stacked(args, count=3):
     """Arguments with a mapped dimension: every float tensor varies, labels are shared by all."""
+
     def stack(t):
         return torch.stack([t * (i + 1) for i in range(count)], 1) if t.is_floating_point() else t
 
-    args = testing.map_tensors(args, stack)
-    dims = testing.map_tensors(args, lambda t: 1 if t.is_floating_point() else None)
-    return args, tuple(d if isinstance(d, (int, list)) and d is not None and a is not d else None for a, d in zip(args, dims, strict=True))
+    in_dims = tuple(
+        None if dims is arg else dims  # what is no tensor comes back as it is
+        for arg, dims in zip(
+            args, testing.map_tensors(args, lambda t: 1 if t.is_floating_point() else None), strict=True
+        )
+    )
+    return testing.map_tensors(args, stack), in_dims
 
 
 @cases
@@ -111,7 +116,8 @@ def test_compiles_without_a_graph_break(name, backend):
         return sum(o.square().sum() for o in testing.tensors_of(spec(*args))[: spec.differentiable_outputs])
 
     with use_backend(backend):
-        ours = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*args), leaves, allow_unused=True)
+        value = torch.compile(loss, fullgraph=True, backend="aot_eager")(*args)
+        ours = torch.autograd.grad(value, leaves, allow_unused=True)
         truth = torch.autograd.grad(loss(*args), leaves, allow_unused=True)
     for a, b in zip(ours, truth, strict=True):
         torch.testing.assert_close(a, b)
@@ -171,7 +177,10 @@ def public_calls():
     labels = torch.tensor([[0, 1, 2, 1], [2, 2, 0, 1]], device=DEVICE)
     return {
         "class_prototypes": (lambda e: functional.class_prototypes(e, labels, 3), [normal(2, 4, 3)]),
-        "pairwise_distance": (lambda q, p: functional.pairwise_distance(q, p, "cosine"), [normal(2, 5, 3), normal(2, 4, 3)]),
+        "pairwise_distance": (
+            lambda q, p: functional.pairwise_distance(q, p, "cosine"),
+            [normal(2, 5, 3), normal(2, 4, 3)],
+        ),
         "prototypical_loss": (
             lambda s, q: functional.prototypical_loss(s, labels, q, labels, 3)[0],
             [normal(2, 4, 3), normal(2, 4, 3)],

@@ -51,7 +51,16 @@ def check(embeddings: Tensor, labels: Tensor, num_classes: int) -> None:
 
 
 # (T, S, N, D): sizes of 0 and 1, odd sizes, more classes than rows
-SIZES = ((2, 5, 3, 4), (1, 1, 1, 1), (3, 7, 10, 17), (2, 63, 5, 129), (0, 4, 2, 3), (2, 0, 3, 4), (2, 4, 3, 0), (2, 0, 0, 3))
+SIZES = (
+    (2, 5, 3, 4),
+    (1, 1, 1, 1),
+    (3, 7, 10, 17),
+    (2, 63, 5, 129),
+    (0, 4, 2, 3),
+    (2, 0, 3, 4),
+    (2, 4, 3, 0),
+    (2, 0, 0, 3),
+)
 
 
 def samples(make: Make):

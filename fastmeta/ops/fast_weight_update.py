@@ -50,10 +50,14 @@ def backward_reference(grad_outs, grads, lrs, lr, needs):
         _sum_to(-rate * out, g) if needs & 1 else g.new_empty(0)
         for out, g, rate in zip(grad_outs, grads, rates, strict=True)
     ]
-    d_lrs = [
-        _sum_to(-out * g, rate) if needs & 2 else rate.new_empty(0)
-        for out, g, rate in zip(grad_outs, grads, lrs, strict=True)
-    ] if lrs else []
+    d_lrs = (
+        [
+            _sum_to(-out * g, rate) if needs & 2 else rate.new_empty(0)
+            for out, g, rate in zip(grad_outs, grads, lrs, strict=True)
+        ]
+        if lrs
+        else []
+    )
     return d_grads, d_lrs
 
 

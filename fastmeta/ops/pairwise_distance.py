@@ -52,7 +52,16 @@ def backward(args, grads, needs):
 
 
 # (T, Q, N, D): sizes of 0 and 1, odd sizes, below and above 25 rows (where torch.cdist changes its form)
-SIZES = ((2, 5, 3, 4), (1, 1, 1, 1), (3, 7, 30, 17), (2, 63, 5, 129), (0, 4, 2, 3), (2, 0, 3, 4), (2, 4, 0, 3), (2, 3, 4, 0))
+SIZES = (
+    (2, 5, 3, 4),
+    (1, 1, 1, 1),
+    (3, 7, 30, 17),
+    (2, 63, 5, 129),
+    (0, 4, 2, 3),
+    (2, 0, 3, 4),
+    (2, 4, 0, 3),
+    (2, 3, 4, 0),
+)
 
 
 def samples(make: Make):

@@ -31,7 +31,9 @@ def reference(
     log_probs = torch.log_softmax(logits, -1)
     loss = -log_probs.gather(-1, query_labels.unsqueeze(-1)).squeeze(-1).mean(-1)
     classes = torch.arange(num_classes, device=logits.device)
-    nearest = torch.where(logits == logits.amax(-1, keepdim=True), classes, num_classes).amin(-1)  # argmax: any of equals
+    nearest = torch.where(logits == logits.amax(-1, keepdim=True), classes, num_classes).amin(
+        -1
+    )  # argmax: any of equals
     accuracy = (nearest == query_labels).to(loss.dtype).mean(-1)
     return loss, accuracy
 
@@ -106,7 +108,8 @@ def workloads(make: Make):
 SPEC = register(
     OpSpec(
         name="prototypical_loss",
-        arguments="Tensor support, Tensor support_labels, Tensor query, Tensor query_labels, int num_classes, str metric",
+        arguments="Tensor support, Tensor support_labels, Tensor query, Tensor query_labels, int num_classes, "
+        "str metric",
         returns="(Tensor, Tensor)",
         summary="prototypes, distances, log-softmax and negative log-likelihood in one pass",
         reference=reference,

@@ -18,9 +18,7 @@ def backend(request):
 
 
 def by_loop(embeddings, labels, num_classes):
-    means = torch.zeros(
-        len(embeddings), num_classes, embeddings.shape[2], dtype=embeddings.dtype, device=DEVICE
-    )
+    means = torch.zeros(len(embeddings), num_classes, embeddings.shape[2], dtype=embeddings.dtype, device=DEVICE)
     for t in range(len(embeddings)):
         for n in range(num_classes):
             rows = embeddings[t][labels[t] == n]

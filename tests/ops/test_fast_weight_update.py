@@ -134,9 +134,7 @@ def test_one_tensor_in_place_of_a_tree(shape):
         torch.testing.assert_close(fast_weight_update(param, grad, lr), param - lr * grad, **CLOSE)
     if shape != (T,):  # there [T] may mean either, and is refused
         per_task = rates(T).reshape(T, *[1] * len(shape))
-        torch.testing.assert_close(
-            fast_weight_update(param, grad, rates(T)), param - per_task * grad, **CLOSE
-        )
+        torch.testing.assert_close(fast_weight_update(param, grad, rates(T)), param - per_task * grad, **CLOSE)
     lr = rates(T, *shape)
     torch.testing.assert_close(fast_weight_update(param, grad, lr), param - lr * grad, **CLOSE)
 
@@ -179,9 +177,7 @@ def test_maml_by_hand_has_the_meta_gradient_of_plain_autograd(learned):
     slow, fast = weights, [w.expand(T, *w.shape) for w in weights]
     for _ in range(2):
         grads = torch.autograd.grad(loss(fast, support, target), fast, create_graph=True)
-        slow = fast = fast_weight_update(
-            slow, list(grads), lr
-        )  # the first step starts from what the tasks share
+        slow = fast = fast_weight_update(slow, list(grads), lr)  # the first step starts from what the tasks share
     ours = torch.autograd.grad(loss(fast, query, query_target), leaves)
 
     def plain_loss(fast, x, y):

@@ -76,9 +76,7 @@ def test_equals_one_sequential_per_task(activation, bias):
     nets = [sequential(activation, bias, seed) for seed in range(T)]
     weights = [torch.stack(w) for w in zip(*([m.weight for m in layers(net)] for net in nets), strict=True)]
     biases = (
-        [torch.stack(b) for b in zip(*([m.bias for m in layers(net)] for net in nets), strict=True)]
-        if bias
-        else None
+        [torch.stack(b) for b in zip(*([m.bias for m in layers(net)] for net in nets), strict=True)] if bias else None
     )
     x, weight = normal(T, B, 5).requires_grad_(), normal(T, B, 2, seed=1)
     ours = functional_mlp(x, weights, biases, activation)
@@ -108,9 +106,7 @@ def test_shared_and_per_task_inputs_mix(case, bias):
     x = normal(1 if shared_x else T, B, 5)
     weights = [normal(*[T] * (not s), o, i, seed=i) for s, (i, o) in zip(shared_weights, pairs, strict=True)]
     biases = (
-        [normal(*[T] * (not s), o, seed=o) for s, (_, o) in zip(shared_biases, pairs, strict=True)]
-        if bias
-        else None
+        [normal(*[T] * (not s), o, seed=o) for s, (_, o) in zip(shared_biases, pairs, strict=True)] if bias else None
     )
     leaves = [t.requires_grad_() for t in (x, *weights, *(biases or []))]
     weight = normal(T, B, 2, seed=9)

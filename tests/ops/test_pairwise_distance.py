@@ -89,9 +89,7 @@ def test_equals_torch_forms(metric):
         value = function(*leaves, metric)
         return value, *torch.autograd.grad((value * weight).sum(), leaves)
 
-    for ours, theirs in zip(
-        value_and_gradients(pairwise_distance), value_and_gradients(torch_form), strict=True
-    ):
+    for ours, theirs in zip(value_and_gradients(pairwise_distance), value_and_gradients(torch_form), strict=True):
         torch.testing.assert_close(ours, theirs, **EXACT)
 
 
