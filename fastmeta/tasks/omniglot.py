@@ -33,8 +33,8 @@ def omniglot(split: str = "train", partition: str = "vinyals", data_root: str | 
     Args:
         split: "train", "val" or "test".
         partition: "vinyals" (default), 1028 / 172 / 423 characters, that of Vinyals et al. 2016 as Prototypical
-            Networks used it; or "1200", where 1,200 characters in a fixed random order train and the other 423 test ("val" takes
-            the last 100 of the 1,200, which "train" then leaves out).
+            Networks used it; or "1200", where 1,200 characters in a fixed random order train and the other 423 test
+            ("val" takes the last 100 of the 1,200, which "train" then leaves out).
         data_root: folder that holds `images_background.zip` and `images_evaluation.zip`, itself or in `omniglot/`.
             Without it the folder that FASTMETA_DATA names, and without that a download of 14 MB, checked against the
             published sums.
@@ -112,7 +112,7 @@ def _cache() -> Path:
 
 @lru_cache(maxsize=1)
 def _load(archives: tuple[Path, ...]) -> tuple[Tensor, list[str]]:
-    """All characters, uint8 `[1623, 20, 28, 28]`, and their names "Alphabet/characterNN"; from the cache if it is whole."""
+    """All characters, uint8 `[1623, 20, 28, 28]`, and their names, from the cache if it is whole."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
