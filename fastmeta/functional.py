@@ -196,10 +196,10 @@ def fast_weight_update(params: Any, grads: Any, lr: Any) -> Any:
     flat_grads, grad_structure = pytree.tree_flatten(grads)
     if grad_structure != structure:
         raise ValueError(f"grads must have the structure of params, {structure}, got {grad_structure}")
-    names = [f"params{pytree.keystr(path)}" for path, _ in pytree.tree_flatten_with_path(params)[0]]
+    names = _names(params)
     for name, p, g in zip(names, flat_params, flat_grads, strict=True):
         _checks.tensor_of_any_shape(name, p)
-        _checks.tensor_of_any_shape(f"grads{name.removeprefix('params')}", g)
+        _checks.tensor_of_any_shape("grads" + name[6:], g)
     if not flat_params:
         return params
     rates = _rates(lr, structure, flat_params)
@@ -209,7 +209,8 @@ def fast_weight_update(params: Any, grads: Any, lr: Any) -> Any:
     first = flat_params[0]
     p2, g2, r2, shapes = [], [], [], []
     for name, p, g, rate in zip(names, flat_params, flat_grads, rates, strict=True):
-        _checks.same_kind(names[0], first, **{name: p, f"grads{name.removeprefix('params')}": g})
+        if p.dtype != first.dtype or g.dtype != first.dtype or p.device != first.device or g.device != first.device:
+            _checks.same_kind(names[0], first, **{name: p, f"grads{name.removeprefix('params')}": g})
         per_task = tasks is not None
         shape = (p if p.dim() < g.dim() else g).shape
         if per_task and p.dim() == g.dim() and not _only_rate_is_per_task(p, g, rate):
@@ -230,9 +231,19 @@ def fast_weight_update(params: Any, grads: Any, lr: Any) -> Any:
     else:
         outs = _fast_weight_update.SPEC(p2, g2, r2, 0.0)
     outs = [
-        out.reshape(shape if tasks is None else (out.shape[0], *shape)) for out, shape in zip(outs, shapes, strict=True)
+        out
+        if tasks is not None and len(shape) == 1
+        else out.reshape(shape if tasks is None else (out.shape[0], *shape))
+        for out, shape in zip(outs, shapes, strict=True)
     ]
     return pytree.tree_unflatten(outs, structure)
+
+
+def _names(params) -> list[str]:
+    """What messages call each parameter; the usual trees without pytree's paths, which take longer than the update."""
+    if isinstance(params, (list, tuple)) and all(isinstance(p, Tensor) for p in params):
+        return [f"params[{i}]" for i in range(len(params))]
+    return [f"params{pytree.keystr(path)}" for path, _ in pytree.tree_flatten_with_path(params)[0]]
 
 
 def _rates(lr, structure, params) -> list:
@@ -305,6 +316,8 @@ def _tasks_of_update(names, params, grads, rates) -> int | None:
 
 
 def _flatten(value: Tensor, per_task: bool) -> Tensor:
+    if value.dim() == 2 and per_task:
+        return value
     # not -1: it is undefined where a size is 0
     rows = value.shape[0] if per_task else 1
     columns = 1
