@@ -28,8 +28,13 @@ $(VENV)/installed: requirements.txt
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(NATIVE)
-	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+# the package and its command are linked once; what is native is then built in place, where ninja knows what changed
+$(VENV)/linked: $(VENV)/installed setup.py pyproject.toml
+	FASTMETA_NO_EXT=1 $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(VENV)/built: $(VENV)/linked $(NATIVE)
+	$(PY) setup.py --quiet build_ext --inplace
 	touch $@
 
 gpu-check:
