@@ -22,7 +22,8 @@ from fastmeta._spec import Args, OpSpec
 
 METRICS = ("sqeuclidean", "euclidean", "cosine", "dot", "manhattan")
 ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid", "silu", "gelu", "sine")
-_ENUMS = {"metric": METRICS, "activation": ACTIVATIONS}
+LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "huber")
+_ENUMS = {"metric": METRICS, "activation": ACTIVATIONS, "loss": LOSSES}
 
 # how often each (op, backend) ran since the start of the process
 calls: Counter[tuple[str, str]] = Counter()
@@ -81,12 +82,13 @@ def _run_reference(spec: OpSpec, args: Args):
     if torch.is_autocast_enabled(device_type):  # the inputs have been cast
         with torch.autocast(device_type, enabled=False):
             return _run_reference(spec, args)
-    outputs = _differentiating(spec.reference, args) if spec.gradient_of else spec.reference(*args)
+    differentiates = spec.gradient_of or spec.second_order == "loop"
+    outputs = _differentiating(spec.reference, args) if differentiates else spec.reference(*args)
     return outputs.contiguous() if isinstance(outputs, Tensor) else _contiguous(outputs)
 
 
 def _differentiating(reference: Callable, args: Args):
-    """Run the reference of a backward op, which differentiates that of the forward op.
+    """Run a reference that differentiates: that of a backward op, or an inner loop.
 
     Below the dispatcher autograd is switched off by key, without a word: switch it on again.
     """
@@ -122,6 +124,8 @@ _NATIVE_DTYPES = {
 
 def _native_why_not(spec: OpSpec, args: Args) -> str | None:
     device_type, dtype = next(_tensors(args)).device.type, _dtype(args)
+    if not _native.has_kernel(spec.name, device_type):
+        return f"the native extension holds no {spec.name} for {device_type}; make build (or pip install) brings it"
     if dtype not in _NATIVE_DTYPES[device_type]:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in _NATIVE_DTYPES[device_type])
         return f"dtype {str(dtype).removeprefix('torch.')} is not one of {allowed}"
@@ -222,6 +226,8 @@ def why_missing(name: str, device_type: str) -> str | None:
 
 def why_not(name: str, spec: OpSpec, args: Args) -> str | None:
     """Why backend `name` cannot serve this call, as a sentence; None if it can."""
+    if name not in spec.backends:
+        return f"{name} has no kernel for {spec.name}; {', '.join(spec.backends)} have"
     return why_missing(name, next(_tensors(args)).device.type) or BACKENDS[name].why_not(spec, args)
 
 

@@ -60,6 +60,7 @@ class OpSpec:
     workloads: Callable[[Make], Iterable[Workload]] | None = None
     autocast: str = "float32"  # under autocast: "lower" as matmul, "float32" as a loss, "widest" as an addition
     source: str = ""
+    backends: tuple[str, ...] = ("cuda", "cpp", "triton", "reference")  # those that have it
     exact_at_ties: bool = True
 
     @cached_property

@@ -80,13 +80,14 @@ def derivative(function, spec: OpSpec, args: Args, order: int, seed: int = 0) ->
 
     def contract(values):
         draws = [torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for v in values]
-        return sum((v * d).sum() for v, d in zip(values, draws, strict=True))
+        # a constant takes its draw too, so that it may be one for the reference and not for the op
+        return sum((v * d).sum() for v, d in zip(values, draws, strict=True) if v.requires_grad)
 
     values = tensors_of(function(*args))
     if order:
         values = values[: spec.differentiable_outputs]
     for remaining in range(order, 0, -1):
-        total = contract([v for v in values if v.requires_grad])
+        total = contract(values)
         if not isinstance(total, Tensor) or not total.requires_grad:
             return [torch.zeros_like(leaf) for leaf in leaves]
         found = torch.autograd.grad(total, leaves, create_graph=remaining > 1, allow_unused=True)

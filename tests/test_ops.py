@@ -45,6 +45,7 @@ def cases(labels=LABELS.get, backends=BACKENDS, dtypes=DTYPES.get, interpreted=N
         pytest.param(name, backend, dtype, label, id=f"{name}-{backend}-{str(dtype)[6:]}-{label}")
         for name in REGISTRY
         for backend in backends
+        if backend in REGISTRY[name].backends
         for dtype in dtypes(backend)
         for label in picked(backend)(name)
     ]
@@ -98,12 +99,17 @@ def test_gradcheck_and_gradgradcheck(name, backend, dtype, label):
     spec = REGISTRY[name]
     args, leaves = testing.differentiable_leaves(spec, sample_of(name, label))
 
+    leaves = [leaf for leaf in leaves if leaf.numel()]  # gradcheck's fast mode stumbles over empty ones
+
     def function(*tensors):
         it = iter(tensors)
         positions = spec.differentiable_positions
-        full = (testing.map_tensors((a,), lambda _: next(it))[0] if i in positions else a for i, a in enumerate(args))
+        full = (
+            testing.map_tensors((a,), lambda t: next(it) if t.numel() else t)[0] if i in positions else a
+            for i, a in enumerate(args)
+        )
         outputs = testing.tensors_of(spec(*full))[: spec.differentiable_outputs]
-        return tuple(o for o in outputs if o.shape != (0,))  # gradients that `needs` left out
+        return tuple(o for o in outputs if o.numel())  # not gradients that `needs` left out
 
     with use_backend(backend):
         assert gradcheck(function, leaves, fast_mode=True)

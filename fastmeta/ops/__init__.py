@@ -1,9 +1,11 @@
 """The ops, one file each: formula, schema, reference, fake, gradient, and inputs for tests and benchmarks."""
 
 from fastmeta.ops import (  # noqa: F401  (importing an op registers it)
+    adapt_mlp,
     class_prototypes,
     fast_weight_update,
     functional_mlp,
+    meta_loss_mlp,
     pairwise_distance,
     prototypical_loss,
 )

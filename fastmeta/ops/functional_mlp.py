@@ -11,7 +11,7 @@ from fastmeta._backends import ACTIVATIONS
 from fastmeta._library import derive_backward, vjp_of_reference
 from fastmeta._spec import Make, OpSpec, Sample, Workload, leading_size, register
 
-_FUNCTIONS = {
+FUNCTIONS = {
     "identity": lambda x: x,
     "relu": torch.relu,
     "tanh": torch.tanh,
@@ -30,7 +30,7 @@ def reference(x: Tensor, weights: list[Tensor], biases: list[Tensor], activation
         if biases:
             h = h + biases[layer].unsqueeze(1)
         if layer < len(weights) - 1:
-            h = _FUNCTIONS[activation](h)
+            h = FUNCTIONS[activation](h)
     return h
 
 
