@@ -64,7 +64,10 @@ def _contiguous(args: Args) -> Args:
 
 
 def _dtype(args: Args) -> torch.dtype:
-    return next(t.dtype for t in _tensors(args) if t.is_floating_point())
+    for t in _tensors(args):
+        if t.dtype.is_floating_point:
+            return t.dtype
+    raise AssertionError("every op has a floating argument")
 
 
 # reference ------------------------------------------------------------------------------------------------------
@@ -123,7 +126,10 @@ _NATIVE_DTYPES = {
 
 
 def _native_why_not(spec: OpSpec, args: Args) -> str | None:
-    device_type, dtype = next(_tensors(args)).device.type, _dtype(args)
+    return _native_dtype_why_not(spec, next(_tensors(args)).device.type, _dtype(args))
+
+
+def _native_dtype_why_not(spec: OpSpec, device_type: str, dtype: torch.dtype) -> str | None:
     if not _native.has_kernel(spec.name, device_type):
         return f"the native extension holds no {spec.name} for {device_type}; make build (or pip install) brings it"
     if dtype not in _NATIVE_DTYPES[device_type]:
@@ -139,8 +145,14 @@ def _native_op(name: str):
 
 def _run_native(spec: OpSpec, args: Args):
     plain = [
-        _ENUMS[name].index(arg) if name in _ENUMS else arg
-        for name, arg in zip(spec.argument_names, _contiguous(args), strict=True)
+        (arg if arg.is_contiguous() else arg.contiguous())
+        if isinstance(arg, Tensor)
+        else [t if t.is_contiguous() else t.contiguous() for t in arg]
+        if isinstance(arg, (list, tuple))
+        else _ENUMS[name].index(arg)
+        if isinstance(arg, str)
+        else arg
+        for name, arg in zip(spec.argument_names, args, strict=True)
     ]
     return _native_op(spec.name)(*plain)
 
@@ -231,6 +243,19 @@ def why_not(name: str, spec: OpSpec, args: Args) -> str | None:
     return why_missing(name, next(_tensors(args)).device.type) or BACKENDS[name].why_not(spec, args)
 
 
+@cache
+def _cpu_choice(name: str, dtype: torch.dtype) -> Backend:
+    """On the CPU nothing but the op and its dtype decides."""
+    from fastmeta._spec import REGISTRY
+
+    spec = REGISTRY[name]
+    for backend in AUTOMATIC["cpu"]:
+        if backend in spec.backends and why_missing(backend, "cpu") is None:
+            if backend == "reference" or _native_dtype_why_not(spec, "cpu", dtype) is None:
+                return BACKENDS[backend]
+    raise AssertionError("the reference serves every call")
+
+
 def choose(spec: OpSpec, args: Args) -> Backend:
     """The backend that runs this call."""
     forced = forced_backend()
@@ -239,7 +264,10 @@ def choose(spec: OpSpec, args: Args) -> Backend:
         if reason is not None:
             raise ValueError(f"backend {forced} was asked for, but cannot run {spec.name}: {reason}")
         return BACKENDS[forced]
-    for name in AUTOMATIC[next(_tensors(args)).device.type]:
+    device_type = next(_tensors(args)).device.type
+    if device_type == "cpu":
+        return _cpu_choice(spec.name, _dtype(args))
+    for name in AUTOMATIC[device_type]:
         if why_not(name, spec, args) is None:
             return BACKENDS[name]
     raise AssertionError("the reference serves every call")

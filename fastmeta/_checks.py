@@ -8,8 +8,49 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+_passed: set = set()  # calls whose shapes, dtypes and devices have been checked
+_MOST_PASSED = 4096
+
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _check_labels = os.environ.get("FASTMETA_CHECK_LABELS", "1") != "0"
+
+
+def key(*parts):
+    """What the checks of a call depend on, to look it up in `passed`; None where they must run every time.
+
+    Tensors count by class, shape, dtype and device. Looking takes a fifth of the time of checking, which for small
+    tensors is longer than the work.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    found = []
+    try:
+        for part in parts:
+            if isinstance(part, Tensor):
+                found.append((part.__class__, part.shape, part.dtype, part.device))
+            elif part.__class__ in (list, tuple):
+                found.append(part.__class__)
+                for t in part:
+                    found.append((t.__class__, t.shape, t.dtype, t.device))
+            else:
+                found.append((part.__class__, part))
+        found = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), *found)
+        hash(found)
+    except (AttributeError, TypeError):  # not tensors, or sizes that are symbols
+        return None
+    return found
+
+
+def passed(key) -> bool:
+    return key is not None and key in _passed
+
+
+def remember(key) -> None:
+    if key is None:
+        return
+    if len(_passed) >= _MOST_PASSED:
+        _passed.clear()
+    _passed.add(key)
 
 
 def tensor(name: str, value, layout: str) -> None:

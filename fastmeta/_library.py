@@ -3,8 +3,10 @@
 Every formula hangs on the op and the backend is chosen below it (`_backends.run`), so that all backends share one
 gradient, switch per call and break no graph.
 
-Three ways into an op:
-- normally the dispatcher op itself, with the gradient registered on it;
+Four ways into an op:
+- on plain tensors in eager mode straight to the backend, through a small `autograd.Function` if there is something to
+  differentiate: the dispatcher's way for Python ops costs more than a small kernel runs;
+- while compiling, tracing or in a dispatch mode the dispatcher op itself, with the gradient registered on it;
 - under `torch.func` transforms an `autograd.Function` with a vmap rule, because gradients registered on a dispatcher
   op fail there; while compiling under such a transform the plain-torch reference, because an `autograd.Function`
   inside `torch.compile` gives wrong second derivatives;
@@ -12,6 +14,8 @@ Three ways into an op:
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,7 +26,9 @@ from fastmeta import _backends
 from fastmeta._spec import Args, OpSpec
 
 LIBRARY = torch.library.Library("fastmeta", "DEF")
-_functions: dict[str, type[torch.autograd.Function]] = {}
+_functions: dict[str, type[torch.autograd.Function]] = {}  # for torch.func
+_plain_functions: dict[str, type[torch.autograd.Function]] = {}
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def define(spec: OpSpec) -> None:
@@ -54,12 +60,14 @@ def define(spec: OpSpec) -> None:
 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     _functions[spec.name] = _make_function(spec)
+    _plain_functions[spec.name] = _make_plain_function(spec)
 
 
 def call(spec: OpSpec, args: Args):
     """Run an op, by the way in that is right where the caller stands."""
     transformed = torch._C._are_functorch_transforms_active()
-    if forward_ad._current_level >= 0 or transformed and torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if forward_ad._current_level >= 0 or transformed and compiling:
         _check_data(spec, args)
         with torch.autocast(_tensors(args)[0].device.type, enabled=False):  # the inputs have been cast
             return spec.reference(*args)
@@ -67,7 +75,18 @@ def call(spec: OpSpec, args: Args):
         structure = _Structure(args)
         outputs = _functions[spec.name].apply(structure, *_tensors(args))
         return structure.join_outputs(outputs)
-    return dispatcher_op(spec)(*args)
+    if compiling or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
+        return dispatcher_op(spec)(*args)
+    tensors = _tensors(args)
+    needs_gradient = False
+    for t in tensors:
+        if type(t) not in _PLAIN:
+            return dispatcher_op(spec)(*args)
+        needs_gradient = needs_gradient or t.requires_grad
+    if not (needs_gradient and torch.is_grad_enabled()):
+        return _backends.run(spec, args)
+    structure = _Structure(args)
+    return structure.join_outputs(_plain_functions[spec.name].apply(structure, args, *tensors))
 
 
 def _check_data(spec: OpSpec, args: Args) -> None:
@@ -79,7 +98,14 @@ def _check_data(spec: OpSpec, args: Args) -> None:
         spec.check(*args)
 
 
+@cache
+def _dispatcher_op(name: str):
+    return getattr(torch.ops.fastmeta, name).default
+
+
 def dispatcher_op(spec: OpSpec):
+    if not torch.compiler.is_compiling():
+        return _dispatcher_op(spec.name)
     return getattr(torch.ops.fastmeta, spec.name).default
 
 
@@ -237,19 +263,7 @@ def _make_function(spec: OpSpec) -> type[torch.autograd.Function]:
 
         @staticmethod
         def backward(ctx, *grads):
-            args = _saved(ctx)
-            flags = iter(ctx.needs_input_grad[1:])
-            needed = [
-                [next(flags) for _ in a] if _is_list(a) else next(flags) if isinstance(a, Tensor) else False
-                for a in args
-            ]
-            found = dict(_gradients(spec, args, ctx.output_structure.nest(grads), needed))
-            flat: list = [None]
-            for position, arg in enumerate(args):
-                if _is_list(arg) or isinstance(arg, Tensor):
-                    missing = [None] * len(_as_list(arg))
-                    flat.extend(_as_list(found[position]) if position in found else missing)
-            return tuple(flat)
+            return None, *_flat_gradients(ctx, spec, grads, ctx.needs_input_grad[1:])
 
         @staticmethod
         def vmap(info, in_dims, structure, *tensors):
@@ -259,6 +273,42 @@ def _make_function(spec: OpSpec) -> type[torch.autograd.Function]:
 
     Function.__name__ = Function.__qualname__ = f"fastmeta_{spec.name}"
     return Function
+
+
+def _make_plain_function(spec: OpSpec) -> type[torch.autograd.Function]:
+    """The op as an `autograd.Function` for plain tensors in eager mode."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, structure, args, *tensors):
+            ctx.save_for_backward(*tensors)
+            ctx.structure = ctx.output_structure = structure
+            outputs = structure.split_outputs(_backends.run(spec, args))
+            if spec.differentiable_outputs is not None:
+                ctx.mark_non_differentiable(*outputs[spec.differentiable_outputs :])
+            return outputs
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return None, None, *_flat_gradients(ctx, spec, grads, ctx.needs_input_grad[2:])
+
+    Function.__name__ = Function.__qualname__ = f"fastmeta_{spec.name}"
+    return Function
+
+
+def _flat_gradients(ctx, spec: OpSpec, grads, needs_input_grad) -> list:
+    """What an `autograd.Function` of an op returns: a gradient, or None, for each of its tensors."""
+    args = _saved(ctx)
+    flags = iter(needs_input_grad)
+    needed = [
+        [next(flags) for _ in a] if _is_list(a) else next(flags) if isinstance(a, Tensor) else False for a in args
+    ]
+    found = dict(_gradients(spec, args, ctx.output_structure.nest(grads), needed))
+    flat: list = []
+    for position, arg in enumerate(args):
+        if _is_list(arg) or isinstance(arg, Tensor):
+            flat.extend(_as_list(found[position]) if position in found else [None] * len(_as_list(arg)))
+    return flat
 
 
 def _fold_and_call(spec: OpSpec, batch: int, in_dims: Args, args: Args):
@@ -329,7 +379,13 @@ def _as_list(value) -> list:
 
 
 def _tensors(args: Args) -> list[Tensor]:
-    return [t for arg in args if _is_list(arg) or isinstance(arg, Tensor) for t in _as_list(arg)]
+    tensors: list[Tensor] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            tensors.append(arg)
+        elif isinstance(arg, (list, tuple)):
+            tensors.extend(arg)
+    return tensors
 
 
 def _flat_outputs(outputs) -> list[Tensor]:

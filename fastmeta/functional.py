@@ -49,9 +49,12 @@ def class_prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Te
         TypeError: a dtype that is not allowed.
         ValueError: a shape or device that does not fit, a label out of range.
     """
-    _checks.tensor("embeddings", embeddings, "[T, S, D]")
-    _checks.labels("labels", labels, "[T, S]", embeddings, "embeddings")
-    _checks.class_count(num_classes)
+    key = _checks.key("class_prototypes", embeddings, labels, num_classes)
+    if not _checks.passed(key):
+        _checks.tensor("embeddings", embeddings, "[T, S, D]")
+        _checks.labels("labels", labels, "[T, S]", embeddings, "embeddings")
+        _checks.class_count(num_classes)
+        _checks.remember(key)
     (embeddings,) = _cast(_class_prototypes.SPEC.autocast, embeddings)
     return _class_prototypes.SPEC(embeddings, labels, num_classes)
 
@@ -73,13 +76,18 @@ def pairwise_distance(query: Tensor, prototypes: Tensor, metric: str = "sqeuclid
         TypeError: a dtype that is not allowed or differs.
         ValueError: a shape or device that does not fit, an unknown metric.
     """
-    _checks.tensor("query", query, "[T, Q, D]")
-    _checks.tensor("prototypes", prototypes, "[T, N, D]")
-    _checks.same_size("prototypes", prototypes, 0, "T", "query", query.shape[0])
-    _checks.same_size("prototypes", prototypes, 2, "D", "query", query.shape[2])
-    _checks.choice("metric", metric, METRICS)
+    key = _checks.key("pairwise_distance", query, prototypes, metric)
+    known = _checks.passed(key)
+    if not known:
+        _checks.tensor("query", query, "[T, Q, D]")
+        _checks.tensor("prototypes", prototypes, "[T, N, D]")
+        _checks.same_size("prototypes", prototypes, 0, "T", "query", query.shape[0])
+        _checks.same_size("prototypes", prototypes, 2, "D", "query", query.shape[2])
+        _checks.choice("metric", metric, METRICS)
     query, prototypes = _cast(_pairwise_distance.SPEC.autocast, query, prototypes)
-    _checks.same_kind("query", query, prototypes=prototypes)
+    if not known:
+        _checks.same_kind("query", query, prototypes=prototypes)
+        _checks.remember(key)
     return _pairwise_distance.SPEC(query, prototypes, metric)
 
 
@@ -112,16 +120,21 @@ def prototypical_loss(
         TypeError: a dtype that is not allowed or differs.
         ValueError: a shape or device that does not fit, an unknown metric, a label out of range.
     """
-    _checks.tensor("support", support, "[T, S, D]")
-    _checks.tensor("query", query, "[T, Q, D]")
-    _checks.same_size("query", query, 0, "T", "support", support.shape[0])
-    _checks.same_size("query", query, 2, "D", "support", support.shape[2])
-    _checks.labels("support_labels", support_labels, "[T, S]", support, "support")
-    _checks.labels("query_labels", query_labels, "[T, Q]", query, "query")
-    _checks.class_count(num_classes)
-    _checks.choice("metric", metric, METRICS)
+    key = _checks.key("prototypical_loss", support, support_labels, query, query_labels, num_classes, metric)
+    known = _checks.passed(key)
+    if not known:
+        _checks.tensor("support", support, "[T, S, D]")
+        _checks.tensor("query", query, "[T, Q, D]")
+        _checks.same_size("query", query, 0, "T", "support", support.shape[0])
+        _checks.same_size("query", query, 2, "D", "support", support.shape[2])
+        _checks.labels("support_labels", support_labels, "[T, S]", support, "support")
+        _checks.labels("query_labels", query_labels, "[T, Q]", query, "query")
+        _checks.class_count(num_classes)
+        _checks.choice("metric", metric, METRICS)
     support, query = _cast(_prototypical_loss.SPEC.autocast, support, query)
-    _checks.same_kind("support", support, query=query)
+    if not known:
+        _checks.same_kind("support", support, query=query)
+        _checks.remember(key)
     return _prototypical_loss.SPEC(support, support_labels, query, query_labels, num_classes, metric)
 
 
@@ -146,18 +159,32 @@ def functional_mlp(
         TypeError: a dtype that is not allowed or differs.
         ValueError: shapes or devices that do not fit together, an unknown activation.
     """
-    _checks.tensor("x", x, "[T, B, I]")
-    weights = _checks.sequence("weights", weights)
-    biases = [] if biases is None else _checks.sequence("biases", biases)
-    if not weights:
-        raise ValueError("weights must hold at least one layer, got none")
-    if biases and len(biases) != len(weights):
-        raise ValueError(f"biases must hold one per layer = {len(weights)}, got {len(biases)}")
-    _checks.choice("activation", activation, ACTIVATIONS)
+    key = _checks.key("functional_mlp", x, weights, biases, activation)
+    known = _checks.passed(key)
+    if not known:
+        _checks.tensor("x", x, "[T, B, I]")
+        weights = _checks.sequence("weights", weights)
+        biases = [] if biases is None else _checks.sequence("biases", biases)
+        if not weights:
+            raise ValueError("weights must hold at least one layer, got none")
+        if biases and len(biases) != len(weights):
+            raise ValueError(f"biases must hold one per layer = {len(weights)}, got {len(biases)}")
+        _checks.choice("activation", activation, ACTIVATIONS)
+        for i, weight in enumerate(weights):
+            _checks.tensor_of_any_shape(f"weights[{i}]", weight)
+        for i, bias in enumerate(biases):
+            _checks.tensor_of_any_shape(f"biases[{i}]", bias)
     weights = [_with_tasks(f"weights[{i}]", w, "[O, I]") for i, w in enumerate(weights)]
-    biases = [_with_tasks(f"biases[{i}]", b, "[O]") for i, b in enumerate(biases)]
+    biases = [_with_tasks(f"biases[{i}]", b, "[O]") for i, b in enumerate(biases or ())]
     cast = _cast(_functional_mlp.SPEC.autocast, x, *weights, *biases)
     x, weights, biases = cast[0], cast[1 : 1 + len(weights)], cast[1 + len(weights) :]
+    if not known:
+        _check_layers(x, weights, biases)
+        _checks.remember(key)
+    return _functional_mlp.SPEC(x, weights, biases, activation)
+
+
+def _check_layers(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:
     tasks = leading_size([x, *weights, *biases])
     _checks.choice_of_tasks("x", x, tasks)
     width = x.shape[2]
@@ -170,7 +197,6 @@ def functional_mlp(
             _checks.same_kind("x", x, **{f"biases[{i}]": biases[i]})
             _checks.choice_of_tasks(f"biases[{i}]", biases[i], tasks)
             _checks.same_size(f"biases[{i}]", biases[i], 1, "O", f"weights[{i}]", width)
-    return _functional_mlp.SPEC(x, weights, biases, activation)
 
 
 def fast_weight_update(params: Any, grads: Any, lr: Any) -> Any:
@@ -192,6 +218,33 @@ def fast_weight_update(params: Any, grads: Any, lr: Any) -> Any:
         TypeError: a dtype that is not allowed or differs.
         ValueError: structures, shapes or devices that do not fit together.
     """
+    plain = params.__class__ in (list, tuple) and params.__class__ is grads.__class__
+    key = _checks.key("fast_weight_update", params, grads, lr) if plain else None
+    plan = _plans.get(key) if key is not None else None
+    if plan is None:
+        return _planned_update(params, grads, lr, key)
+    to_kernel, rates, from_kernel = plan
+    if isinstance(rates, float):
+        flat = [t if shape is None else t.reshape(shape) for t, shape in zip((*params, *grads), to_kernel, strict=True)]
+        outs = _fast_weight_update.SPEC(flat[: len(params)], flat[len(params) :], [], rates)
+    else:
+        lrs = [lr] * len(params) if isinstance(lr, Tensor) else lr
+        flat = [
+            t if shape is None else t.reshape(shape)
+            for t, shape in zip((*params, *grads, *lrs), to_kernel, strict=True)
+        ]
+        n = len(params)
+        outs = _fast_weight_update.SPEC(flat[:n], flat[n : 2 * n], flat[2 * n :], 0.0)
+    return params.__class__(
+        out if shape is None else out.reshape(shape) for out, shape in zip(outs, from_kernel, strict=True)
+    )
+
+
+_plans: dict = {}  # of updates whose arguments have been checked: the shapes to and from the kernel, and the rate
+
+
+def _planned_update(params: Any, grads: Any, lr: Any, key) -> Any:
+    """Checks everything, updates, and leaves a plan under `key`."""
     flat_params, structure = pytree.tree_flatten(params)
     flat_grads, grad_structure = pytree.tree_flatten(grads)
     if grad_structure != structure:
@@ -204,6 +257,7 @@ def fast_weight_update(params: Any, grads: Any, lr: Any) -> Any:
         return params
     rates = _rates(lr, structure, flat_params)
     tensors = _cast("widest", *flat_params, *flat_grads)
+    same_types = all(a is b for a, b in zip(tensors, (*flat_params, *flat_grads), strict=True))
     flat_params, flat_grads = tensors[: len(flat_params)], tensors[len(flat_params) :]
     tasks = _tasks_of_update(names, flat_params, flat_grads, rates)
     first = flat_params[0]
@@ -224,18 +278,26 @@ def fast_weight_update(params: Any, grads: Any, lr: Any) -> Any:
                     f"lr of shape [{tasks}] may be a rate per task or per element of params {list(p.shape)}: give it "
                     "shape [T, *shape], or put params in a list, and lr too if it is per element"
                 )
-            r2.append(_flatten_rate(name, rate.to(first), shape, tasks, per_task_first))
+            converted = rate.to(first)
+            same_types = same_types and converted is rate
+            r2.append(_flatten_rate(name, converted, shape, tasks, per_task_first))
         shapes.append(shape)
     if not r2:
         outs = _fast_weight_update.SPEC(p2, g2, [], float(rates[0]))
     else:
         outs = _fast_weight_update.SPEC(p2, g2, r2, 0.0)
-    outs = [
-        out
-        if tasks is not None and len(shape) == 1
-        else out.reshape(shape if tasks is None else (out.shape[0], *shape))
+    given = [*flat_params, *flat_grads, *(rates if r2 else ())]
+    to_kernel = [None if t.shape == k.shape else k.shape for t, k in zip(given, (*p2, *g2, *r2), strict=True)]
+    from_kernel = [
+        None if tasks is not None and len(shape) == 1 else shape if tasks is None else (out.shape[0], *shape)
         for out, shape in zip(outs, shapes, strict=True)
     ]
+    tensors_as_rates = isinstance(lr, Tensor) or lr.__class__ in (list, tuple) and all(map(torch.is_tensor, lr))
+    if key is not None and same_types and (not r2 or tensors_as_rates):
+        if len(_plans) >= 1024:
+            _plans.clear()
+        _plans[key] = (to_kernel, None if r2 else float(rates[0]), from_kernel)
+    outs = [out if shape is None else out.reshape(shape) for out, shape in zip(outs, from_kernel, strict=True)]
     return pytree.tree_unflatten(outs, structure)
 
 
@@ -345,7 +407,6 @@ def _flatten_rate(name: str, rate: Tensor, shape, tasks: int | None, per_task_fi
 
 def _with_tasks(name: str, value, layout: str) -> Tensor:
     """`[T, ...]` as it is, and what the tasks share with a leading 1."""
-    _checks.tensor_of_any_shape(name, value)
     dims = layout.count(",") + 1
     if value.dim() == dims:
         return value.unsqueeze(0)

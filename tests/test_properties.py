@@ -115,7 +115,9 @@ ARGUMENTS = {
 
 
 def test_every_op_is_here():
-    assert set(ARGUMENTS) == {name for name in REGISTRY if not name.endswith("_bwd")}
+    # inner loops have test_inner_loops.py
+    ops = {name for name, spec in REGISTRY.items() if spec.second_order != "loop"}
+    assert set(ARGUMENTS) == {name for name in ops if not name.endswith("_bwd")}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -38,7 +38,7 @@ def stacked(args, count=3):
     """Arguments with a mapped dimension: every float tensor varies, labels are shared by all."""
 
     def stack(t):
-        return torch.stack([t * (i + 1) for i in range(count)], 1) if t.is_floating_point() else t
+        return torch.stack([t * (1 + i / 4) for i in range(count)], 1) if t.is_floating_point() else t
 
     in_dims = tuple(
         None if dims is arg else dims  # what is no tensor comes back as it is
@@ -104,8 +104,7 @@ def test_forward_mode_is_exact(name, label):
         torch.testing.assert_close(value.tangent, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize("name, backend", [(n, b) for n in FORWARD for b in BACKENDS if b in REGISTRY[n].backends])
 def test_compiles_without_a_graph_break(name, backend):
     require(backend)
     spec = REGISTRY[name]

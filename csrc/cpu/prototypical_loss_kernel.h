@@ -1,73 +1,101 @@
 // The prototypical loss of a range of one task's queries, and its gradient; distances live for one block of queries.
 #pragma once
 
+#include "centred.h"
 #include "class_prototypes_kernel.h"
 #include "kernels.h"
 #include "query_block.h"
 
 namespace fastmeta::FASTMETA_ISA {
 
-// With squared distances, sum_n g[q, n] = 0 leaves d_query = -2 sum_n g[q, n] p_n: plain products, in place of
-// differences. Rows are centred on the mean prototype first, which changes no distance and keeps a common offset out of
-// the sums.
+// The loss does not change with what is added to all distances of a query: squared ones leave |q|^2 out, and are
+// products on centred rows (centred.h). Their gradient rows sum to zero, so d_query is a product too.
 template <class T>
-struct LossScratch {
+struct LossBlock {
   QueryBlock<T> block{};
-  T *prototypes, *inverse, *d_prototypes, *centre, *rows;
+  Centred<T> near{};
+  bool centred;
+  T *prototypes, *inverse, *d_prototypes, *sums;
 
-  LossScratch(const cpu::LossItem<T>& item, bool backward) {
-    block.classes = item.classes;
-    block.width = item.width;
+  LossBlock(const cpu::LossItem<T>& item, bool backward) {
+    centred = item.metric == cpu::kSqeuclidean;
+    near.classes = block.classes = item.classes;
+    near.width = block.width = item.width;
     block.metric = item.metric;
-    block.most = QueryBlock<T>::size(item.query_rows, item.width);
-    block.centred = backward && item.metric == cpu::kSqeuclidean;
+    near.most = block.most = QueryBlock<T>::size(item.query_rows, item.width);
     Carver carver{nullptr};
     for (int pass = 0; pass < 2; ++pass) {
       if (pass) carver = {static_cast<char*>(cpu::thread_scratch(carver.used))};
       block.carve(carver, backward);
+      if (centred) near.carve(carver);
       prototypes = carver.take<T>(item.classes * item.width);
       inverse = carver.take<T>(item.classes);
-      centre = block.centred ? carver.take<T>(item.width) : nullptr;
-      rows = block.centred ? carver.take<T>(block.most * item.width) : nullptr;
+      sums = carver.take<T>(item.classes);
       d_prototypes = backward ? carver.take<T>(item.classes * item.width) : nullptr;
     }
     inverse_counts(item.support_labels, item.support_rows, item.classes, inverse);
     class_means(item.support, item.width, item.support_labels, inverse, item.support_rows, item.classes, item.width,
                 prototypes, item.width);
     block.prototypes = prototypes;
-    if (block.centred) {
-      fill_zero(centre, item.width);
-      for (int64_t n = 0; n < item.classes; ++n) add_row(centre, prototypes + n * item.width, item.width);
-      scale_row(centre, centre, T(1) / T(larger(item.classes, 1)), item.width);
-      for (int64_t n = 0; n < item.classes; ++n) subtract(prototypes + n * item.width, prototypes + n * item.width);
-    }
-    block.start();
+    fill_zero(sums, item.classes);
+    if (centred)
+      near.start(prototypes, item.width);
+    else
+      block.start();
   }
 
-  // to = from - centre, one row
-  void subtract(const T* from, T* to) const {
-    constexpr int W = kWidth<T>;
-    int64_t j = 0;
-    for (; j + W <= block.width; j += W) store(to + j, load(from + j) - load(centre + j));
-    for (; j < block.width; ++j) to[j] = from[j] - centre[j];
+  // block.distance of these queries, of which only differences within a query count
+  void distances(const T* query, int64_t rows) {
+    if (!centred) return block.distances(query, rows);
+    const int64_t lanes = padded<T>(block.classes);
+    near.take(query, rows);
+    near.products(rows, lanes, block.by_query, lanes);
+    transpose(rows, lanes, block.by_query, lanes, block.distance, block.most, padded<T>(rows));
   }
-  const T* centred(const T* query, int64_t count) const {
-    for (int64_t i = 0; i < count; ++i) subtract(query + i * block.width, rows + i * block.width);
-    return rows;
+
+  // after `distances`, with block.gradient set: writes d_query, adds to d_prototypes, unless null
+  void gradients(const T* query, int64_t rows, T* d_query, T* to) {
+    const int64_t most = block.most, width = block.width;
+    if (!centred) {
+      block.prepare(rows);
+      if (d_query) block.query_gradient(query, rows, d_query);
+      if (to) block.prototype_gradient(query, rows, to);
+      return;
+    }
+    Finish<T> finish;
+    if (d_query)
+      multiply<T>(rows, width, block.classes, block.gradient, 1, most, Right<T>{near.prototypes, near.ld, 0, true},
+                  d_query, width, finish);
+    if (!to) return;
+    finish.add = true;
+    for (int64_t n = 0; n < block.classes; ++n) sums[n] += sum_of_row(block.gradient + n * most, rows);
+    multiply<T>(block.classes, width, rows, block.gradient, most, 1, Right<T>{near.rows, near.ld, 0, true}, to, width,
+                finish);
+  }
+
+  // once, after the last block
+  void finish(T* to) {
+    if (!centred) return block.finish_prototypes(to);
+    // sum_q g 2 (p - q), of which `to` holds sum_q g q
+    for (int64_t n = 0; n < block.classes; ++n)
+      for (int64_t j = 0; j < block.width; ++j) {
+        T& out = to[n * block.width + j];
+        out = T(-2) * out - sums[n] * near.prototypes[n * near.ld + j];
+      }
   }
 };
 
 template <class T>
 void loss(const cpu::LossItem<T>& item) {
   constexpr int W = kWidth<T>;
-  LossScratch<T> scratch(item, false);
+  LossBlock<T> scratch(item, false);
   QueryBlock<T>& block = scratch.block;
   const int64_t ld = block.most;
   Vec<T> total = {};
   int64_t right = 0;
   for (int64_t start = 0; start < item.query_rows && item.classes > 0; start += ld) {
     const int64_t rows = smaller(ld, item.query_rows - start);
-    block.distances(item.query + start * item.width, rows);
+    scratch.distances(item.query + start * item.width, rows);
     for (int64_t q = 0; q < rows; q += W) {
       const T* d = block.distance + q;
       Vec<T> least = load(d);
@@ -80,16 +108,19 @@ void loss(const cpu::LossItem<T>& item) {
       }
       Vec<T> sum = {};
       for (int64_t n = 0; n < item.classes; ++n) sum += exponential<T>(least - load(d + n * ld));
-      Vec<T> own = least, counted = {};
+      // single lanes by way of memory: a vector that is changed lane by lane is stored and read each time
+      alignas(64) T own[W] = {}, counted[W] = {};
+      alignas(64) Lane<T> guess[W];
+      memcpy(guess, &nearest, sizeof(guess));
       for (int64_t lane = 0; lane < smaller(W, rows - q); ++lane) {
         const int64_t label = item.query_labels[start + q + lane];
         if (!is_class(label, item.classes)) continue;
         own[lane] = d[label * ld + lane];
         counted[lane] = 1;
-        right += nearest[lane] == label;
+        right += guess[lane] == label;
       }
-      const Vec<T> each = own - least + logarithm(sum);
-      total += counted == 0 ? Vec<T>{} : each;
+      const Vec<T> each = load(own) - least + logarithm(sum);
+      total += load(counted) == 0 ? Vec<T>{} : each;
     }
   }
   *item.loss = sum_of_lanes<T>(total);
@@ -99,7 +130,7 @@ void loss(const cpu::LossItem<T>& item) {
 template <class T>
 void loss_gradient(const cpu::LossItem<T>& item) {
   constexpr int W = kWidth<T>;
-  LossScratch<T> scratch(item, true);
+  LossBlock<T> scratch(item, true);
   QueryBlock<T>& block = scratch.block;
   const int64_t ld = block.most;
   T* d_prototypes = item.d_prototypes ? item.d_prototypes : scratch.d_prototypes;
@@ -108,8 +139,7 @@ void loss_gradient(const cpu::LossItem<T>& item) {
   for (int64_t start = 0; start < item.query_rows; start += ld) {
     const int64_t rows = smaller(ld, item.query_rows - start);
     const T* query = item.query + start * item.width;
-    if (block.centred) query = scratch.centred(query, rows);
-    block.distances(query, rows);
+    scratch.distances(query, rows);
     for (int64_t q = 0; q < rows && item.classes > 0; q += W) {
       const T* d = block.distance + q;
       T* g = block.gradient + q;
@@ -121,10 +151,11 @@ void loss_gradient(const cpu::LossItem<T>& item) {
         store(g + n * ld, e);
         sum += e;
       }
-      Vec<T> counted = {};
+      alignas(64) T grads[W] = {};
       const int64_t lanes = smaller(W, rows - q);
       for (int64_t lane = 0; lane < lanes; ++lane)
-        if (is_class(item.query_labels[start + q + lane], item.classes)) counted[lane] = item.grad;
+        if (is_class(item.query_labels[start + q + lane], item.classes)) grads[lane] = item.grad;
+      const Vec<T> counted = load(grads);
       const Vec<T> factor = counted == 0 ? Vec<T>{} : -counted / sum;
       for (int64_t n = 0; n < item.classes; ++n)
         store(g + n * ld, counted == 0 ? Vec<T>{} : load(g + n * ld) * factor);
@@ -133,11 +164,10 @@ void loss_gradient(const cpu::LossItem<T>& item) {
         if (is_class(label, item.classes)) g[label * ld + lane] += item.grad;
       }
     }
-    block.prepare(rows);
-    if (item.d_query) block.query_gradient(query, rows, item.d_query + start * item.width);
-    if (prototypes_needed) block.prototype_gradient(query, rows, d_prototypes);
+    scratch.gradients(query, rows, item.d_query ? item.d_query + start * item.width : nullptr,
+                      prototypes_needed ? d_prototypes : nullptr);
   }
-  if (prototypes_needed) block.finish_prototypes(d_prototypes);
+  if (prototypes_needed) scratch.finish(d_prototypes);
   if (item.d_support)
     spread_to_members(d_prototypes, item.width, item.support_labels, scratch.inverse, item.support_rows, item.classes,
                       item.width, item.d_support, item.width);

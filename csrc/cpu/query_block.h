@@ -42,23 +42,13 @@ inline void inverse_norms(const T* x, int64_t rows, int64_t width, T* inverse, b
 }
 
 template <class T>
-T sum_of_row(const T* p, int64_t n) {
-  constexpr int W = kWidth<T>;
-  Vec<T> sum = {};
-  int64_t j = 0;
-  for (; j + W <= n; j += W) sum += load(p + j);
-  if (j < n) sum += load_first(p + j, n - j);
-  return sum_of_lanes<T>(sum);
-}
-
-template <class T>
 struct QueryBlock {
   int64_t classes, width, metric;
   const T* prototypes;  // [classes, width]
   int64_t most;         // queries of a block, a multiple of the vector width
   T* packed;            // prototypes transposed, in panels
   T* by_query;          // distances as they are formed, [most, padded classes]
-  T* distance;          // [classes, most]
+  T* distance;          // [padded classes, most]
   T* gradient;          // [classes, most], of the loss with respect to the distances
   T* inverse_query;     // cosine: 1 / norm
   T* inverse_prototype;
@@ -66,12 +56,11 @@ struct QueryBlock {
   bool* free_prototype;
   T* own_query;         // cosine: what multiplies the row itself in its gradient
   T* own_prototype;
-  bool centred;         // sqeuclidean with gradient rows that sum to zero, on rows that were centred: plain products
 
   void carve(Carver& c, bool backward) {
     packed = c.take<T>(padded<T>(classes) * width);
     by_query = c.take<T>(most * padded<T>(classes));
-    distance = c.take<T>(classes * most);
+    distance = c.take<T>(padded<T>(classes) * most);
     gradient = backward ? c.take<T>(classes * most) : nullptr;
     inverse_query = c.take<T>(most);
     inverse_prototype = c.take<T>(padded<T>(classes));
@@ -84,7 +73,7 @@ struct QueryBlock {
   // Few enough queries for their rows to stay in the second-level cache, spread evenly over the blocks.
   static int64_t size(int64_t queries, int64_t width) {
     constexpr int W = kWidth<T>;
-        const int64_t room = (256 << 10) / int64_t(sizeof(T)) / larger(width, 1);
+    const int64_t room = (256 << 10) / int64_t(sizeof(T)) / larger(width, 1);
     const int64_t most = larger(2 * W, smaller(96, room / W * W));
     return larger(W, padded<T>(divide_up(larger(queries, 1), divide_up(larger(queries, 1), most))));
   }
@@ -118,7 +107,7 @@ struct QueryBlock {
       multiply<T, Combine::product>(rows, lanes, width, query, width, 1, b, by_query, lanes, finish);
     else
       multiply<T, Combine::squared_difference>(rows, lanes, width, query, width, 1, b, by_query, lanes, finish);
-    transpose(rows, classes, by_query, lanes, distance, most, padded<T>(rows));
+    transpose(rows, lanes, by_query, lanes, distance, most, padded<T>(rows));  // whole blocks
   }
 
   // Turns d loss / d distance into the factors of the rows in the gradients.
@@ -133,7 +122,7 @@ struct QueryBlock {
       for (int64_t q = 0; q < rows; q += W) {
         const Vec<T> x = load(g + q);
         if (metric == cpu::kSqeuclidean) {
-          store(g + q, centred ? -(x + x) : x + x);
+          store(g + q, x + x);
         } else if (metric == cpu::kDot) {
           store(g + q, -x);
         } else if (metric == cpu::kEuclidean) {
@@ -167,9 +156,6 @@ struct QueryBlock {
 
   // d_query of these rows, written
   void query_gradient(const T* query, int64_t rows, T* d_query) {
-    if (centred)
-      return multiply<T>(rows, width, classes, gradient, 1, most, Right<T>{prototypes, width}, d_query, width,
-                         Finish<T>{});
     if (metric == cpu::kManhattan)
       return multiply_differences<T, true>(rows, width, classes, gradient, 1, most, query, width, prototypes, width,
                                            d_query, width, false);
@@ -184,12 +170,6 @@ struct QueryBlock {
 
   // adds these rows' part to d_prototypes
   void prototype_gradient(const T* query, int64_t rows, T* d_prototypes) {
-    if (centred) {
-      Finish<T> finish;
-      finish.add = true;
-      for (int64_t n = 0; n < classes; ++n) own_prototype[n] -= sum_of_row(gradient + n * most, rows);
-      return multiply<T>(classes, width, rows, gradient, most, 1, Right<T>{query, width}, d_prototypes, width, finish);
-    }
     if (metric == cpu::kManhattan)
       return multiply_differences<T, true>(classes, width, rows, gradient, most, 1, prototypes, width, query, width,
                                            d_prototypes, width, true);
@@ -204,7 +184,6 @@ struct QueryBlock {
 
   // once, after the last block
   void finish_prototypes(T* d_prototypes) {
-    if (centred) return add_own(classes, width, own_prototype, prototypes, d_prototypes);
     if (metric != cpu::kCosine) return;
     for (int64_t n = 0; n < classes; ++n)
       own_prototype[n] = free_prototype[n] ? own_prototype[n] * inverse_prototype[n] * inverse_prototype[n] : 0;

@@ -2,7 +2,7 @@
 `meta_loss_mlp` mean, in plain PyTorch.
 
 Both ops take the net in one of two forms. *Dense*: all `L` layers. *Gram*: the first layer is given by what its slow
-weights make of the rows, `Z = X W_1^T + b_1` in place of `X`, and by the rows' inner products `X X_s^T` (plus 1 where it
+weights make of the rows, `Z = X W_1^T + b_1` in place of `X`, and by their inner products `X X_s^T` (plus 1 where it
 has a bias). Its fast weights are then `W_1 - C^T X_s`, with the coefficients `C` `[S, O_1]` that the steps add up, and
 its pre-activations `Z - (X X_s^T) C`: exact, and of the size of the rows instead of the weights.
 """
@@ -35,7 +35,13 @@ def row_losses(name: str, prediction: Tensor, target: Tensor, delta: float) -> T
 
 
 def forward(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str, *, given: bool, norm: Callable | None = None
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    activation: str,
+    *,
+    given: bool,
+    norm: Callable | None = None,
 ) -> Tensor:
     """The net on `x` `[T, B, I]`; `given`: `x` is the first layer's pre-activation already."""
     h, layers = x, len(weights) + given

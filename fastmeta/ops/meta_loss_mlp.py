@@ -28,9 +28,7 @@ def backward_samples(make: Make):
     for index, sample in enumerate(_inner_loop.samples(make)):
         outputs = fake(*sample.args)
         needs = (0xFF, 0x30, 0xF1)[index % 3]
-        yield Sample(
-            f"{sample.label}-needs{needs}", (*(make.normal(*o.shape) for o in outputs), *sample.args, needs)
-        )
+        yield Sample(f"{sample.label}-needs{needs}", (*(make.normal(*o.shape) for o in outputs), *sample.args, needs))
 
 
 def workloads(make: Make):

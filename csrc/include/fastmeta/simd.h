@@ -194,11 +194,43 @@ FM_INLINE Vec<float> absolute(Vec<float> v) { return (Vec<float>)((IntVec<float>
 FM_INLINE Vec<double> absolute(Vec<double> v) {
   return (Vec<double>)((IntVec<double>)v & int64_t(0x7fffffffffffffff));
 }
+// Lanes in pairs, so that no sum waits for more than a few others.
 template <class T>
 FM_INLINE T sum_of_lanes(Vec<T> v) {
-  T sum = 0;
-  FM_UNROLL for (int i = 0; i < kWidth<T>; ++i) sum += v[i];
-  return sum;
+  alignas(64) T lanes[kWidth<T>];
+  store(lanes, v);
+  FM_UNROLL for (int n = kWidth<T> / 2; n > 0; n /= 2)
+    FM_UNROLL for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  return lanes[0];
+}
+#if FASTMETA_VECTOR_BYTES == 32
+template <>
+FM_INLINE float sum_of_lanes<float>(Vec<float> v) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+template <>
+FM_INLINE double sum_of_lanes<double>(Vec<double> v) {
+  const __m128d x = _mm_add_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
+}
+#endif
+
+// Whether every lane of the result of a comparison is set.
+template <class Mask>
+FM_INLINE bool all_lanes(Mask m) {
+#if FASTMETA_VECTOR_BYTES == 64
+  return _mm512_cmpneq_epi32_mask((__m512i)m, _mm512_setzero_si512()) == 0xffff;
+#elif FASTMETA_VECTOR_BYTES == 32
+  return _mm256_movemask_epi8((__m256i)m) == -1;
+#elif defined(__x86_64__)
+  return _mm_movemask_epi8((__m128i)m) == 0xffff;
+#else
+  bool all = true;
+  for (unsigned i = 0; i < sizeof(m) / sizeof(m[0]); ++i) all = all && m[i] != 0;
+  return all;
+#endif
 }
 
 // Square blocks that the registers transpose at once.
@@ -275,6 +307,16 @@ inline void transpose(int64_t rows, int64_t columns, const T* from, int64_t ld_f
 template <class T>
 inline void fill_zero(T* p, int64_t n) {
   if (n > 0) memset(p, 0, size_t(n) * sizeof(T));
+}
+
+template <class T>
+T sum_of_row(const T* p, int64_t n) {
+  constexpr int W = kWidth<T>;
+  Vec<T> sum = {};
+  int64_t j = 0;
+  for (; j + W <= n; j += W) sum += load(p + j);
+  if (j < n) sum += load_first(p + j, n - j);
+  return sum_of_lanes<T>(sum);
 }
 
 }  // namespace fastmeta::FASTMETA_ISA
