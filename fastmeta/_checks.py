@@ -117,7 +117,7 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 
 def choice(name: str, value, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
 
 
 def class_count(value) -> None:

@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 from fastmeta import _checks
 from fastmeta._backends import ACTIVATIONS, METRICS
 from fastmeta._spec import leading_size
+from fastmeta.fast_weights import MLPFastWeights
+from fastmeta.inner_loops import adapt_mlp, meta_loss_mlp
 from fastmeta.ops import class_prototypes as _class_prototypes
 from fastmeta.ops import fast_weight_update as _fast_weight_update
 from fastmeta.ops import functional_mlp as _functional_mlp
@@ -26,9 +28,11 @@ from fastmeta.ops import pairwise_distance as _pairwise_distance
 from fastmeta.ops import prototypical_loss as _prototypical_loss
 
 __all__ = [
+    "adapt_mlp",
     "class_prototypes",
     "fast_weight_update",
     "functional_mlp",
+    "meta_loss_mlp",
     "pairwise_distance",
     "prototypical_loss",
 ]
@@ -139,7 +143,10 @@ def prototypical_loss(
 
 
 def functional_mlp(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, activation: str = "relu"
+    x: Tensor,
+    weights: Sequence[Tensor] | MLPFastWeights,
+    biases: Sequence[Tensor] | None = None,
+    activation: str = "relu",
 ) -> Tensor:
     """A whole multi-layer perceptron with its weights as arguments, for all tasks in one call.
 
@@ -148,8 +155,9 @@ def functional_mlp(
     Args:
         x: `[T, B, I]`, floating; the rows of each task. T = 1 with per-task weights gives the same rows to every net.
         weights: one per layer, `[T, O, I]` per task (fast weights) or `[O, I]` shared by the tasks, as
-            `nn.Linear.weight`; layers may differ in that.
-        biases: one per layer, `[T, O]` or `[O]`; None for a net without.
+            `nn.Linear.weight`; layers may differ in that. Or the fast weights that `adapt_mlp` returned, which hold
+            biases and activation too.
+        biases: one per layer, `[T, O]` or `[O]`; None (default) for a net without.
         activation: "relu" (default), "tanh", "sigmoid", "silu", "gelu" (exact), "sine" or "identity".
 
     Returns:
@@ -159,6 +167,8 @@ def functional_mlp(
         TypeError: a dtype that is not allowed or differs.
         ValueError: shapes or devices that do not fit together, an unknown activation.
     """
+    if isinstance(weights, MLPFastWeights):
+        return weights(x)
     key = _checks.key("functional_mlp", x, weights, biases, activation)
     known = _checks.passed(key)
     if not known:
