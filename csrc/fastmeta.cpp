@@ -24,6 +24,26 @@ STABLE_TORCH_LIBRARY(fastmeta_native, m) {
   m.def(
       "functional_mlp_bwd(Tensor grad, Tensor x, Tensor[] weights, Tensor[] biases, int activation, int needs) "
       "-> (Tensor, Tensor[], Tensor[])");
+  m.def(
+      "adapt_mlp(Tensor support_x, Tensor support_y, Tensor support_weight, Tensor gram_support, Tensor[] weights, "
+      "Tensor[] biases, Tensor rates, Tensor[] element_rates, int loss, int activation, float delta, float momentum, "
+      "float weight_decay, bool first_order) -> (Tensor[], Tensor[], Tensor)");
+  m.def(
+      "adapt_mlp_bwd(Tensor[] grad_0, Tensor[] grad_1, Tensor grad_2, Tensor support_x, Tensor support_y, "
+      "Tensor support_weight, Tensor gram_support, Tensor[] weights, Tensor[] biases, Tensor rates, "
+      "Tensor[] element_rates, int loss, int activation, float delta, float momentum, float weight_decay, "
+      "bool first_order, int needs) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor[])");
+  m.def(
+      "meta_loss_mlp(Tensor support_x, Tensor support_y, Tensor support_weight, Tensor query_x, Tensor query_y, "
+      "Tensor query_weight, Tensor gram_support, Tensor gram_query, Tensor[] weights, Tensor[] biases, Tensor rates, "
+      "Tensor[] element_rates, int loss, int activation, float delta, float momentum, float weight_decay, "
+      "bool first_order) -> (Tensor, Tensor)");
+  m.def(
+      "meta_loss_mlp_bwd(Tensor grad_0, Tensor grad_1, Tensor support_x, Tensor support_y, Tensor support_weight, "
+      "Tensor query_x, Tensor query_y, Tensor query_weight, Tensor gram_support, Tensor gram_query, Tensor[] weights, "
+      "Tensor[] biases, Tensor rates, Tensor[] element_rates, int loss, int activation, float delta, float momentum, "
+      "float weight_decay, bool first_order, int needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor[])");
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C() {

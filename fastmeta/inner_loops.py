@@ -1,5 +1,5 @@
-"""Whole inner loops of multi-layer perceptrons: `K` steps of gradient descent on every task's support rows, and what the
-fast weights make of the query rows, in one differentiable call.
+"""Whole inner loops of multi-layer perceptrons: `K` steps of gradient descent on every task's support rows, and what
+the fast weights make of the query rows, in one differentiable call.
 
 The gradient of either function is the exact one, through all steps, in one backward pass of the op's own: memory grows
 with the rows, not with `K` copies of the weights (docs/inner-loops.md).
@@ -84,8 +84,8 @@ def adapt_mlp(
         first_order: inner gradients count as constants.
         momentum: of the inner steps, `m <- momentum m + gradient`; default 0.
         weight_decay: adds `weight_decay * w` to the inner gradient; default 0.
-        norm: None, "layer" (over the features of a row) or "batch" (over the task's own rows), without parameters, after
-            every layer but the last, before its activation. In plain PyTorch: the kernels have none.
+        norm: None, "layer" (over the features of a row) or "batch" (over the task's own rows), without parameters,
+            after every layer but the last, before its activation. In plain PyTorch: the kernels have none.
         support_mask: bool `[T, S]`, False for rows that are padding; a task without rows stays as it is.
         huber_delta: where the Huber loss turns from square to linear.
         form: how the first layer's fast weights are held: "lowrank" (coefficients of the support rows), "onchip" (as
@@ -161,8 +161,8 @@ def meta_loss_mlp(
 class _Loop:
     """The arguments of an inner loop, checked and in the shapes that the ops take."""
 
-    def __init__(self, support_x, support_y, query, weights, biases, lr, steps, loss, activation, momentum, weight_decay,
-                 norm, support_mask, form):  # fmt: skip
+    def __init__(self, support_x, support_y, query, weights, biases, lr, steps, loss, activation, momentum,
+                 weight_decay, norm, support_mask, form):  # fmt: skip
         self.weights = [w if w.dim() == 3 else w.unsqueeze(0) for w in _layers("weights", weights, 2)]
         self.biases = [b if b.dim() == 2 else b.unsqueeze(0) for b in _layers("biases", biases or (), 1)]
         _checks.tensor("support_x", support_x, "[T, S, I]")

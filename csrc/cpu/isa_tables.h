@@ -4,6 +4,7 @@
 #include "class_prototypes_kernel.h"
 #include "fast_weight_update_kernel.h"
 #include "functional_mlp_kernel.h"
+#include "inner_loop_kernel.h"
 #include "pairwise_distance_kernel.h"
 #include "prototypical_loss_kernel.h"
 
@@ -25,7 +26,8 @@ void sum_partials(const T* from, int64_t parts, int64_t part_stride, T* to, int6
 template <class T>
 constexpr cpu::Kernels<T> table() {
   return {update<T>,    update_gradient<T>, prototypes<T>,    prototypes_gradient<T>, distances<T>, distances_gradient<T>,
-          loss<T>,      loss_gradient<T>,   mlp<T>,           mlp_gradient<T>,        sum_partials<T>};
+          loss<T>,      loss_gradient<T>,   mlp<T>,           mlp_gradient<T>,        sum_partials<T>,
+          inner_loop<T>, inner_loop_gradient<T>};
 }
 
 }  // namespace FASTMETA_ISA

@@ -7,6 +7,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "inner_loop.h"
+
 namespace fastmeta::cpu {
 
 enum Metric : int64_t { kSqeuclidean, kEuclidean, kCosine, kDot, kManhattan, kMetrics };
@@ -120,6 +122,8 @@ struct Kernels {
   void (*mlp)(const MlpItem<T>&);
   void (*mlp_gradient)(const MlpItem<T>&);
   void (*sum_partials)(const T* from, int64_t parts, int64_t part_stride, T* to, int64_t n);
+  void (*inner_loop)(const InnerLoop<T>&, int64_t begin, int64_t end, int64_t group);
+  void (*inner_loop_gradient)(const InnerLoop<T>&, int64_t begin, int64_t end, int64_t group);
 };
 
 struct Isa {

@@ -1,0 +1,115 @@
+"""The engine that runs whole inner loops in one op: `fastmeta.functional.meta_loss_mlp`, kernels of our own."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastmeta._backends import ACTIVATIONS, LOSSES, forced_backend, why_not
+from fastmeta.inner_loops import adapt_mlp, first_layer_cost, meta_loss_mlp
+from fastmeta.ops.meta_loss_mlp import SPEC
+
+from ._base import InnerLoop, Parameters
+from .inspect import MLPSpec, mlp_spec
+from .layerwise import LayerwiseEngine, rows
+
+# Weights of one task that a worker holds beside each other (weights, momentum, adjoints): above, they leave its
+# second-level cache, and products that the tasks share are faster.
+_MOST_WEIGHTS = 256 * 1024
+
+
+class FusedEngine(LayerwiseEngine):
+    """Whole inner loops in one kernel: MLPs with one activation and `cross_entropy` or `mse`."""
+
+    name = "fused"
+
+    def why_not(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
+        reason = super().why_not(model, inner, support_x)
+        if reason is not None:
+            return reason
+        spec = mlp_spec(model)
+        if inner.loss.name not in LOSSES:
+            return f"the kernels have no loss {inner.loss.name!r}"
+        if spec.activations[-1] != "identity":
+            return f"its last layer is followed by {spec.activations[-1]}"
+        if len(set(spec.activations[:-1])) > 1:
+            return f"its activations differ: {', '.join(sorted(set(spec.activations[:-1])))}"
+        if len(set(bias is None for bias in spec.biases)) > 1:
+            return "some of its layers have a bias and some have none"
+        named = dict(model.named_parameters())
+        frozen = [n for n in (*spec.weights, *spec.biases) if n is not None and not named[n].requires_grad]
+        if frozen:
+            return f"parameter {frozen[0]!r} is frozen (requires_grad=False)"
+        return None
+
+    def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
+        backend = forced_backend() or ("cuda" if support_x.is_cuda else "cpp")
+        args = [support_x if kind == "Tensor" else None for kind in SPEC.argument_types]
+        reason = why_not(backend, SPEC, tuple(args))
+        if reason is not None or backend == "reference":
+            return f"no kernel for it here ({reason or 'the reference was asked for'})"
+        named = dict(model.named_parameters())
+        weights = [named[name] for name in mlp_spec(model).weights]
+        first = weights[0]
+        held = sum(w.numel() for w in weights)
+        cost = first_layer_cost(support_x.shape[1], 0, first.shape[1], first.shape[0], inner.steps)
+        if cost.lowrank < cost.onchip:
+            held -= first.numel()
+        if held > _MOST_WEIGHTS:
+            return f"{held} weights per task outgrow a worker's cache ({_MOST_WEIGHTS})"
+        return None
+
+    def adapt(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
+        spec, slow = mlp_spec(model), dict(model.named_parameters())
+        inner.loss.check(_prediction_like(spec, slow, support_x), support_y, "support_y")
+        fast = adapt_mlp(rows(spec, support_x), support_y, *_layers(spec, slow), **_options(spec, inner))
+        weights, biases = fast.materialize()
+        return slow | dict(zip(spec.weights, weights, strict=True)) | dict(zip(spec.biases, biases, strict=False))
+
+    def query(
+        self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
+    ) -> Tensor:
+        spec, slow = mlp_spec(model), dict(model.named_parameters())
+        prediction = _prediction_like(spec, slow, query_x)
+        if inner.loss.name == "cross_entropy":
+            query_y = support_y.new_zeros(prediction.shape[:2])
+        else:
+            query_y = prediction
+        return self.meta_loss(model, inner, support_x, support_y, query_x, query_y)[1]
+
+    def meta_loss(
+        self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Query loss `[T]` and predictions `[T, Q, C]` in one call."""
+        spec, slow = mlp_spec(model), dict(model.named_parameters())
+        inner.loss.check(_prediction_like(spec, slow, support_x), support_y, "support_y")
+        inner.loss.check(_prediction_like(spec, slow, query_x), query_y, "query_y")
+        return meta_loss_mlp(
+            rows(spec, support_x),
+            support_y,
+            rows(spec, query_x),
+            query_y,
+            *_layers(spec, slow),
+            **_options(spec, inner),
+        )
+
+
+def _options(spec: MLPSpec, inner: InnerLoop) -> dict:
+    hidden = spec.activations[0] if len(spec.activations) > 1 else "identity"
+    assert hidden in ACTIVATIONS
+    return {
+        "lr": inner.lr,
+        "steps": inner.steps,
+        "loss": inner.loss.name,
+        "activation": hidden,
+        "first_order": inner.first_order,
+    }
+
+
+def _layers(spec: MLPSpec, slow: Parameters) -> tuple[list[Tensor], list[Tensor] | None]:
+    biases = None if spec.biases[0] is None else [slow[name] for name in spec.biases]
+    return [slow[name] for name in spec.weights], biases
+
+
+def _prediction_like(spec: MLPSpec, slow: Parameters, x: Tensor) -> Tensor:
+    """Zeros of the predictions' shape, without their memory."""
+    return x.new_zeros(()).expand(*x.shape[:2], slow[spec.weights[-1]].shape[0])
