@@ -221,6 +221,8 @@ class _Loop:
         if loss == "cross_entropy":
             return _checks.labels(name, y, f"[T, {rows}]", x, f"{which}_x")
         _checks.tensor(name, y, f"[T, {rows}, C]")
+        if y.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient, which targets do not get here: give {name}.detach()")
         wanted = (*x.shape[:2], self.weights[-1].shape[1])
         if y.shape != wanted:
             raise ValueError(f"{name} must have shape [T, {rows}, C] = {list(wanted)} for {loss}, got {list(y.shape)}")

@@ -66,7 +66,7 @@ class TestMAML:
             state[4]
         assert "4 tasks" in repr(state)
 
-    @pytest.mark.parametrize("engine", ["lowrank", "layerwise", "vmap"])
+    @pytest.mark.parametrize("engine", ["fused", "lowrank", "layerwise", "vmap"])
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
     def test_adapts_without_gradients(self, engine, mode):
         maml, batch = self.maml(engine=engine), class_batch()

@@ -10,12 +10,13 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastmeta import use_backend
 from fastmeta.algorithms import MAML
 from fastmeta.engines.inspect import MLPSpec, mlp_spec
 from fastmeta.nn import conv4, mlp
 
 LOSSES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
-ENGINES = ["lowrank", "layerwise", "vmap"]
+ENGINES = ["fused", "lowrank", "layerwise", "vmap"]
 
 
 def make_batch(loss, *, tasks=3, support=4, query=5, shape=(6,), outputs=3, dtype=torch.float64, seed=0):
@@ -80,7 +81,7 @@ def test_meta_gradient_is_the_oracles(engine, loss, steps, first_order):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("activation", ["relu", "sigmoid", "silu", "gelu"])
-@pytest.mark.parametrize("engine", ["lowrank", "layerwise"])
+@pytest.mark.parametrize("engine", ["fused", "lowrank", "layerwise"])
 def test_activations_and_biases(engine, activation, bias):
     model, batch = make_mlp(activation, bias), make_batch("cross_entropy")
     expected = oracle(model, batch, "cross_entropy", 0.5, 2)
@@ -160,11 +161,13 @@ def test_chunked_gradient_refuses_to_be_differentiated_again():
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradients_reach_the_inputs(engine):
     model, batch = make_mlp("tanh"), make_batch("mse")
-    batch = [t.requires_grad_() for t in batch]
+    # the kernels give targets no gradient: "auto" then passes the fused engine over
+    batch = [t.requires_grad_(engine != "fused" or i % 2 == 0) for i, t in enumerate(batch)]
+    inputs = [t for t in batch if t.requires_grad]
     gradients = torch.autograd.grad(
-        MAML(model, inner_lr=0.3, inner_steps=2, loss="mse", engine=engine)(batch).loss, batch
+        MAML(model, inner_lr=0.3, inner_steps=2, loss="mse", engine=engine)(batch).loss, inputs
     )
-    expected = torch.autograd.grad(oracle_loss(model, batch), batch)
+    expected = torch.autograd.grad(oracle_loss(model, batch), inputs)
     for gradient, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-10)
 
@@ -218,7 +221,7 @@ def test_unchanged_module_with_a_reshape(engine, shape):
     model, batch = SeedModel().double(), make_batch("cross_entropy", shape=shape, outputs=10)
     expected = oracle(model, batch, "cross_entropy", 0.05, 2)
     assert_same(engine_result(model, batch, "cross_entropy", 0.05, 2, engine=engine), expected)
-    assert "lowrank: picked" in MAML(model).explain(batch)
+    assert "fused: picked" in MAML(model).explain(batch)
 
 
 class Reshaping(nn.Module):
@@ -378,16 +381,21 @@ def test_spec_follows_the_module():
 def test_explain_names_the_pick_and_the_reasons():
     batch = make_batch("cross_entropy")
     text = MAML(make_mlp()).explain(batch)
-    assert "lowrank: picked" in text and "layerwise: could serve" in text and "vmap: could serve" in text
-    text = MAML(make_mlp(), inner_steps=50).explain(batch)
-    assert "layerwise: picked" in text and "outnumber" in text
+    assert "fused: picked" in text and "layerwise: could serve" in text and "vmap: could serve" in text
+    with use_backend("reference"):
+        text = MAML(make_mlp()).explain(batch)
+        assert "lowrank: picked" in text and "the reference was asked for" in text
+        text = MAML(make_mlp(), inner_steps=50).explain(batch)
+        assert "layerwise: picked" in text and "outnumber" in text
     text = MAML(Residual().double()).explain(batch)
-    assert "vmap: picked" in text and "residual" in text
+    assert "lowrank: picked" in text and "residual" in text
+    text = MAML(Sine().double(), loss="mse").explain(make_batch("mse"))
+    assert "lowrank: picked" in text and "fused: cannot serve: its last layer is followed by tanh" in text
     text = MAML(make_mlp(), loss=lambda prediction, target: prediction.sum()).explain(batch)
     assert "vmap: picked" in text and "<lambda>" in text
 
 
-@pytest.mark.parametrize("engine", ["lowrank", "layerwise"])
+@pytest.mark.parametrize("engine", ["fused", "layerwise"])
 def test_forced_engine_raises_with_the_reason(engine):
     batch = make_batch("cross_entropy")
     with pytest.raises(ValueError, match=f"{engine}.*residual"):

@@ -116,7 +116,7 @@ class MAML(nn.Module):
     def adapt(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
         """Run the inner loop on support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`."""
         _check_pair("support_x", support_x, "support_y", support_y)
-        inner = self._inner()
+        inner = self._inner(support_y)
         weights = choose(self.engine, self.model, inner, support_x).adapt(self.model, inner, support_x, support_y)
         slow = dict(self.model.named_parameters())
         shared = frozenset(name for name, w in weights.items() if w.dim() == slow[name].dim())
@@ -141,7 +141,7 @@ class MAML(nn.Module):
 
     def explain(self, batch: TaskBatch) -> str:
         """Which engine serves this batch and why the others do not, as readable text. Runs nothing."""
-        return explain(self.engine, self.model, self._inner(), batch[0])
+        return explain(self.engine, self.model, self._inner(batch[1], batch[3]), batch[0])
 
     def extra_repr(self) -> str:
         return (
@@ -149,11 +149,12 @@ class MAML(nn.Module):
             f"loss={self.loss.name!r}, engine={self.engine!r}, task_chunk={self.task_chunk}"
         )
 
-    def _inner(self) -> InnerLoop:
-        return InnerLoop(self.inner_lr, self.inner_steps, self.first_order, self.loss)
+    def _inner(self, *targets: Tensor) -> InnerLoop:
+        differentiable = torch.is_grad_enabled() and any(target.requires_grad for target in targets)
+        return InnerLoop(self.inner_lr, self.inner_steps, self.first_order, self.loss, differentiable)
 
     def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
-        inner = self._inner()
+        inner = self._inner(support_y, query_y)
         engine = choose(self.engine, self.model, inner, support_x)
         if isinstance(engine, FusedEngine):
             task_loss, logits = engine.meta_loss(self.model, inner, support_x, support_y, query_x, query_y)

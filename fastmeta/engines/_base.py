@@ -25,6 +25,7 @@ class InnerLoop(NamedTuple):
     steps: int
     first_order: bool
     loss: Loss
+    target_gradients: bool = False  # the targets themselves are to be differentiated with respect to
 
 
 class Engine(Protocol):

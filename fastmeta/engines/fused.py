@@ -35,10 +35,8 @@ class FusedEngine(LayerwiseEngine):
             return f"its activations differ: {', '.join(sorted(set(spec.activations[:-1])))}"
         if len(set(bias is None for bias in spec.biases)) > 1:
             return "some of its layers have a bias and some have none"
-        named = dict(model.named_parameters())
-        frozen = [n for n in (*spec.weights, *spec.biases) if n is not None and not named[n].requires_grad]
-        if frozen:
-            return f"parameter {frozen[0]!r} is frozen (requires_grad=False)"
+        if inner.target_gradients:
+            return "targets that require gradients have none in the kernels"
         return None
 
     def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
@@ -61,9 +59,11 @@ class FusedEngine(LayerwiseEngine):
     def adapt(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
         spec, slow = mlp_spec(model), dict(model.named_parameters())
         inner.loss.check(_prediction_like(spec, slow, support_x), support_y, "support_y")
-        fast = adapt_mlp(rows(spec, support_x), support_y, *_layers(spec, slow), **_options(spec, inner))
+        fast = adapt_mlp(rows(spec, support_x), support_y, *_layers(spec, slow), **_options(spec, slow, inner))
         weights, biases = fast.materialize()
-        return slow | dict(zip(spec.weights, weights, strict=True)) | dict(zip(spec.biases, biases, strict=False))
+        names = [*spec.weights, *(spec.biases if biases else ())]
+        adapted = zip(names, (*weights, *biases), strict=True)
+        return slow | {name: w for name, w in adapted if slow[name].requires_grad}
 
     def query(
         self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
@@ -89,20 +89,39 @@ class FusedEngine(LayerwiseEngine):
             rows(spec, query_x),
             query_y,
             *_layers(spec, slow),
-            **_options(spec, inner),
+            **_options(spec, slow, inner),
         )
 
 
-def _options(spec: MLPSpec, inner: InnerLoop) -> dict:
+def _options(spec: MLPSpec, slow: Parameters, inner: InnerLoop) -> dict:
     hidden = spec.activations[0] if len(spec.activations) > 1 else "identity"
     assert hidden in ACTIVATIONS
     return {
-        "lr": inner.lr,
+        "lr": _rates(spec, slow, inner.lr),
         "steps": inner.steps,
         "loss": inner.loss.name,
         "activation": hidden,
         "first_order": inner.first_order,
     }
+
+
+def _rates(spec: MLPSpec, slow: Parameters, lr: float):
+    """The inner rate, 0 for what is frozen."""
+    frozen = [
+        tuple(not slow[name].requires_grad for name in names if name is not None)
+        for names in zip(spec.weights, spec.biases, strict=True)
+    ]
+    if not any(map(any, frozen)):
+        return lr
+    like = slow[spec.weights[0]]
+    if all(all(layer) or not any(layer) for layer in frozen):
+        # [L, 1]: a vector alone would mean the steps where there are as many of them as layers
+        return like.new_tensor([[0.0 if layer[0] else lr] for layer in frozen])
+    rates = [
+        [slow[name].new_full(slow[name].shape, lr if slow[name].requires_grad else 0.0) for name in names if name]
+        for names in (spec.weights, spec.biases)
+    ]
+    return rates[0], rates[1] or None
 
 
 def _layers(spec: MLPSpec, slow: Parameters) -> tuple[list[Tensor], list[Tensor] | None]:
