@@ -30,13 +30,14 @@ def gate(device: str) -> None:
 
 def run_case(case: suite.Case, seconds: float, peak: dict[str, float]) -> dict:
     measure.check_equal(case.contenders)
-    times = measure.interleaved(case.contenders, seconds)
+    times = measure.interleaved({**case.contenders, **case.yardsticks}, seconds)
     medians = {name: statistics.median(t) for name, t in times.items()}
     ours = medians.get("fastmeta")
     record = {"name": case.name, "contenders": {name: measure.summary(t) for name, t in times.items()}}
     if ours is not None:
         record["ratios"] = {name: m / ours for name, m in medians.items() if name != "fastmeta"}
         record["bars"] = {n: {"bar": b, "met": medians[n] / ours >= b} for n, b in case.bars.items()}
+        record["at_most"] = {n: {"bar": b, "met": ours / medians[n] <= b} for n, b in case.at_most.items()}
     if case.flops:
         record["bound_ms"] = roofline.bound_ms(case.flops, case.bytes, peak)
     return record
@@ -65,6 +66,9 @@ def rows(cases: list[dict]) -> list[tuple[str, ...]]:
     for case in cases:
         for name, times in case["contenders"].items():
             ratio, bar = case.get("ratios", {}).get(name), case.get("bars", {}).get(name)
+            most = case.get("at_most", {}).get(name)
+            if most:
+                bar = {"met": most["met"], "bar": f">= {1 / most['bar']:.2f}"}
             found.append(
                 (
                     case["name"],

@@ -76,6 +76,35 @@ def maml_by_vmap(model, loss, batch, lr, steps) -> tuple[Tensor, ...]:
     return torch.autograd.grad(losses.mean(), list(params.values()))
 
 
+def maml_compiled(model, loss, batch, lr, steps):
+    """The same under `torch.compile`, gradient and all."""
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def meta_loss(params):
+        def one(params, *task):
+            return task_query_loss(model, params, loss, *task, lr, steps)
+
+        return vmap(one, in_dims=(None, 0, 0, 0, 0))(params, *batch).mean()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(grad(meta_loss), dynamic=False)
+    return lambda: list(compiled(params).values())
+
+
+def maml_by_higher(model, loss, batch, lr, steps) -> tuple[Tensor, ...]:
+    """A loop over the tasks with the functional copies of `higher` (Grefenstette et al. 2019)."""
+    import higher
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    total = 0.0
+    for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
+        with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fast_model, inner):
+            for _ in range(steps):
+                inner.step(loss(fast_model(support_x), support_y))
+            total = total + loss(fast_model(query_x), query_y)
+    return torch.autograd.grad(total / batch.support_x.shape[0], list(model.parameters()))
+
+
 def maml_by_loop(model, loss, batch, lr, steps) -> tuple[Tensor, ...]:
     """Meta-gradient by a Python loop over the tasks with `create_graph`, as MAML repositories have it."""
     names, slow = zip(*model.named_parameters(), strict=True)

@@ -37,7 +37,9 @@ def check_equal(contenders: dict[str, Contender], rtol: float = 1e-3) -> None:
 
 def _tensors(value) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        return [value.detach()]
+        return [value.detach().cpu()]
+    if hasattr(value, "__array__"):  # another framework's
+        return [torch.tensor(value.__array__())]
     return [t for item in value for t in _tensors(item)]
 
 

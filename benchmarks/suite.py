@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 import fastmeta.nn
 from benchmarks import contenders as peers
 from benchmarks.measure import Contender
-from fastmeta import MAML, ProtoNet, TaskBatch, functional
+from fastmeta import MAML, ProtoNet, TaskBatch, functional, inner_loops
 from fastmeta._spec import REGISTRY, Make
 
 
@@ -22,6 +23,9 @@ class Case:
     name: str
     contenders: dict[str, Contender]
     bars: dict[str, float] = field(default_factory=dict)
+    # other work in the same run, not compared for equal results, and how often its time ours may be at most
+    yardsticks: dict[str, Contender] = field(default_factory=dict)
+    at_most: dict[str, float] = field(default_factory=dict)
     flops: float = 0
     bytes: float = 0
 
@@ -116,14 +120,29 @@ def mlps(make: Make) -> Iterator[Case]:
         yield Case(f"functional_mlp fwd {workload.label}", rows, {"baddbmm chain": bar}, workload.flops, workload.bytes)
 
 
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def maml_flops(sizes, tasks: int, shots: int, queries: int, steps: int) -> float:
+    """The arithmetic that an exact meta-gradient must do (docs/inner-loops.md), the first layer in its cheaper form."""
+    hidden = sum(o * i for i, o in zip(sizes[1:-1], sizes[2:], strict=True))
+    cost = inner_loops.first_layer_cost(shots, queries, sizes[0], sizes[1], steps)
+    # forward, deltas and gradient of every step; two products each of the tangents' forward, deltas and gradient
+    return tasks * (2 * (9 * steps * shots + 3 * queries) * hidden + min(cost))
+
+
 def mamls(make: Make) -> Iterator[Case]:
+    # name, widths, tasks, support and query rows, steps, times faster than every peer, at most times supervised
     settings = (
-        ("sinusoid 1-40-40-1 K1 T1000", (1, 40, 40, 1), 1000, 10, 10, 1),
-        ("sinusoid 1-40-40-1 K5 T1000", (1, 40, 40, 1), 1000, 10, 10, 5),
-        ("sinusoid 1-40-40-1 K1 T25", (1, 40, 40, 1), 25, 10, 10, 1),
-        ("images 784-64-64-5 K5 T32", (784, 64, 64, 5), 32, 5, 75, 5),
+        ("sinusoid 1-40-40-1 K1 T1000", (1, 40, 40, 1), 1000, 10, 10, 1, 5, None),
+        ("sinusoid 1-40-40-1 K5 T1000", (1, 40, 40, 1), 1000, 10, 10, 5, 7, None),
+        ("sinusoid 1-40-40-1 K1 T25", (1, 40, 40, 1), 25, 10, 10, 1, 3, None),
+        ("images 784-64-64-5 K5 T32", (784, 64, 64, 5), 32, 5, 75, 5, 4, 1.5),
+        ("images 784-64-64-5 K5 T256", (784, 64, 64, 5), 256, 5, 75, 5, 4, 1.5),
+        ("images 784-256-128-64-64-5 K5 T32", (784, 256, 128, 64, 64, 5), 32, 5, 75, 5, 4, 1.7),
     )
-    for name, sizes, tasks, shots, queries, steps in settings:
+    for name, sizes, tasks, shots, queries, steps, faster, at_most in settings:
         torch.manual_seed(0)
         model = fastmeta.nn.mlp(sizes).to(make.device, make.dtype)
         regression = sizes[-1] == 1
@@ -139,14 +158,61 @@ def mamls(make: Make) -> Iterator[Case]:
         rows = {
             "fastmeta": lambda maml=maml, batch=batch: torch.autograd.grad(maml(batch).loss, list(maml.parameters())),
             "torch.func": lambda m=model, f=loss, b=batch, k=steps: peers.maml_by_vmap(m, f, b, 0.01, k),
-            "task loop": lambda m=model, f=loss, b=batch, k=steps: peers.maml_by_loop(m, f, b, 0.01, k),
+            "torch.func compiled": peers.maml_compiled(model, loss, batch, 0.01, steps),
         }
-        yield Case(f"MAML meta-gradient {name}", rows)
-        # not the same result, hence a case of its own: what the same rows cost without any adaptation
+        if tasks <= 32:  # a minute each for a thousand tasks
+            rows["task loop"] = lambda m=model, f=loss, b=batch, k=steps: peers.maml_by_loop(m, f, b, 0.01, k)
+            if _installed("higher"):
+                rows["higher"] = lambda m=model, f=loss, b=batch, k=steps: peers.maml_by_higher(m, f, b, 0.01, k)
+        if _installed("jax") and make.device.type == "cpu":
+            from benchmarks import peers_jax
+
+            rows["JAX jit"] = peers_jax.maml(model, regression, batch, 0.01, steps)
         yield Case(
-            f"supervised on the rows of {name}",
-            {"supervised": lambda m=model, f=loss, b=batch: peers.supervised(m, f, b)},
+            f"MAML meta-gradient {name}",
+            rows,
+            {peer: faster for peer in rows if peer != "fastmeta"},
+            flops=maml_flops(sizes, tasks, shots, queries, steps),
+            yardsticks={"supervised on the same rows": lambda m=model, f=loss, b=batch: peers.supervised(m, f, b)},
+            at_most={} if at_most is None else {"supervised on the same rows": at_most},
         )
+
+
+class Residual(torch.nn.Module):
+    """784-128-128-128-5 with layer norms and residual connections: no chain of layers that formulas could serve."""
+
+    def __init__(self, width: int = 128):
+        super().__init__()
+        self.first, self.head = torch.nn.Linear(784, width), torch.nn.Linear(width, 5)
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(2))
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(width) for _ in range(3))
+
+    def forward(self, x):
+        h = torch.relu(self.norms[0](self.first(x)))
+        for block, norm in zip(self.blocks, self.norms[1:], strict=True):
+            h = h + torch.relu(norm(block(h)))
+        return self.head(h)
+
+
+def modules(make: Make) -> Iterator[Case]:
+    torch.manual_seed(0)
+    model = Residual().to(make.device, make.dtype)
+    tasks, ways, queries, steps = 128, 5, 75, 5
+    batch = TaskBatch(
+        make.normal(tasks, ways, 784), make.balanced_labels(tasks, ways, 1), make.normal(tasks, queries, 784),
+        make.labels(ways, tasks, queries),
+    )  # fmt: skip
+
+    def meta_gradient(engine):
+        maml = MAML(model, inner_lr=0.01, inner_steps=steps, engine=engine)
+        return lambda: torch.autograd.grad(maml(batch).loss, list(maml.parameters()))
+
+    yield Case(
+        "MAML meta-gradient residual net 784-128-128-128-5 with LayerNorm K5 T128",
+        {"fastmeta": meta_gradient("auto"), "vmap engine": meta_gradient("vmap")},
+        {"vmap engine": 5},
+        yardsticks={"supervised on the same rows": lambda: peers.supervised(model, F.cross_entropy, batch)},
+    )
 
 
 def protonets(make: Make) -> Iterator[Case]:
@@ -188,5 +254,6 @@ GROUPS: dict[str, Callable[[Make], Iterator[Case]]] = {
     "fast_weight_update": updates,
     "functional_mlp": mlps,
     "maml": mamls,
+    "maml_module": modules,
     "protonet": protonets,
 }

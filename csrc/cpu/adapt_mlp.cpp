@@ -19,8 +19,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> adapt_mlp(
     Tensor support_x, Tensor support_y, Tensor support_weight, Tensor gram_support, std::vector<Tensor> weights,
     std::vector<Tensor> biases, Tensor rates, std::vector<Tensor> element_rates, int64_t loss, int64_t activation,
     double delta, double momentum, double weight_decay, bool first_order) {
-  const InnerArguments arguments{support_x, support_y,     support_weight, gram_support, weights,  biases,       rates,
-                                 element_rates, loss, activation,     delta,        momentum, weight_decay, first_order};
+  const InnerArguments arguments{support_x,     support_y, support_weight, gram_support, weights,      biases,
+                                 rates,         element_rates, loss, activation, delta, momentum, weight_decay,
+                                 first_order};
   std::vector<Tensor> fast_weights, fast_biases;
   Tensor coefficients;
   by_dtype(kOp, support_x, [&](auto zero) {
@@ -49,8 +50,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor, std
     Tensor support_y, Tensor support_weight, Tensor gram_support, std::vector<Tensor> weights,
     std::vector<Tensor> biases, Tensor rates, std::vector<Tensor> element_rates, int64_t loss, int64_t activation,
     double delta, double momentum, double weight_decay, bool first_order, int64_t needs) {
-  const InnerArguments arguments{support_x, support_y,     support_weight, gram_support, weights,  biases,       rates,
-                                 element_rates, loss, activation,     delta,        momentum, weight_decay, first_order};
+  const InnerArguments arguments{support_x,     support_y, support_weight, gram_support, weights,      biases,
+                                 rates,         element_rates, loss, activation, delta, momentum, weight_decay,
+                                 first_order};
   std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor, std::vector<Tensor>> out;
   by_dtype(kOp, support_x, [&](auto zero) {
     using T = decltype(zero);

@@ -2,7 +2,8 @@
 //
 //   C[i, j] = start[i, j] + factor * (sum_k A[i, k] B[k, j] + other_scale * sum_k A'[i, k] B'[k, j])
 //
-// The second sum is there because tangents come in pairs (d(XY) = dX Y + X dY): one pass, one store.
+// The second sum is there because tangents come in pairs (d(XY) = dX Y + X dY): one pass, one store. relu goes with the
+// store: C = max(0, C), or C where `mask` is positive and 0 elsewhere.
 #pragma once
 
 #include <fastmeta/simd.h>
@@ -27,6 +28,8 @@ struct Product {
   const T* start;  // a row step of 0 repeats one row; may be C
   int64_t start_row;
   T factor = 1;
+  bool relu = false;
+  const T* mask = nullptr;  // with the row step of C
 };
 
 // Rows of a tile by its width in vectors: as many sums as leave registers for the operands.
@@ -97,9 +100,21 @@ __attribute__((noinline)) void along_tiles(const Product<T>& p, int64_t i, int64
     }
     add_along<T, kRows, kVectors>(p.term, i, j, sum);
     const T* start = p.start + i * p.start_row + j;
+    FM_UNROLL for (int r = 0; r < kRows; ++r, start += p.start_row)
+      FM_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] = load(start + v * W) + factor * sum[r][v];
     T* out = p.c + i * p.ldc + j;
-    FM_UNROLL for (int r = 0; r < kRows; ++r, start += p.start_row, out += p.ldc)
-      FM_UNROLL for (int v = 0; v < kVectors; ++v) store(out + v * W, load(start + v * W) + factor * sum[r][v]);
+    if (p.mask) {
+      const T* mask = p.mask + i * p.ldc + j;
+      FM_UNROLL for (int r = 0; r < kRows; ++r, out += p.ldc, mask += p.ldc)
+        FM_UNROLL for (int v = 0; v < kVectors; ++v)
+          store(out + v * W, load(mask + v * W) > 0 ? sum[r][v] : Vec<T>{});
+    } else if (p.relu) {
+      FM_UNROLL for (int r = 0; r < kRows; ++r, out += p.ldc)
+        FM_UNROLL for (int v = 0; v < kVectors; ++v) store(out + v * W, maximum(Vec<T>{}, sum[r][v]));
+    } else {
+      FM_UNROLL for (int r = 0; r < kRows; ++r, out += p.ldc)
+        FM_UNROLL for (int v = 0; v < kVectors; ++v) store(out + v * W, sum[r][v]);
+    }
   }
 }
 
@@ -135,19 +150,21 @@ void multiply_along(int64_t rows, int64_t columns, const Product<T>& p) {
   }
 }
 
-// ---- across: the rows of B are the columns of C, sums run along vectors ----------------------------------------------
+// ---- across: the rows of B are the columns of C, sums run along vectors -----------------------------------------
 
 #if FASTMETA_VECTOR_BYTES >= 32
 FM_INLINE __m256 one_register(Vec<float> v) {
 #if FASTMETA_VECTOR_BYTES == 64
-  return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
+  const __m512 x = (__m512)v;
+  return _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, x, 0), _mm512_maskz_extractf32x8_ps(0xff, x, 1));
 #else
   return (__m256)v;
 #endif
 }
 FM_INLINE __m256d one_register(Vec<double> v) {
 #if FASTMETA_VECTOR_BYTES == 64
-  return _mm256_add_pd(_mm512_castpd512_pd256((__m512d)v), _mm512_maskz_extractf64x4_pd(0xf, (__m512d)v, 1));
+  const __m512d x = (__m512d)v;
+  return _mm256_add_pd(_mm512_maskz_extractf64x4_pd(0xf, x, 0), _mm512_maskz_extractf64x4_pd(0xf, x, 1));
 #else
   return (__m256d)v;
 #endif
@@ -174,12 +191,28 @@ FM_INLINE auto sums_of_four(V a, V b, V c, V d) {
 }
 #endif
 
-// start + factor * sums, four numbers
+// the sum of one vector's lanes in few steps
+template <class T>
+FM_INLINE T lane_sum(Vec<T> v) {
+  const auto sums = sums_of_four(v, Vec<T>{}, Vec<T>{}, Vec<T>{});
+  return T(sums[0]);
+}
+
 template <class T, class V>
-FM_INLINE void store_four(V sums, T factor, const T* start, T* out) {
+FM_INLINE void store_four(const Product<T>& p, V sums, int64_t i, int64_t j) {
   typedef T Four __attribute__((vector_size(4 * sizeof(T))));
   typedef T Unaligned __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
-  *(Unaligned*)out = *(const Unaligned*)start + factor * (Four)sums;
+  Four x = *(const Unaligned*)(p.start + i * p.start_row + j) + p.factor * (Four)sums;
+  if (p.relu) x = Four{} > x ? Four{} : x;
+  if (p.mask) x = *(const Unaligned*)(p.mask + i * p.ldc + j) > 0 ? x : Four{};
+  *(Unaligned*)(p.c + i * p.ldc + j) = x;
+}
+template <class T>
+FM_INLINE void store_one(const Product<T>& p, T sum, int64_t i, int64_t j) {
+  T x = p.start[i * p.start_row + j] + p.factor * sum;
+  if (p.relu) x = T(0) > x ? T(0) : x;
+  if (p.mask) x = p.mask[i * p.ldc + j] > 0 ? x : T(0);
+  p.c[i * p.ldc + j] = x;
 }
 
 template <class T, int kRows, int kColumns>
@@ -217,24 +250,26 @@ __attribute__((noinline)) void across_tiles(const Product<T>& p, int64_t i, int6
         FM_UNROLL for (int c = 0; c < kColumns; ++c) sum[r][c] *= scale;
     }
     add_across<T, kRows, kColumns>(p.term, i, j, sum);
-    FM_UNROLL for (int r = 0; r < kRows; ++r) {
-      const T* start = p.start + (i + r) * p.start_row + j;
-      T* out = p.c + (i + r) * p.ldc + j;
-      if constexpr (kColumns == 4)
-        store_four<T>(sums_of_four(sum[r][0], sum[r][1], sum[r][2], sum[r][3]), p.factor, start, out);
-      else
-        FM_UNROLL for (int c = 0; c < kColumns; ++c) out[c] = start[c] + p.factor * sum_of_lanes<T>(sum[r][c]);
+    FM_UNROLL for (int r = 0; r < kRows; ++r)
+      if constexpr (kColumns == 4) store_four(p, sums_of_four(sum[r][0], sum[r][1], sum[r][2], sum[r][3]), i + r, j);
+    if constexpr (kColumns == 1) {
+      Vec<T> column[4] = {};
+      FM_UNROLL for (int r = 0; r < kRows; ++r) column[r] = sum[r][0];
+      const auto sums = sums_of_four(column[0], column[1], column[2], column[3]);
+      FM_UNROLL for (int r = 0; r < kRows; ++r) store_one<T>(p, T(sums[r]), i + r, j);
     }
   }
 }
 
 template <class T, int kColumns>
 void across_panel(const Product<T>& p, int64_t rows, int64_t j) {
-  constexpr int most = 3;
+  constexpr int most = kColumns == 4 ? 3 : 4;
   const int64_t tiles = divide_up(rows, most);
   if (tiles == 0) return;
   const int64_t fewer = rows / tiles, more = rows - fewer * tiles;
   const auto run = [&](int64_t height, int64_t i, int64_t count) {
+    if constexpr (most == 4)
+      if (height == 4) across_tiles<T, 4, kColumns>(p, i, count, j);
     if (height == 3) across_tiles<T, 3, kColumns>(p, i, count, j);
     if (height == 2) across_tiles<T, 2, kColumns>(p, i, count, j);
     if (height == 1) across_tiles<T, 1, kColumns>(p, i, count, j);

@@ -20,7 +20,8 @@ struct InnerTask : InnerWorker<T> {
   // Logits and loss at `state`; backward also everything that the query rows contribute to, v included.
   void query_pass(const T* state, bool backward) {
     const int64_t outputs = p.widths[layers], count = p.query.count, features = p.widths[p.gram];
-    if (backward) fill_zero(v, this->state_size);
+    if (backward && count == 0) fill_zero(v, net.size);
+    if (backward) fill_zero(seen(), coefficients);
     T total = 0;
     for (int64_t begin = 0; begin < count; begin += this->query_rows) {
       const int64_t n = smaller(this->query_rows, count - begin);
@@ -36,6 +37,7 @@ struct InnerTask : InnerWorker<T> {
       loss.weight = of_task<T>(p.query.weight, task) + begin;
       if (!backward) {
         this->unpad(logits, n, outputs, p.logits_out + (task * count + begin) * outputs);
+        loss.value = true;
         total += row_losses<T>(p.loss, p.delta, loss);
         continue;
       }
@@ -59,13 +61,16 @@ struct InnerTask : InnerWorker<T> {
   void query_backward(const T* state, T* values, int64_t begin, int64_t n, const T* x, int64_t ldx, const T* gram) {
     T *delta = this->query_delta[0], *next = this->query_delta[1];
     for (int64_t l = layers - 1; l >= net.first; --l) {
-      const Layer& a = net.layer[l];
+      const InnerLayer& a = net.layer[l];
       const T* input = l == 0 ? x : values + chunk.value[l];
       const int64_t ld = l == 0 ? ldx : width[l];
-      add_gradient<T>(a, n, delta, input, ld, nullptr, nullptr, v + a.weight, T(1), v + a.weight);
-      if (p.biased) add_column_sums(n, width[l + 1], delta, v + a.bias, T(1), v + a.bias);
+      const bool adds = begin > 0;
+      add_gradient<T>(a, n, delta, input, ld, nullptr, nullptr, adds ? v + a.weight : zeros, adds ? a.np : 0, T(1),
+                      v + a.weight);
+      if (p.biased) add_column_sums(n, width[l + 1], delta, adds ? v + a.bias : zeros, T(1), v + a.bias);
       if (l > 0) {
-        through_layer<T>(a, false, a.query_copied, n, {delta, width[l + 1], state}, {}, T(1), next, zeros, 0);
+        through_layer<T>(a, false, a.query_copied, n, {delta, width[l + 1], state}, {}, T(1), next, zeros, 0,
+                         {false, relu ? values + chunk.slope[l - 1] : nullptr});
         this->pass_activation(chunk, values, l - 1, n, next);
         T* swap = delta;
         delta = next;
@@ -87,7 +92,7 @@ struct InnerTask : InnerWorker<T> {
     }
   }
 
-  // ---- the first layer in the Gram form: its adjoint as what the support rows see of it --------------------------------
+  // ---- the first layer in the Gram form: its adjoint as what the support rows see of it -----------------------------
 
   T* seen() const { return v + net.whole; }
 
@@ -110,10 +115,10 @@ struct InnerTask : InnerWorker<T> {
     multiply_across(n, support, product);
   }
 
-  // ---- back through the steps -----------------------------------------------------------------------------------------
+  // ---- back through the steps --------------------------------------------------------------------------------------
 
   void sweep() {
-    fill_zero(u, this->moment_size);
+    if (!this->plain) fill_zero(u, this->moment_size);
     for (int64_t s = this->segments - 1; s >= 0 && steps > 0; --s) {
       if (s + 1 < this->segments) this->run_again(s);
       const int64_t begin = s * this->segment, end = smaller(steps, begin + this->segment);
@@ -138,7 +143,7 @@ struct InnerTask : InnerWorker<T> {
       for (int64_t l = net.first; l < layers && p.biased; ++l) {
         const T *from = v + net.layer[l].bias, rate = rates[l];
         T* to = r + net.layer[l].bias;
-        map_vectors<T>(width[l + 1], [&](int64_t j) __attribute__((always_inline)) { store(to + j, -rate * load(from + j)); });
+        for (int64_t j = 0; j < width[l + 1]; j += kWidth<T>) store(to + j, -rate * load(from + j));
       }
       if (curvature) {
         net.transpose_copies(v, false);
@@ -181,9 +186,9 @@ struct InnerTask : InnerWorker<T> {
         if (element_gradient) store(this->d_element_rates + i, load(this->d_element_rates + i) - rates[l] * product);
         sums += p.elementwise ? product * load(this->element_rates + i) : product;
       }
-      if (d_rates) d_rates[l] -= sum_of_lanes<T>(sums);
+      if (d_rates) d_rates[l] -= lane_sum<T>(sums);
     });
-    if (p.gram && d_rates) d_rates[0] -= dot<T>(seen(), moment + net.size, coefficients);
+    if (p.gram && d_rates) d_rates[0] -= dot_product<T>(seen(), moment + net.size, coefficients);
   }
 
   // v += H direction, where the direction is in `along` (times -rates, where given); inputs' gradients on the way
@@ -192,46 +197,46 @@ struct InnerTask : InnerWorker<T> {
     T** dot_z = this->dot_z;
     const auto scale = [&](int64_t l) { return rates ? -rates[l] : T(1); };
     for (int64_t l = 0; l < layers; ++l) {
+      const bool hidden = l + 1 < layers;
+      // relu's tangent is formed with the product's store: nothing more is needed of z
+      const ReluStore<T> end{false, relu && hidden ? at + step.slope[l] : nullptr};
+      T* to = relu && hidden ? dot_value[l + 1] : dot_z[l];
       if (l < net.first) {
         const T *from = along + net.whole, factor = scale(0);
-        T* to = dot_z[0];
-        map_vectors<T>(coefficients, [&](int64_t i) __attribute__((always_inline)) { store(to + i, factor * load(from + i)); });
+        map_vectors<T>(coefficients, [&](int64_t i) __attribute__((always_inline)) {
+          const Vec<T> z = factor * load(from + i);
+          store(to + i, end.mask ? (load(end.mask + i) > 0 ? z : Vec<T>{}) : z);
+        });
       } else {
-        const Layer& a = net.layer[l];
+        const InnerLayer& a = net.layer[l];
         const T* bias = r + a.bias;
         const Factor<T> value{this->input(at, l), this->ld_input(l), along};
-        if (l == net.first && l == 0)  // the input has no tangent
-          through_layer<T>(a, true, a.copied, support, value, {}, T(1), dot_z[l], bias, 0, scale(l));
+        if (l == 0)  // the input has no tangent
+          through_layer<T>(a, true, a.copied, support, value, {}, T(1), to, bias, 0, end, scale(l));
         else
-          through_layer<T>(a, true, a.copied, support, {dot_value[l], width[l], state}, value, scale(l), dot_z[l], bias, 0);
+          through_layer<T>(a, true, a.copied, support, {dot_value[l], width[l], state}, value, scale(l), to, bias, 0,
+                           end);
       }
-      if (l + 1 == layers) break;
-      const T* second = step.second[l] >= 0 ? at + step.second[l] : nullptr;
-      if (relu)
-        tangent_through_activation<T, true>(dot_z[l], at + step.slope[l], nullptr, dot_value[l + 1], support * width[l + 1]);
-      else
-        tangent_through_activation<T, false>(dot_z[l], at + step.slope[l], second, dot_value[l + 1], support * width[l + 1]);
+      if (hidden && !relu)
+        tangent_through_activation<T>(dot_z[l], at + step.slope[l], step.second[l] >= 0 ? at + step.second[l] : nullptr,
+                                      dot_value[l + 1], support * width[l + 1]);
     }
     T *delta = dot_z[layers - 1], *next = this->dot_delta[0], *other = this->dot_delta[1];
     times_curvature<T>(p.loss, support, width[layers], at + step.curvature, of_task<T>(p.support.weight, task), delta);
     for (int64_t l = layers - 1; l >= net.first; --l) {
-      const Layer& a = net.layer[l];
+      const InnerLayer& a = net.layer[l];
       const T* plain_delta = at + step.delta[l];
       if (l > 0) {
         through_layer<T>(a, false, a.copied, support, {delta, width[l + 1], state}, {plain_delta, width[l + 1], along},
-                         scale(l), next, zeros, 0);
-        const T* extra = step.second[l - 1] >= 0 ? dot_z[l - 1] : nullptr;
-        if (relu)
-          tangent_of_delta<T, true>(next, at + step.slope[l - 1], extra, next, support * width[l]);
-        else
-          tangent_of_delta<T, false>(next, at + step.slope[l - 1], extra, next, support * width[l]);
+                         scale(l), next, zeros, 0, {false, relu ? at + step.slope[l - 1] : nullptr});
+        if (this->curved) tangent_of_delta<T>(next, at + step.slope[l - 1], dot_z[l - 1], next, support * width[l]);
       } else if (p.d_support_x.base) {
-        through_layer<T>(a, false, a.copied, support, {delta, width[1], state}, {plain_delta, width[1], along}, scale(0),
-                         this->d_support_x, this->d_support_x, width[0]);
+        through_layer<T>(a, false, a.copied, support, {delta, width[1], state}, {plain_delta, width[1], along},
+                         scale(0), this->d_support_x, this->d_support_x, width[0]);
       }
       // along may be v itself: changed only now that it has been read
       add_gradient<T>(a, support, delta, this->input(at, l), this->ld_input(l), l > 0 ? plain_delta : nullptr,
-                      l > 0 ? dot_value[l] : nullptr, v + a.weight, T(1), v + a.weight);
+                      l > 0 ? dot_value[l] : nullptr, v + a.weight, a.np, T(1), v + a.weight);
       if (p.biased) add_column_sums(support, width[l + 1], delta, v + a.bias, T(1), v + a.bias);
       T* swap = l == layers - 1 ? other : delta;
       delta = next;
@@ -243,10 +248,11 @@ struct InnerTask : InnerWorker<T> {
         store(this->d_support_x + i, load(this->d_support_x + i) + load(delta + i));
       });
     add_gram_transposed(support, of_task<T>(p.support.gram, task), delta);
-    if (p.d_gram_support.base) subtract_outer(support, delta, state + net.whole, of_task(p.d_gram_support, task, group));
+    if (p.d_gram_support.base)
+      subtract_outer(support, delta, state + net.whole, of_task(p.d_gram_support, task, group));
   }
 
-  // ---- tasks ----------------------------------------------------------------------------------------------------------
+  // ---- tasks -------------------------------------------------------------------------------------------------------
 
   void write_adapted(const T* state) const {
     for (int64_t l = net.first; l < layers; ++l) {
@@ -257,12 +263,12 @@ struct InnerTask : InnerWorker<T> {
   }
   void take_gradients() {
     for (int64_t l = net.first; l < layers; ++l)
-      net.pack(net.layer[l], of_task<T>(p.grad_weights[l], task), p.biased ? of_task<T>(p.grad_biases[l], task) : nullptr,
-               v);
+      net.pack(net.layer[l], of_task<T>(p.grad_weights[l], task),
+               p.biased ? of_task<T>(p.grad_biases[l], task) : nullptr, v);
     const T* g = of_task<T>(p.grad_coefficients, task);
     for (int64_t i = 0; i < support && p.gram; ++i) {
       T* to = seen() + i * width[1];
-      Net<T>::copy_padded(g + i * p.widths[1], p.widths[1], to, width[1]);
+      InnerNet<T>::copy_padded(g + i * p.widths[1], p.widths[1], to, width[1]);
       for (int64_t j = 0; j < width[1]; ++j) to[j] = -to[j];
     }
   }
@@ -287,7 +293,7 @@ struct InnerTask : InnerWorker<T> {
       });
     };
     for (int64_t l = net.first; l < layers; ++l) {
-      const Layer& a = net.layer[l];
+      const InnerLayer& a = net.layer[l];
       if (weights[l].base) {
         if (weights[l].sum && !end) add(a.weight, a.m * a.np);
         if (weights[l].sum == end) net.unpack_weight(a, end ? sums : block, of_task(weights[l], task, group));

@@ -21,7 +21,7 @@ FM_INLINE T* of_task(const cpu::Target<T>& t, int64_t task, int64_t group) {
   return t.base + t.step * task + t.group_step * group;
 }
 
-struct Layer {
+struct InnerLayer {
   int64_t in, out;
   bool by_input;     // kept [in, out]
   int64_t m, n;      // as kept: rows and columns
@@ -39,15 +39,15 @@ FM_INLINE bool copy_pays(int64_t rows, int64_t n) {
 }
 
 template <class T>
-struct Net {
+struct InnerNet {
   int64_t first, layers;  // those with weights: [first, layers)
-  Layer layer[cpu::kMostInnerLayers];
+  InnerLayer layer[cpu::kMostInnerLayers];
   int64_t size = 0;   // of a block without its copies
   int64_t whole = 0;  // with them
 
-  Net(const cpu::InnerLoop<T>& p) : first(p.gram), layers(p.layers) {
+  InnerNet(const cpu::InnerLoop<T>& p) : first(p.gram), layers(p.layers) {
     for (int64_t l = first; l < layers; ++l) {
-      Layer& a = layer[l];
+      InnerLayer& a = layer[l];
       a.in = p.widths[l];
       a.out = p.widths[l + 1];
       const int64_t kept_by_input = a.in * padded<T>(a.out), kept_by_output = a.out * padded<T>(a.in);
@@ -71,7 +71,7 @@ struct Net {
     }
   }
 
-  void pack(const Layer& a, const T* weight, const T* bias, T* block) const {
+  void pack(const InnerLayer& a, const T* weight, const T* bias, T* block) const {
     T* to = block + a.weight;
     if (a.by_input) {
       transpose(a.out, a.in, weight, a.in, to, a.np, a.np);
@@ -83,12 +83,12 @@ struct Net {
     else
       fill_zero(block + a.bias, padded<T>(a.out));
   }
-  void unpack_weight(const Layer& a, const T* block, T* to) const {
+  void unpack_weight(const InnerLayer& a, const T* block, T* to) const {
     const T* from = block + a.weight;
     if (a.by_input) return transpose(a.in, a.out, from, a.np, to, a.in, a.in);
     for (int64_t o = 0; o < a.out; ++o) memcpy(to + o * a.in, from + o * a.np, size_t(a.in) * sizeof(T));
   }
-  void unpack_bias(const Layer& a, const T* block, T* to) const {
+  void unpack_bias(const InnerLayer& a, const T* block, T* to) const {
     if (a.out > 0) memcpy(to, block + a.bias, size_t(a.out) * sizeof(T));
   }
   static void copy_padded(const T* from, int64_t n, T* to, int64_t np) {
@@ -98,10 +98,17 @@ struct Net {
 
   void transpose_copies(T* block, bool query) const {
     for (int64_t l = first; l < layers; ++l) {
-      const Layer& a = layer[l];
-      if (query ? a.query_copied : a.copied)
-        transpose(a.m, a.n, block + a.weight, a.np, block + a.copy, a.mp, a.mp);
+      const InnerLayer& a = layer[l];
+      if (query ? a.query_copied : a.copied) transpose_small(a, block + a.weight, block + a.copy);
     }
+  }
+  // `transpose` looks ahead in memory, which costs as much again where all is in the first-level cache
+  static void transpose_small(const InnerLayer& a, const T* from, T* to) {
+    constexpr int B = kBlock<T>;
+    if (a.m % B != 0 || a.n % B != 0 || a.m != a.mp || a.m * a.n * int64_t(sizeof(T)) > (16 << 10))
+      return transpose(a.m, a.n, from, a.np, to, a.mp, a.mp);
+    for (int64_t i = 0; i < a.m; i += B)
+      for (int64_t j = 0; j < a.n; j += B) transpose_block<T>(from + i * a.np + j, a.np, to + j * a.mp + i, a.mp);
   }
 };
 
@@ -115,8 +122,14 @@ struct Factor {
 
 // c [rows, padded] = start + factor * (x W^T + scale * y V^T) (`forward`), or the same with W in place of W^T.
 template <class T>
-void through_layer(const Layer& a, bool forward, bool copied, int64_t rows, Factor<T> x, Factor<T> y, T scale, T* c,
-                   const T* start, int64_t start_row, T factor = 1) {
+struct ReluStore {  // of relu
+  bool relu = false;
+  const T* mask = nullptr;
+};
+
+template <class T>
+void through_layer(const InnerLayer& a, bool forward, bool copied, int64_t rows, Factor<T> x, Factor<T> y, T scale,
+                   T* c, const T* start, int64_t start_row, ReluStore<T> end = {}, T factor = 1) {
   const bool along = forward == a.by_input;
   const int64_t columns = along ? a.n : a.m, width = padded<T>(columns);
   const int64_t from = along || !copied ? a.weight : a.copy, b_row = along || !copied ? a.np : a.mp;
@@ -127,6 +140,8 @@ void through_layer(const Layer& a, bool forward, bool copied, int64_t rows, Fact
   p.start_row = start_row;
   p.other_scale = scale;
   p.factor = factor;
+  p.relu = end.relu;
+  p.mask = end.mask;
   if (along || copied) {
     const int64_t depth = along ? a.m : a.n;
     p.term = {x.rows, x.ld, 1, x.block + from, b_row, depth};
@@ -140,16 +155,16 @@ void through_layer(const Layer& a, bool forward, bool copied, int64_t rows, Fact
     for (int64_t i = 0; i < rows; ++i) fill_zero(c + i * width + columns, width - columns);
 }
 
-// to = from + factor * (delta^T input + second_delta^T second_input), as the layer is kept; the second pair may be null.
+// to = from + factor * (delta^T input + delta2^T input2), as the layer is kept; the second pair may be null.
 template <class T>
-void add_gradient(const Layer& a, int64_t rows, const T* delta, const T* input, int64_t ld_input, const T* delta2,
-                  const T* input2, const T* from, T factor, T* to) {
+void add_gradient(const InnerLayer& a, int64_t rows, const T* delta, const T* input, int64_t ld_input, const T* delta2,
+                  const T* input2, const T* from, int64_t from_row, T factor, T* to) {
   const int64_t ld_delta = padded<T>(a.out);
   Product<T> p;
   p.c = to;
   p.ldc = a.np;
   p.start = from;
-  p.start_row = a.np;
+  p.start_row = from_row;
   p.factor = factor;
   const auto term = [&](const T* d, const T* x) __attribute__((always_inline)) {
     return a.by_input ? Term<T>{x, 1, ld_input, d, ld_delta, rows} : Term<T>{d, 1, ld_delta, x, ld_input, rows};
@@ -176,10 +191,10 @@ void add_column_sums(int64_t rows, int64_t n, const T* x, const T* from, T facto
 }
 
 template <class T>
-FM_INLINE T dot(const T* a, const T* b, int64_t n) {
+FM_INLINE T dot_product(const T* a, const T* b, int64_t n) {
   Vec<T> sums = {};
   for (int64_t i = 0; i < n; i += kWidth<T>) sums += load(a + i) * load(b + i);
-  return sum_of_lanes<T>(sums);
+  return lane_sum<T>(sums);
 }
 
 }  // namespace fastmeta::FASTMETA_ISA

@@ -5,14 +5,15 @@
 
 #include "activation_kernel.h"
 #include "inner_loop.h"
+#include "inner_loop_gemm.h"
 #include "kernels.h"
 
 namespace fastmeta::FASTMETA_ISA {
 
 FM_INLINE bool is_curved(int64_t activation) { return activation != cpu::kIdentity && activation != cpu::kRelu; }
 
-// value = phi(z), slope = phi'(z), second = phi''(z); z may be `value`. Of relu only the value: the slope is its sign.
-// n is a multiple of the vector width.
+// value = phi(z), slope = phi'(z), second = phi''(z); z may be `value`. Not relu, which goes
+// with the products. n is a multiple of the vector width.
 template <class T, bool kSecond>
 void activate_curved(int64_t activation, const T* z, T* value, T* slope, T* second, int64_t n) {
   const auto keep = [&](int64_t i, Vec<T> v, Vec<T> first, Vec<T> then) __attribute__((always_inline)) {
@@ -55,44 +56,31 @@ void activate_curved(int64_t activation, const T* z, T* value, T* slope, T* seco
   }
 }
 
-// g * phi': of relu the `slope` is the activation's value
-template <class T, bool kRelu>
-FM_INLINE Vec<T> times_slope(Vec<T> g, Vec<T> slope) {
-  if constexpr (kRelu) return slope > 0 ? g : Vec<T>{};
-  return g * slope;
-}
-
 // delta = b * phi'; second = b * phi'' (of phi'', null: not wanted). b may be `delta`.
-template <class T, bool kRelu>
+template <class T>
 void through_activation(const T* b, const T* slope, T* second, T* delta, int64_t n) {
-  if (second == nullptr)
-    return map_vectors<T>(n, [&](int64_t i) __attribute__((always_inline)) {
-      store(delta + i, times_slope<T, kRelu>(load(b + i), load(slope + i)));
-    });
   map_vectors<T>(n, [&](int64_t i) __attribute__((always_inline)) {
     const Vec<T> g = load(b + i);
-    store(delta + i, times_slope<T, kRelu>(g, load(slope + i)));
-    store(second + i, g * load(second + i));
+    store(delta + i, g * load(slope + i));
+    if (second) store(second + i, g * load(second + i));
   });
 }
 
 // tangent of the activation; z_dot becomes what its curvature adds to the tangent of delta
-template <class T, bool kRelu>
+template <class T>
 void tangent_through_activation(T* z_dot, const T* slope, const T* second, T* value_dot, int64_t n) {
   map_vectors<T>(n, [&](int64_t i) __attribute__((always_inline)) {
     const Vec<T> z = load(z_dot + i);
-    store(value_dot + i, times_slope<T, kRelu>(z, load(slope + i)));
+    store(value_dot + i, z * load(slope + i));
     if (second) store(z_dot + i, z * load(second + i));
   });
 }
 
-// delta_dot = b * phi' + extra (null: nothing); b may be `delta_dot`.
-template <class T, bool kRelu>
+// delta_dot = b * phi' + extra; b may be `delta_dot`.
+template <class T>
 void tangent_of_delta(const T* b, const T* slope, const T* extra, T* delta_dot, int64_t n) {
   map_vectors<T>(n, [&](int64_t i) __attribute__((always_inline)) {
-    Vec<T> g = times_slope<T, kRelu>(load(b + i), load(slope + i));
-    if (extra) g += load(extra + i);
-    store(delta_dot + i, g);
+    store(delta_dot + i, load(b + i) * load(slope + i) + load(extra + i));
   });
 }
 
@@ -106,6 +94,7 @@ struct LossRows {
   const T* target;
   const T* weight;
   T weight_scale = 1;
+  bool value = false;      // whether the sum of losses is wanted
   T* delta = nullptr;      // [rows, ld], null: not wanted; zero in the padding
   T* curvature = nullptr;  // cross entropy: probabilities; else weighted second derivatives
 };
@@ -135,12 +124,13 @@ T cross_entropy_rows(const LossRows<T>& r) {
       sums += e;
       if (d) store(d + j, e);
     }
-    const T sum = sum_of_lanes<T>(sums);
-    total += valid ? r.weight[i] * (T(logarithm(broadcast(sum))[0]) + most - p[label]) : T(0);
+    const T sum = lane_sum<T>(sums);
+    if (r.value && valid) total += r.weight[i] * (T(logarithm(broadcast(sum))[0]) + most - p[label]);
     if (!d) continue;
     const T weight = valid ? r.weight[i] * r.weight_scale : T(0);
+    const T inverse = 1 / sum;
     for (int64_t j = 0; j < r.ld; j += W) {
-      const Vec<T> probability = j < r.classes ? load(d + j) / sum : Vec<T>{};
+      const Vec<T> probability = load(d + j) * inverse;
       if (c) store(c + j, probability);
       store(d + j, probability * weight);
     }
@@ -173,23 +163,22 @@ FM_INLINE void elementwise_loss(Vec<T> p, Vec<T> y, T delta, Vec<T>& loss, Vec<T
 template <class T, int64_t kLoss>
 T elementwise_rows(const LossRows<T>& r, T huber) {
   constexpr int W = kWidth<T>;
-  T total = 0;
+  if (r.classes == 0) return r.rows > 0 ? T(__builtin_nanf("")) : T(0);  // a mean of nothing
+  Vec<T> total = {};
   const T mean = T(1) / T(r.classes);
   for (int64_t i = 0; i < r.rows; ++i) {
-    const Vec<T> weight = broadcast(r.weight[i] * mean * r.weight_scale);
-    Vec<T> sums = {};
+    const T weight = r.weight[i] * mean * r.weight_scale;
     for (int64_t j = 0; j < r.ld; j += W) {
       const IntVec<T> inside = lanes_below<T>(r.classes - j);
       const Vec<T> y = load_first(r.target + i * r.classes + j, smaller(W, r.classes - j));
       Vec<T> loss, first, second;
       elementwise_loss<T, kLoss>(load(r.logits + i * r.ld + j), y, huber, loss, first, second);
-      sums += inside ? loss : Vec<T>{};
+      if (r.value) total += inside ? loss * (r.weight[i] * mean) : Vec<T>{};
       if (r.delta) store(r.delta + i * r.ld + j, inside ? first * weight : Vec<T>{});
       if (r.curvature) store(r.curvature + i * r.ld + j, inside ? second * weight : Vec<T>{});
     }
-    total += r.weight[i] * mean * sum_of_lanes<T>(sums);
   }
-  return total;
+  return lane_sum<T>(total);
 }
 
 // Weighted sum of the rows' losses, and what `r` asks for.
@@ -214,7 +203,7 @@ void times_curvature(int64_t loss, int64_t rows, int64_t ld, const T* curvature,
     }
     Vec<T> sums = {};
     for (int64_t j = 0; j < ld; j += W) sums += load(dot + j) * load(curvature + j);
-    const T mean = sum_of_lanes<T>(sums);
+    const T mean = lane_sum<T>(sums);
     for (int64_t j = 0; j < ld; j += W) store(dot + j, (load(dot + j) - mean) * load(curvature + j) * weight[i]);
   }
 }

@@ -22,7 +22,7 @@ struct StepRows {
 template <class T>
 struct InnerWorker {
   const cpu::InnerLoop<T>& p;
-  const Net<T> net;
+  const InnerNet<T> net;
   const int64_t layers, support, steps;
   const bool gradient, relu, curved;
   const bool sweeps;     // steps are gone through backward
@@ -177,7 +177,7 @@ struct InnerWorker {
   const T* padded_rows(const T* from, int64_t n, int64_t columns, T* room) const {
     if (padded<T>(columns) == columns) return from;
     for (int64_t i = 0; i < n; ++i)
-      Net<T>::copy_padded(from + i * columns, columns, room + i * padded<T>(columns), padded<T>(columns));
+      InnerNet<T>::copy_padded(from + i * columns, columns, room + i * padded<T>(columns), padded<T>(columns));
     return room;
   }
   static void unpad(const T* from, int64_t n, int64_t columns, T* to) {
@@ -192,7 +192,7 @@ struct InnerWorker {
     const T* from = of_task<T>(p.support.x, task);
     if (p.gram) {
       for (int64_t i = 0; i < support; ++i)
-        Net<T>::copy_padded(from + i * p.widths[1], p.widths[1], given + i * width[1], width[1]);
+        InnerNet<T>::copy_padded(from + i * p.widths[1], p.widths[1], given + i * width[1], width[1]);
       return;
     }
     x = support_padded ? padded_rows(from, support, p.widths[0], support_x) : from;
@@ -204,7 +204,7 @@ struct InnerWorker {
   void activate(const StepRows& s, T* at, int64_t l, int64_t n) const {
     const int64_t numbers = n * width[l + 1];
     T* value = at + s.value[l + 1];
-    if (relu) return fastmeta::FASTMETA_ISA::activate(p.activation, value, value, numbers);
+    if (relu) return;  // done with the product's store
     if (s.second[l] >= 0)
       activate_curved<T, true>(p.activation, value, value, at + s.slope[l], at + s.second[l], numbers);
     else
@@ -221,6 +221,7 @@ struct InnerWorker {
     product.ldc = product.start_row = width[1];
     product.start = z;
     product.factor = -1;
+    product.relu = relu && layers > 1;
     product.term = {gram, support, 1, state + net.whole, width[1], support};
     multiply_along(n, width[1], product);
   }
@@ -233,10 +234,10 @@ struct InnerWorker {
       if (l < net.first) {
         from_gram(n, gram, first, state, z);
       } else {
-        const Layer& a = net.layer[l];
+        const InnerLayer& a = net.layer[l];
         const T* input = l == 0 ? first : at + s.value[l];
         through_layer<T>(a, true, copied ? a.query_copied : a.copied, n, {input, l == 0 ? ld_first : width[l], state},
-                         {}, T(1), z, state + a.bias, 0);
+                         {}, T(1), z, state + a.bias, 0, {relu && l + 1 < layers, nullptr});
       }
       if (l + 1 < layers) activate(s, at, l, n);
     }
@@ -254,29 +255,26 @@ struct InnerWorker {
     loss.curvature = step.curvature >= 0 ? at + step.curvature : nullptr;
     row_losses<T>(p.loss, p.delta, loss);
     for (int64_t l = layers - 1; l > 0; --l) {
-      const Layer& a = net.layer[l];
+      const InnerLayer& a = net.layer[l];
       T* next = at + step.delta[l - 1];
-      through_layer<T>(a, false, a.copied, support, {at + step.delta[l], width[l + 1], state}, {}, T(1), next, zeros, 0);
+      through_layer<T>(a, false, a.copied, support, {at + step.delta[l], width[l + 1], state}, {}, T(1), next, zeros, 0,
+                       {false, relu ? at + step.slope[l - 1] : nullptr});
       pass_activation(step, at, l - 1, support, next);
     }
   }
   // delta = b * phi' in place
   void pass_activation(const StepRows& s, T* at, int64_t l, int64_t n, T* b) const {
-    if (p.activation == cpu::kIdentity) return;
-    T* second = s.second[l] >= 0 ? at + s.second[l] : nullptr;
-    if (relu)
-      through_activation<T, true>(b, at + s.slope[l], second, b, n * width[l + 1]);
-    else
-      through_activation<T, false>(b, at + s.slope[l], second, b, n * width[l + 1]);
+    if (!curved) return;  // relu: done with the product's store
+    through_activation<T>(b, at + s.slope[l], s.second[l] >= 0 ? at + s.second[l] : nullptr, b, n * width[l + 1]);
   }
 
   // to = from + factor * gradient, all weights
   void add_gradients(const T* at, const T* from, const T* rates, T factor, T* to) const {
     for (int64_t l = net.first; l < layers; ++l) {
-      const Layer& a = net.layer[l];
+      const InnerLayer& a = net.layer[l];
       const T f = rates ? factor * rates[l] : factor;
-      add_gradient<T>(a, support, at + step.delta[l], input(at, l), ld_input(l), nullptr, nullptr, from + a.weight, f,
-                      to + a.weight);
+      add_gradient<T>(a, support, at + step.delta[l], input(at, l), ld_input(l), nullptr, nullptr, from + a.weight,
+                      a.np, f, to + a.weight);
       if (p.biased)
         add_column_sums(support, width[l + 1], at + step.delta[l], from + a.bias, f, to + a.bias);
     }
@@ -286,7 +284,7 @@ struct InnerWorker {
   template <class F>
   void by_layer(const F& f) const {
     for (int64_t l = net.first; l < layers; ++l) {
-      const Layer& a = net.layer[l];
+      const InnerLayer& a = net.layer[l];
       f(l, a.weight, a.weight + a.m * a.np);
       if (p.biased) f(l, a.bias, a.bias + width[l + 1]);
     }

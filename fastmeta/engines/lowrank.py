@@ -13,7 +13,7 @@ all steps.
 
 All of it are differentiable torch operations: the exact second-order meta-gradient is one plain backward
 pass. What a task adds is `S` rows per step, so this form pays while `inner_steps * S` is small beside the
-layers' widths.
+layers' widths. The formulas below are for plain MLPs; any other module is served by `lowrank_module.py`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,41 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _activations
-from ._base import InnerLoop
+from ._base import Engine, InnerLoop, Parameters
+from ._losses import MeanSquaredError
 from .inspect import MLPSpec, mlp_spec
-from .layerwise import LayerwiseEngine, rows
+from .layerwise import LayerwiseEngine, rows, why_no_formulas
+from .lowrank_module import LowRankModuleEngine
 
 
-class LowRankEngine(LayerwiseEngine):
-    """Explicit formulas on low-rank fast weights: MLPs with `cross_entropy` or `mse`, few support rows and steps."""
+class LowRankEngine:
+    """Low-rank fast weights: explicit formulas in an MLP, probes on the linear layers of any other module."""
 
+    name = "lowrank"
+
+    def why_not(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
+        return _form(model, inner, support_x).why_not(model, inner, support_x)
+
+    def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
+        return _form(model, inner, support_x).why_slow(model, inner, support_x)
+
+    def adapt(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
+        return _form(model, inner, support_x).adapt(model, inner, support_x, support_y)
+
+    def query(
+        self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
+    ) -> Tensor:
+        return _form(model, inner, support_x).query(model, inner, support_x, support_y, query_x)
+
+    def predict(self, model: nn.Module, weights: Parameters, x: Tensor) -> Tensor:
+        return _form(model, _NO_STEPS, x).predict(model, weights, x)  # its loss is not asked for
+
+
+def _form(model: nn.Module, inner: InnerLoop, x: Tensor) -> Engine:
+    return _PROBES if why_no_formulas(model, inner, x) else _FORMULAS
+
+
+class _LowRankFormulas(LayerwiseEngine):
     name = "lowrank"
 
     def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
@@ -75,6 +102,10 @@ class LowRankEngine(LayerwiseEngine):
             for layer, a, delta in zip(layers, inputs, reversed(deltas), strict=True):
                 layer.step(a, delta)
         return _forward(spec, layers, dense_query, gram_query)[2]
+
+
+_FORMULAS, _PROBES = _LowRankFormulas(), LowRankModuleEngine()
+_NO_STEPS = InnerLoop(0.0, 0, False, MeanSquaredError())
 
 
 class _Layer:

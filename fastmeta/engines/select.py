@@ -5,12 +5,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ._base import Engine, InnerLoop
+from .fused import FusedEngine
 from .layerwise import LayerwiseEngine
 from .lowrank import LowRankEngine
 from .vmap import VmapEngine
 
 # Fastest first; the last one serves everything.
-ENGINES: dict[str, Engine] = {engine.name: engine for engine in (LowRankEngine(), LayerwiseEngine(), VmapEngine())}
+ENGINES: dict[str, Engine] = {
+    engine.name: engine for engine in (FusedEngine(), LowRankEngine(), LayerwiseEngine(), VmapEngine())
+}
 
 
 def choose(name: str, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> Engine:

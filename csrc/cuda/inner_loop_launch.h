@@ -1,0 +1,131 @@
+// The kernels of the fused inner loops and how they are launched: a block runs a task from start to end.
+#pragma once
+
+#include "inner_loop_sums.h"
+#include "inner_loop_sweep.h"
+
+namespace fastmeta::cuda {
+
+// Blocks of the most threads that a multiprocessor's registers are shared out for; of 128 threads, twice as many.
+template <class A, bool kChip>
+constexpr int kInnerBlocks = sizeof(A) > sizeof(float) ? 1 : kChip ? 3 : 2;
+
+// kChip: a block's memory is its shared memory. kMeta: with query rows, else for the adapted weights.
+template <class A, bool kChip, bool kMeta, bool kBackward>
+__global__ void __launch_bounds__(kInnerThreads, (kInnerBlocks<A, kChip>))
+    inner_loop_kernel(const __grid_constant__ InnerLoop p) {
+  FM_DYNAMIC_SHARED(shared);
+  A* scratch = static_cast<A*>(p.scratch) + p.block_scratch * blockIdx.x;
+  InnerTask<A> t(p, kChip ? reinterpret_cast<A*>(shared) : scratch + p.kept, scratch);
+  FM_EACH(task, x, p.tasks) {
+    t.task = task;
+    t.first_task = task == blockIdx.x;
+    t.start();
+    if (kBackward) t.start_gradients();
+    __syncthreads();
+    if (kMeta || !kBackward || p.sweeps) t.adapt(kBackward && p.sweeps);
+    if (kBackward) {
+      if (kMeta)
+        t.query_backward();
+      else
+        t.take_gradients();
+      __syncthreads();
+      if (p.sweeps) t.sweep();
+      t.finish_gradients();
+    } else if (kMeta) {
+      t.query_forward();
+    } else {
+      t.give_adapted();
+    }
+    __syncthreads();
+  }
+}
+
+template <class F>
+void by_exact_dtype(Dtype dtype, const F& f) {
+  if (dtype == Dtype::f32) return f(Type<float>{});
+  if (dtype == Dtype::f64) return f(Type<double>{});
+}
+
+// What the device gives: bytes of shared memory for one block, and how many blocks it runs at once.
+struct InnerDevice {
+  int64_t shared = 0;
+  int processors = 1;
+
+  InnerDevice() {
+#ifdef FASTMETA_HOST
+    const char* limit = getenv("FASTMETA_HOST_SHARED");
+    shared = limit ? atoll(limit) : 160 << 10;
+#else
+    int device = 0, bytes = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    shared = bytes;
+#endif
+  }
+
+  template <class Kernel>
+  int64_t blocks(Kernel kernel, int threads, size_t bytes) const {
+#ifdef FASTMETA_HOST
+    (void)kernel, (void)threads, (void)bytes;
+    return 3;  // as many as the emulation runs
+#else
+    if (bytes > 0) {
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    }
+    int each = 0;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, bytes);
+    return int64_t(each > 0 ? each : 1) * processors;
+#endif
+  }
+};
+
+constexpr int64_t kInnerScratch = int64_t(256) << 20;  // bytes, as long as one block needs no more
+
+template <class A, bool kMeta, bool kBackward, class F>
+void with_inner_kernel(bool on_chip, const F& f) {
+  if (on_chip)
+    f(inner_loop_kernel<A, true, kMeta, kBackward>);
+  else
+    f(inner_loop_kernel<A, false, kMeta, kBackward>);
+}
+
+template <bool kMeta, bool kBackward>
+InnerPlan plan_inner_loop(Dtype dtype, InnerLoop& p) {
+  InnerPlan plan{};
+  by_exact_dtype(dtype, [&](auto type) {
+    using A = typename decltype(type)::type;
+    const InnerDevice device;
+    const int64_t bytes = lay_out(p, kBackward, kMeta, sizeof(A), device.shared);
+    plan.block_elements = bytes / int64_t(sizeof(A));
+    plan.on_chip = bytes <= device.shared;
+    plan.shared = plan.on_chip ? size_t(bytes) : 0;
+    p.block_scratch = p.kept + (plan.on_chip ? 0 : (plan.block_elements + 3) & ~int64_t(3));
+    p.partials = shared_gradients(p).size;
+    with_inner_kernel<A, kMeta, kBackward>(
+        plan.on_chip, [&](auto kernel) { plan.blocks = device.blocks(kernel, p.threads, plan.shared); });
+    const int64_t each = p.block_scratch + p.partials;
+    const int64_t room = each > 0 ? kInnerScratch / int64_t(sizeof(A)) / each : plan.blocks;
+    plan.blocks = smaller(plan.blocks, smaller(p.tasks, room > 1 ? room : 1));
+    plan.scratch = plan.blocks * each;
+  });
+  return plan;
+}
+
+template <bool kMeta, bool kBackward>
+void launch_inner_loop(Dtype dtype, InnerLoop p, const InnerPlan& plan, void* scratch, void* stream) {
+  by_exact_dtype(dtype, [&](auto type) {
+    using A = typename decltype(type)::type;
+    A* partials = static_cast<A*>(scratch) + plan.blocks * p.block_scratch;
+    p.scratch = scratch;
+    const InnerSums sums = shared_gradients(p, partials);
+    with_inner_kernel<A, kMeta, kBackward>(plan.on_chip, [&](auto kernel) {
+      launch(kernel, {plan.blocks}, p.threads, plan.shared, stream, p);
+    });
+    if (kBackward) launch_inner_sums<A>(sums, partials, plan.blocks, stream);
+  });
+}
+
+}  // namespace fastmeta::cuda

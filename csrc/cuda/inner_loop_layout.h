@@ -1,0 +1,170 @@
+// Where everything lies in a block's memory: planned on the host, for a limit of bytes.
+#pragma once
+
+#include "device.h"
+
+#include <fastmeta/launch_inner_loop.h>
+
+namespace fastmeta::cuda {
+
+constexpr int kInnerThreads = 288;  // at most
+
+__host__ __device__ __forceinline__ int whole(int n) { return (n + 3) & ~3; }
+
+namespace inner_layout {
+
+// Rows of weights, an odd number of times four elements long: eight rows start in different banks.
+inline int apart(int n) { return 4 * (divide_up(n, 4) | 1); }
+
+struct Carver {
+  int64_t used = 0;
+  int take(int64_t rows, int64_t ld) {
+    const int64_t at = used;
+    used += (rows * ld + 3) & ~int64_t(3);
+    return int(at);
+  }
+};
+
+inline bool bent(const InnerLoop& p) {
+  return p.activation != Activation::identity && p.activation != Activation::relu;
+}
+
+inline void states(InnerLoop& p) {
+  Carver c;
+  for (int l = 0; l < p.layers; ++l) {
+    InnerLayer& a = p.layer[l];
+    a.columns = a.in + p.biased;
+    a.ldw = apart(a.columns);
+    a.ld_in = whole(a.columns);
+    if (l >= p.first) a.at = c.take(whole(a.out), a.ldw);
+  }
+  p.first_state = int(c.used);
+  if (p.first) {
+    InnerLayer& a = p.layer[0];
+    a.columns = a.out;
+    a.ldw = whole(a.out);
+    a.at = c.take(whole(p.support.rows), a.ldw);
+  }
+  p.state = int(c.used);
+}
+
+// The support rows' record of one step.
+inline void record(InnerLoop& p, bool second, Carver& c) {
+  const int64_t rows = p.support.rows;
+  p.record = int(c.used);
+  for (int l = 0; l < p.layers; ++l) {
+    InnerLayer& a = p.layer[l];
+    InnerPlaces& s = a.support;
+    s = {};
+    if (l + 1 < p.layers) {
+      const int ld = p.layer[l + 1].ld_in;
+      s.value = c.take(rows, ld);
+      s.slope = bent(p) ? c.take(rows, ld) : s.value;
+      s.bend = bent(p) && second ? c.take(rows, ld) : 0;
+    }
+    s.ld_delta = whole(a.out);
+    s.delta = c.take(rows, s.ld_delta);
+  }
+  p.curve = second ? c.take(rows, whole(p.layer[p.layers - 1].out)) : 0;
+  p.record_size = int(c.used) - p.record;
+}
+
+// Query rows: going back, deltas take the place of what they are multiplied by.
+inline void query(InnerLoop& p, Carver& c) {
+  const int64_t rows = p.chunk;
+  p.ld_query_x = p.ldx;
+  p.query_x = c.take(rows, p.ldx);
+  for (int l = 0; l < p.layers; ++l) {
+    InnerPlaces& q = p.layer[l].query;
+    q = {};
+    if (l + 1 < p.layers) {
+      q.ld_delta = p.layer[l + 1].ld_in;
+      q.value = c.take(rows, q.ld_delta);
+      q.slope = q.delta = bent(p) ? c.take(rows, q.ld_delta) : q.value;
+    } else {
+      q.ld_delta = whole(p.layer[l].out);
+      q.delta = c.take(rows, q.ld_delta);
+    }
+  }
+}
+
+inline void tangents(InnerLoop& p, Carver& c) {
+  for (int l = 0; l < p.layers; ++l) {
+    InnerLayer& a = p.layer[l];
+    a.dot_value = l + 1 < p.layers ? c.take(p.support.rows, p.layer[l + 1].ld_in) : 0;
+    a.dot_delta = c.take(p.support.rows, a.support.ld_delta);
+  }
+}
+
+// Places for everything; returns the elements of a block's memory.
+inline int64_t place(InnerLoop& p, bool backward, bool has_query, int chunk) {
+  p.chunk = chunk;
+  p.plain = p.momentum == 0 && p.weight_decay == 0 && !p.elementwise;
+  p.sweeps = p.curvature = p.wants_rates = 0;
+  if (backward && p.steps > 0) {
+    p.wants_rates = p.d_rates.data != nullptr;
+    for (int l = p.first; l < p.layers; ++l)
+      p.wants_rates |= p.layer[l].d_weight_rate.data || p.layer[l].d_bias_rate.data;
+    p.curvature = !p.first_order;
+    p.sweeps = p.curvature || p.wants_rates || p.weight_decay != 0;
+  }
+  p.keeps_moments = p.wants_rates && p.momentum != 0;
+  states(p);
+  Carver c;
+  const auto state = [&](bool wanted) { return wanted ? c.take(1, p.state) : 0; };
+  p.weights = state(true);
+  p.adjoint = state(backward);
+  p.direction = backward && p.sweeps && !p.plain ? state(true) : p.adjoint;
+  p.moment_adjoint = state(p.sweeps && p.momentum != 0);
+  p.moment = state(p.momentum != 0);
+  p.ldx = p.first ? whole(p.support.rows) : p.layer[0].ld_in;
+  p.layer[0].ld_in = p.ldx;
+  p.x = c.take(p.support.rows, p.ldx);
+  // What is not needed at the same time shares its place: a step's rows outlive the query rows only going backward.
+  Carver steps = c;
+  record(p, p.curvature, steps);
+  if (backward) c = steps;
+  Carver query_rows = c, dots = c, sums = c;
+  if (has_query) query(p, query_rows);
+  if (p.curvature) tangents(p, dots);
+  p.sums = sums.take(p.layers, p.threads + 8);
+  int64_t used = steps.used;
+  for (const Carver& other : {query_rows, dots, sums}) used = other.used > used ? other.used : used;
+  p.kept_states = 0;
+  p.kept_records = p.sweeps ? int64_t(p.steps - 1) * p.state : 0;
+  p.kept_moments = p.kept_records + (p.sweeps ? int64_t(p.steps - 1) * p.record_size : 0);
+  p.kept = p.kept_moments + (p.keeps_moments ? int64_t(p.steps) * p.state : 0);
+  return used + 8;  // four columns are read at once, at the last row too
+}
+
+// Threads that suit the most tiles that a product has.
+inline int threads_for(const InnerLoop& p) {
+  const int64_t rows = p.query.rows > p.support.rows ? p.query.rows : p.support.rows;
+  int64_t most = 0;
+  for (int l = 0; l < p.layers; ++l) {
+    const InnerLayer& a = p.layer[l];
+    const int64_t out = divide_up(a.out, 4), in = l >= p.first ? divide_up(a.in + p.biased, 4) : 0;
+    for (int64_t tiles : {out * in, divide_up<int64_t>(rows, 2) * out}) most = tiles > most ? tiles : most;
+  }
+  return most > 160 ? kInnerThreads : 128;
+}
+
+}  // namespace inner_layout
+
+// Lays out a block's memory within `limit` bytes if it can, with fewer query rows at a time if it must; returns the
+// bytes, or more than the limit.
+inline int64_t lay_out(InnerLoop& p, bool backward, bool has_query, int64_t element, int64_t limit) {
+  constexpr int kFewRows = 16, kManyRows = 128;
+  p.threads = inner_layout::threads_for(p);
+  const int rows = has_query ? p.query.rows : 0;
+  int64_t bytes = 0;
+  for (int parts = divide_up(rows > 0 ? rows : 1, kManyRows);; ++parts) {
+    const int chunk = divide_up(rows, parts);
+    bytes = inner_layout::place(p, backward, has_query, chunk) * element;
+    if (bytes <= limit || chunk <= kFewRows) break;
+  }
+  if (bytes > limit) bytes = inner_layout::place(p, backward, has_query, smaller(rows, kManyRows)) * element;
+  return bytes;
+}
+
+}  // namespace fastmeta::cuda

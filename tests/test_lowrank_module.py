@@ -1,0 +1,546 @@
+"""Low-rank fast weights in modules that are no plain MLP, against a plain Python loop over tasks in float64."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastmeta.algorithms import MAML
+from fastmeta.engines import InnerLoop, as_loss, lowrank_module
+from fastmeta.engines._linears import LowRank
+from fastmeta.engines._trace import traced
+from fastmeta.engines.lowrank_module import LowRankModuleEngine
+
+ENGINE = LowRankModuleEngine()
+LOSSES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.n1, self.n2 = nn.LayerNorm(8), nn.LayerNorm(8)
+
+    def forward(self, x):
+        x = F.gelu(self.n1(self.a(x.flatten(1))))
+        x = x + F.gelu(self.n2(self.b(x)))
+        return self.d(F.gelu(self.c(x)))
+
+
+class Twice(nn.Module):
+    """One layer in two places, and another layer's weight without its bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.a(torch.tanh(self.a(x))))
+        return self.c(torch.tanh(F.linear(self.b(x), self.b.weight)))
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token, self.mix, self.out = nn.Linear(6, 5), nn.Linear(4, 4, bias=False), nn.Linear(5, 3)
+
+    def forward(self, x):  # [B, 4, 6]
+        x = torch.tanh(self.token(x))
+        x = x + self.mix(x.mT).mT
+        return self.out(x.mean(1))
+
+
+class Direct(nn.Module):
+    """Weights used otherwise than as a linear layer: these have a copy per task."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(6, 6), nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.scale, self.never = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(2))
+
+    def forward(self, x):
+        x = torch.tanh(self.a(x)) @ self.a.weight.mT
+        x = torch.tanh(self.b(x)) * self.scale + self.b.bias
+        assert self.c.weight.shape == (5, 5) and self.c.weight.dtype == x.dtype
+        with torch.no_grad():
+            x = x + self.c(x)
+        return self.d(torch.tanh(self.c(x)))
+
+
+class SharedBias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.b.bias = self.a.bias
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+class Straight(torch.autograd.Function):
+    """A linear layer with a gradient of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight):
+        return F.linear(x, weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return 2 * gradient @ weight, 3 * gradient.mT @ x
+
+
+class OwnGradient(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 5, bias=False), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.b(torch.tanh(Straight.apply(x, self.a.weight)))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):  # [B, 4, 6]
+        q, k, v = (f(x).unflatten(-1, (2, 3)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).mean(1))
+
+
+class Multihead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.attention, self.out = (
+            nn.Linear(6, 6),
+            nn.MultiheadAttention(6, 2, batch_first=True),
+            nn.Linear(6, 3),
+        )
+
+    def forward(self, x):
+        x = self.fc(x)
+        return self.out(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+class Embedded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.fc, self.out = nn.Embedding(6, 4), nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.embedding((x * 3).long().abs() % 6).mean(1)
+        return self.out(torch.relu(self.fc(x)))
+
+
+class Nested(nn.Module):
+    """A transform inside `forward`: what a probe would see of it is not what it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = torch.func.vmap(lambda row: torch.tanh(self.a(row)))(x)
+        return self.c(torch.tanh(torch.func.grad(lambda x: self.b(x).sin().sum())(x)))
+
+
+def hooked():
+    model = Residual()
+    model.b.register_forward_hook(lambda module, args, output: output * 2 + module.bias.sin())
+    return model
+
+
+def batch_norm(**options):
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, **options), nn.Tanh(), nn.Linear(8, 3))
+
+
+def frozen(*names):
+    def make():
+        model = Residual()
+        for name in names:
+            model.get_parameter(name).requires_grad_(False)
+        return model
+
+    return make
+
+
+MODELS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3)), (6,)),
+    "residual": (Residual, (6,)),
+    "residual_image": (Residual, (1, 2, 3)),
+    "batch_norm": (lambda: batch_norm(track_running_stats=False), (6,)),
+    "conv": (
+        lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3, track_running_stats=False), nn.Tanh(), nn.Flatten(),
+                              nn.Linear(27, 5), nn.Tanh(), nn.Linear(5, 3)),
+        (1, 4, 4),
+    ),
+    "instance_norm": (
+        lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 2), nn.InstanceNorm1d(4, affine=True),
+                              nn.Flatten(), nn.Linear(8, 3)),
+        (6,),
+    ),
+    "group_norm": (lambda: nn.Sequential(nn.Linear(6, 4), nn.GroupNorm(2, 4), nn.Linear(4, 3)), (6,)),
+    "rms_norm": (lambda: nn.Sequential(nn.Linear(6, 4), nn.RMSNorm(4), nn.Linear(4, 3)), (6,)),
+    "weight_norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3)),
+        (6,),
+    ),
+    "twice": (Twice, (6,)),
+    "tied": (Tied, (6,)),
+    "shared_bias": (SharedBias, (6,)),
+    "direct": (Direct, (6,)),
+    "own_gradient": (OwnGradient, (6,)),
+    "no_bias": (lambda: nn.Sequential(nn.Linear(6, 5, bias=False), nn.LayerNorm(5), nn.Linear(5, 3, bias=False)), (6,)),
+    "frozen_weight": (frozen("b.weight", "a.weight", "n1.bias"), (6,)),
+    "frozen_bias": (frozen("a.bias", "c.bias"), (6,)),
+    "frozen_layer": (frozen("a.weight", "a.bias", "d.weight", "d.bias"), (6,)),
+    "tokens": (Tokens, (4, 6)),
+    "token_mlp": (lambda: nn.Sequential(nn.Linear(6, 4), nn.GELU(), nn.Linear(4, 3), nn.Flatten(1)), (2, 6)),
+    "attention": (Attention, (4, 6)),
+    "embedded": (Embedded, (6,)),
+    "nested": (Nested, (6,)),
+    "hooked": (hooked, (6,)),
+    "in_place": (lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.LayerNorm(5), nn.Linear(5, 3)), (6,)),
+    "multihead": (Multihead, (4, 6)),
+}  # fmt: skip
+
+
+def make(name, loss="cross_entropy", *, tasks=3, support=4, query=5, outputs=3, seed=0):
+    torch.manual_seed(seed)
+    factory, shape = MODELS[name]
+    model = factory().double()
+
+    def pair(rows):
+        x = torch.randn(tasks, rows, *shape, dtype=torch.float64)
+        if loss == "mse":
+            return x, torch.randn(tasks, rows, outputs, dtype=torch.float64)
+        return x, torch.randint(0, outputs, (tasks, rows))
+
+    return model, (*pair(support), *pair(query))
+
+
+def gradients_of(loss, model):
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(named, gradients, strict=True))
+
+
+def oracle(model, batch, loss, lr, steps, first_order=False):
+    """MAML as the paper writes it, one task after the other, by autograd through autograd."""
+    slow = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    losses, fasts = [], []
+    for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
+        fast = slow
+        for _ in range(steps):
+            support_loss = loss(functional_call(model, fast, (support_x,)), support_y)
+            gradients = torch.autograd.grad(
+                support_loss,
+                list(fast.values()),
+                create_graph=not first_order,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            fast = {name: w - lr * g for (name, w), g in zip(fast.items(), gradients, strict=True)}
+        losses.append(loss(functional_call(model, fast, (query_x,)), query_y))
+        fasts.append(fast)
+    losses = torch.stack(losses)
+    stacked = {name: torch.stack([fast[name] for fast in fasts]).detach() for name in slow}
+    return losses.detach(), gradients_of(losses.mean(), model), stacked
+
+
+def inner_loop(loss, lr, steps, first_order=False):
+    return InnerLoop(lr, steps, first_order, as_loss(loss))
+
+
+def result(model, batch, inner, engine=ENGINE):
+    assert engine.why_not(model, inner, batch[0]) is None
+    losses = inner.loss.per_task(engine.query(model, inner, *batch[:3]), batch[3])
+    return losses, gradients_of(losses.mean(), model)
+
+
+def assert_same(actual, expected, tolerance=1e-10):
+    torch.testing.assert_close(actual[0], expected[0], rtol=tolerance, atol=tolerance)
+    assert actual[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(
+            actual[1][name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.fixture(params=["low_rank", "per_task", "mixed"])
+def form(request, monkeypatch):
+    """All layers in low-rank form; none; or as the engine decides, which for these sizes is some of them."""
+    if request.param != "mixed":
+        monkeypatch.setattr(lowrank_module, "ROWS_PER_WIDTH", {"low_rank": 1e9, "per_task": 0.0}[request.param])
+
+
+@pytest.fixture
+def all_low_rank(monkeypatch):
+    monkeypatch.setattr(lowrank_module, "ROWS_PER_WIDTH", 1e9)
+
+
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+@pytest.mark.parametrize("name", MODELS)
+def test_meta_gradient_is_the_oracles(form, name, first_order):
+    outputs = 6 if name == "token_mlp" else 3
+    model, batch = make(name, outputs=outputs)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused form has no second derivative
+        *expected, fast = oracle(model, batch, F.cross_entropy, 0.5, 3, first_order)
+    inner = inner_loop("cross_entropy", 0.5, 3, first_order)
+    assert_same(result(model, batch, inner), expected)
+    adapted = ENGINE.adapt(model, inner, *batch[:2])
+    for parameter, weight in fast.items():
+        torch.testing.assert_close(adapted[parameter].detach(), weight, rtol=1e-10, atol=1e-10)
+
+
+def test_what_is_found():
+    def found(name):
+        model, batch = make(name)
+        trace = traced(model, batch[0])
+        return trace.biases, [use.weight for use in trace.uses], trace.constant
+
+    every = {f"{n}.weight": f"{n}.bias" for n in "abcd"}
+    assert found("residual_image") == (every, list(every), {"a.weight"})
+    assert found("twice") == (
+        {"a.weight": "a.bias", "b.weight": None, "c.weight": "c.bias"},
+        ["a.weight", "a.weight", "b.weight", "b.weight", "c.weight"],
+        set(),
+    )
+    assert found("tied") == ({"a.weight": None, "c.weight": "c.bias"}, ["a.weight", "a.weight", "c.weight"], set())
+    assert found("shared_bias")[0] == {"a.weight": None, "b.weight": None, "c.weight": "c.bias"}
+    assert found("direct")[0] == {"b.weight": None, "d.weight": "d.bias"}
+    assert found("own_gradient")[0] == {"b.weight": "b.bias"}
+    assert found("nested")[0] == {"c.weight": "c.bias"}
+    assert found("hooked")[0]["b.weight"] is None
+    assert found("multihead")[0] == {"fc.weight": "fc.bias", "out.weight": "out.bias"}
+    assert found("frozen_weight")[0] == {"c.weight": "c.bias", "d.weight": "d.bias"}
+    assert found("frozen_bias")[0] == every | {"a.weight": None, "c.weight": None}
+    assert found("tokens")[1:] == (["token.weight", "mix.weight", "out.weight"], {"token.weight"})
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 7])
+def test_steps(all_low_rank, steps):
+    model, batch = make("residual", "mse")
+    expected = oracle(model, batch, F.mse_loss, 0.1, steps)[:2]
+    assert_same(result(model, batch, inner_loop("mse", 0.1, steps)), expected)
+
+
+def test_custom_loss(all_low_rank):
+    def loss(prediction, target):
+        return (F.layer_norm(prediction, (3,)) - target).abs().pow(3).mean() + prediction.exp().mean()
+
+    for name in ("residual", "mlp", "tokens"):
+        model, batch = make(name, "mse")
+        assert_same(result(model, batch, inner_loop(loss, 0.1, 2)), oracle(model, batch, loss, 0.1, 2)[:2])
+
+
+def test_running_statistics_do_not_change(all_low_rank):
+    torch.manual_seed(0)
+    model, batch = batch_norm().double(), make("batch_norm")[1]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    actual = result(model, batch, inner_loop("cross_entropy", 0.5, 2))
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert_same(actual, oracle(model, batch, F.cross_entropy, 0.5, 2)[:2])
+
+
+def test_inputs_may_need_gradients(all_low_rank):
+    model, batch = make("residual", "mse")
+    for tensor in batch:
+        tensor.requires_grad_()
+    actual = F.mse_loss(ENGINE.query(model, inner_loop("mse", 0.3, 3), *batch[:3]), batch[3])
+    gradients = [torch.autograd.grad(loss, batch) for loss in (actual, losses(model, batch).mean())]
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def losses(model, batch):
+    return torch.stack([task_loss(model, dict(model.named_parameters()), task) for task in zip(*batch, strict=True)])
+
+
+def task_loss(model, fast, task, lr=0.3, steps=3):
+    for _ in range(steps):
+        loss = F.mse_loss(functional_call(model, fast, (task[0],)), task[1])
+        gradients = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+        fast = {name: w - lr * g for (name, w), g in zip(fast.items(), gradients, strict=True)}
+    return F.mse_loss(functional_call(model, fast, (task[2],)), task[3])
+
+
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+def test_under_torch_func(all_low_rank, first_order):
+    """`torch.func.grad` of the whole, and vmap over a stack of slow weights (an ensemble of meta-learners)."""
+    model, batch = make("residual", "mse")
+    maml = MAML(model, inner_lr=0.3, inner_steps=3, loss="mse", engine="lowrank", first_order=first_order)
+    expected = oracle(model, batch, F.mse_loss, 0.3, 3, first_order)[1]
+    slow = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+
+    def loss(slow):
+        return functional_call(maml, slow, (batch,)).loss
+
+    gradients = torch.func.grad(loss)(slow)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[f"model.{name}"], gradient, rtol=1e-10, atol=1e-10)
+    stacked = {name: torch.stack([p, p * 0.5]) for name, p in slow.items()}
+    both = torch.func.vmap(torch.func.grad(loss))(stacked)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(both[name][0], gradient, rtol=1e-10, atol=1e-10)
+
+
+def test_no_grad_adapts_all_the_same(all_low_rank):
+    model, batch = make("residual")
+    inner = inner_loop("cross_entropy", 0.5, 3)
+    with torch.no_grad():
+        actual = ENGINE.query(model, inner, *batch[:3])
+    assert not actual.requires_grad
+    torch.testing.assert_close(actual, ENGINE.query(model, inner, *batch[:3]).detach())
+
+
+def test_one_dense_product_per_layer_and_no_weight_per_task(all_low_rank):
+    """The slow weight meets all rows of all tasks at once, and nothing of the size `[T, O, I]` is ever made."""
+
+    class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.dense = set(), []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **(kwargs or {}))
+            if isinstance(output, torch.Tensor):
+                self.seen.add(output.numel())
+            if func in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+                self.dense.append(tuple(output.shape))
+            return output
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(31, 37), nn.LayerNorm(37), nn.Linear(37, 41), nn.GELU(), nn.Linear(41, 3)).double()
+    support_x, query_x = torch.randn(4, 2, 31, dtype=torch.float64), torch.randn(4, 7, 31, dtype=torch.float64)
+    support_y, query_y = torch.randint(0, 3, (4, 2)), torch.randint(0, 3, (4, 7))
+    inner = inner_loop("cross_entropy", 0.1, 2)
+    traced(model, support_x)
+    with Shapes() as shapes:
+        output = ENGINE.query(model, inner, support_x, support_y, query_x)
+        forward = list(shapes.dense)
+        torch.autograd.grad(inner.loss.per_task(output, query_y).mean(), list(model.parameters()))
+    for width in (37, 41, 3):
+        assert forward.count((4 * 7, width)) == 1
+    assert not shapes.seen & {4 * 31 * 37, 4 * 37 * 41, 4 * 41 * 3}
+
+
+class Fickle(nn.Module):
+    """Another path at every call, as with stochastic depth."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.calls = nn.Linear(6, 6), nn.Linear(6, 3), 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls % 2:
+            x = torch.tanh(self.a(x))
+        return self.b(x)
+
+
+def test_a_path_that_changes_is_noticed(all_low_rank):
+    model, batch = Fickle().double(), make("residual")[1]
+    inner = inner_loop("cross_entropy", 0.1, 2)
+    assert ENGINE.query(model, inner, *batch[:3]).shape == (3, 5, 3)
+    assert "from run to run" in ENGINE.why_not(model, inner, batch[0])
+    assert ENGINE.adapt(model, inner, *batch[:2])["b.weight"].shape == (3, 3, 6)
+
+
+class Switch(Fickle):
+    def forward(self, x):
+        x = torch.tanh(self.a(x) if self.calls else x @ self.a.weight)
+        return self.b(x)
+
+
+def test_a_path_that_changed_once_is_traced_again(all_low_rank):
+    model, batch = Switch().double(), make("residual")[1]
+    inner = inner_loop("cross_entropy", 0.1, 2)
+    for model.calls in (1, 0, 1):
+        assert_same(result(model, batch, inner), oracle(model, batch, F.cross_entropy, 0.1, 2)[:2])
+
+
+def test_tracing_leaves_random_numbers_alone(all_low_rank):
+    model = nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.5), nn.LayerNorm(9), nn.Linear(9, 3)).double()
+    batch, outputs = make("residual")[1], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        outputs.append(ENGINE.query(model, inner_loop("cross_entropy", 0.1, 2), *batch[:3]))
+    assert torch.equal(*outputs)  # the first call traced, the second did not
+    batch = [tensor[:1].expand(4, *tensor.shape[1:]) for tensor in batch]
+    assert len(set(ENGINE.query(model, inner_loop("mse", 0.1, 0), *batch[:3]).sum((1, 2)).tolist())) == 4
+
+
+@pytest.mark.parametrize(("tasks", "support", "query"), [(1, 1, 1), (2, 0, 3), (2, 3, 0)])
+def test_small_and_empty_sizes(all_low_rank, tasks, support, query):
+    model, batch = make("residual", tasks=tasks, support=support, query=query)
+    output = ENGINE.query(model, inner_loop("cross_entropy", 0.1, 2), *batch[:3])
+    assert output.shape == (tasks, query, 3)
+    if support == 0:  # nothing to adapt to
+        torch.testing.assert_close(output, model(batch[2].flatten(0, 1)).unflatten(0, (tasks, query)))
+
+
+def refusal(model, x):
+    return ENGINE.why_not(model, inner_loop("cross_entropy", 0.1, 1), x)
+
+
+def test_refusals():
+    model, (x, *_) = make("residual")
+    assert refusal(model, x) is None
+    assert "no tasks" in refusal(model, x[:0])
+    assert "dtype" in refusal(model, x.float())
+    with torch.autocast("cpu"):
+        assert "autocast" in refusal(model, x)
+    assert "no linear layer" in refusal(nn.LayerNorm(6).double(), x)
+    assert "no linear layer" in refusal(copy.deepcopy(model).requires_grad_(False), x)
+    never_updated = batch_norm().double().eval()
+    assert "running statistics" in refusal(never_updated, x)
+    with pytest.raises(ValueError, match="lowrank.*running statistics"):
+        MAML(never_updated, engine="lowrank")(make("residual")[1])
+    with pytest.raises(ValueError, match="support_y must lie in"):
+        MAML(model, engine="lowrank")((x, torch.full((3, 4), 3), x, torch.zeros(3, 4, dtype=torch.int64)))
+
+
+def test_choice_and_its_explanation():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.LayerNorm(32), nn.Linear(32, 3))
+    batch = [tensor.float() if tensor.is_floating_point() else tensor for tensor in make("residual")[1]]
+    assert "lowrank: picked" in MAML(model).explain(batch)
+    text = MAML(model, inner_steps=50, loss="mse").explain(batch)
+    assert "lowrank: picked" in text  # the first layer sees the same four rows in all steps
+    model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 32), nn.Linear(32, 3))
+    text = MAML(model, inner_steps=50).explain(batch)
+    assert "vmap: picked" in text and "outnumber the width" in text
+    assert "lowrank: cannot serve" in MAML(nn.LayerNorm(6)).explain(batch)
+
+
+def test_history_grows_like_k_log_k():
+    """What the graph keeps of a layer's rows: each step reads all blocks, and keeps the tensors that it read."""
+    layer, kept, most = LowRank(torch.zeros(2, 3), None), {}, 0
+    for _ in range(64):
+        layer.append(torch.zeros(1, 5, 3), torch.zeros(1, 5, 2))
+        kept.update({id(block[0]): block for block in layer.blocks})
+        most = max(most, len(layer.blocks))
+    assert sum(block[0].shape[1] for block in kept.values()) <= 5 * 64 * 7 and most <= 7
