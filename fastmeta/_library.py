@@ -219,15 +219,19 @@ class _Structure:
     """The arguments without their tensors: opaque to pytree, so that `torch.func` hands it through untouched."""
 
     def __init__(self, args: Args):
-        self.args = tuple([None] * len(a) if _is_list(a) else None if isinstance(a, Tensor) else a for a in args)
-        self.is_tensor = tuple(_is_list(a) or isinstance(a, Tensor) for a in args)
+        # of a tensor None, of a list of tensors its length, of anything else a box with it
+        self.kinds = tuple(
+            None if isinstance(a, Tensor) else len(a) if isinstance(a, (list, tuple)) else (a,) for a in args
+        )
         self.lengths: tuple | None = None  # how the outputs were nested
 
     def join(self, tensors) -> Args:
         it = iter(tensors)
         return tuple(
-            ([next(it) for _ in arg] if _is_list(arg) else next(it)) if tensor else arg
-            for arg, tensor in zip(self.args, self.is_tensor, strict=True)
+            [
+                next(it) if kind is None else kind[0] if isinstance(kind, tuple) else [next(it) for _ in range(kind)]
+                for kind in self.kinds
+            ]
         )
 
     def split_outputs(self, outputs) -> tuple[Tensor, ...]:
@@ -306,8 +310,10 @@ def _flat_gradients(ctx, spec: OpSpec, grads, needs_input_grad) -> list:
     found = dict(_gradients(spec, args, ctx.output_structure.nest(grads), needed))
     flat: list = []
     for position, arg in enumerate(args):
-        if _is_list(arg) or isinstance(arg, Tensor):
-            flat.extend(_as_list(found[position]) if position in found else [None] * len(_as_list(arg)))
+        if isinstance(arg, Tensor):
+            flat.append(found.get(position))
+        elif isinstance(arg, (list, tuple)):
+            flat.extend(found.get(position) or [None] * len(arg))
     return flat
 
 

@@ -163,40 +163,43 @@ class _Loop:
 
     def __init__(self, support_x, support_y, query, weights, biases, lr, steps, loss, activation, momentum,
                  weight_decay, norm, support_mask, form):  # fmt: skip
-        self.weights = [w if w.dim() == 3 else w.unsqueeze(0) for w in _layers("weights", weights, 2)]
-        self.biases = [b if b.dim() == 2 else b.unsqueeze(0) for b in _layers("biases", biases or (), 1)]
-        _checks.tensor("support_x", support_x, "[T, S, I]")
-        _checks.choice("loss", loss, LOSSES)
-        _checks.choice("activation", activation, ACTIVATIONS)
-        _checks.choice("norm", norm, NORMS)
-        _checks.choice("form", form, FORMS)
-        _check_numbers(steps=steps, momentum=momentum, weight_decay=weight_decay)
+        query_x, query_y, query_mask = query or (None, None, None)
+        key = _checks.key("inner loop", support_x, support_y, *(() if query is None else (query_x, query_y)), weights,
+                          biases, steps, loss, activation, momentum, weight_decay, norm, form)  # fmt: skip
+        known = _checks.passed(key)
+        if not known:
+            weights, biases = _layers("weights", weights, 2), _layers("biases", biases or (), 1)
+            _checks.tensor("support_x", support_x, "[T, S, I]")
+            _checks.choice("loss", loss, LOSSES)
+            _checks.choice("activation", activation, ACTIVATIONS)
+            _checks.choice("norm", norm, NORMS)
+            _checks.choice("form", form, FORMS)
+            _check_numbers(steps=steps, momentum=momentum, weight_decay=weight_decay)
+        self.weights = [w if w.dim() == 3 else w.unsqueeze(0) for w in weights]
+        self.biases = [b if b.dim() == 2 else b.unsqueeze(0) for b in biases or ()]
         self.steps, self.tasks = steps, support_x.shape[0]
-        self._check_layers(support_x)
-        self._check_targets("support", support_x, support_y, loss)
+        if not known:
+            self._check_layers(support_x)
+            self._check_targets("support", support_x, support_y, loss)
+            if query is not None:
+                _checks.tensor("query_x", query_x, "[T, Q, I]")
+                _checks.same_size("query_x", query_x, 0, "T", "support_x", self.tasks)
+                _checks.same_size("query_x", query_x, 2, "I", "support_x", support_x.shape[2])
+                _checks.same_kind("support_x", support_x, query_x=query_x)
+                self._check_targets("query", query_x, query_y, loss)
+            _checks.remember(key)
+        _check_detached(support_y=support_y, query_y=query_y)
         if torch.is_autocast_enabled(support_x.device.type):  # sums over many steps: as losses, not below float32
-            self.weights = [_at_least_float32(w) for w in self.weights]
-            self.biases = [_at_least_float32(b) for b in self.biases]
+            self.weights, self.biases = ([_at_least_float32(p) for p in group] for group in (self.weights, self.biases))
             support_x = _at_least_float32(support_x)
-        self.support_x = support_x
+            query_x = None if query is None else _at_least_float32(query_x)
+        self.support_x, self.query_x = support_x, query_x
         self.support_weight = _row_weight("support_mask", support_mask, support_x)
-        queries = 0
-        if query is not None:
-            query_x, query_y, query_mask = query
-            _checks.tensor("query_x", query_x, "[T, Q, I]")
-            _checks.same_size("query_x", query_x, 0, "T", "support_x", self.tasks)
-            _checks.same_size("query_x", query_x, 2, "I", "support_x", support_x.shape[2])
-            self._check_targets("query", query_x, query_y, loss)
-            if torch.is_autocast_enabled(support_x.device.type):
-                query_x = _at_least_float32(query_x)
-            _checks.same_kind("support_x", support_x, query_x=query_x)
-            self.query_x = query_x
-            self.query_weight = _row_weight("query_mask", query_mask, query_x)
-            queries = query_x.shape[1]
+        self.query_weight = None if query is None else _row_weight("query_mask", query_mask, query_x)
         self.rates, self.element_rates = self._rates(lr)
         if norm == "batch" and support_mask is not None:
             raise ValueError("support_mask cannot be used with norm='batch': padding rows would take part in its means")
-        self.lowrank = self._choose_form(form, queries, weight_decay, norm)
+        self.lowrank = self._choose_form(form, 0 if query is None else query_x.shape[1], weight_decay, norm)
         first = 1 if self.lowrank else 0
         self.kernel_weights, self.kernel_biases = self.weights[first:], self.biases[first:]
 
@@ -221,8 +224,6 @@ class _Loop:
         if loss == "cross_entropy":
             return _checks.labels(name, y, f"[T, {rows}]", x, f"{which}_x")
         _checks.tensor(name, y, f"[T, {rows}, C]")
-        if y.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} requires a gradient, which targets do not get here: give {name}.detach()")
         wanted = (*x.shape[:2], self.weights[-1].shape[1])
         if y.shape != wanted:
             raise ValueError(f"{name} must have shape [T, {rows}, C] = {list(wanted)} for {loss}, got {list(y.shape)}")
@@ -309,6 +310,12 @@ def _layers(name: str, value, dims: int) -> list[Tensor]:
             shape = "[O, I]" if dims == 2 else "[O]"
             raise ValueError(f"{name}[{i}] must have shape [T, {shape[1:-1]}] or {shape}, got {list(layer.shape)}")
     return layers
+
+
+def _check_detached(**targets: Tensor | None) -> None:
+    for name, target in targets.items():
+        if target is not None and target.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient, which targets do not get here: give {name}.detach()")
 
 
 def _check_numbers(steps, momentum, weight_decay) -> None:

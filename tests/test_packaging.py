@@ -104,6 +104,8 @@ LAYERS = (
     ("_backends",),
     ("_library",),
     ("ops", "testing"),
+    ("fast_weights",),
+    ("inner_loops",),
     ("functional",),
     ("engines",),
     ("algorithms", "compat"),
@@ -113,8 +115,9 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 TOP = len(LAYERS) - 1
-# inside functions only: a spec calls and registers itself through the library above it
-UPWARD = {("_spec", "_library")}
+# inside functions only: a spec calls and registers itself through the library above it, fast weights run their nets by
+# the public function, and a backend is looked up by the name of its op
+UPWARD = {("_spec", "_library"), ("fast_weights", "functional")}
 
 
 def unit_of(path: Path) -> str:

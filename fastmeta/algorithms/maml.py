@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..engines import InnerLoop, as_loss, choose, explain
 from ..engines.fused import FusedEngine
+from ..engines.inspect import inspected
 from ..engines.select import check_name
 from ._chunks import chunked_loss
 from .output import MetaOutput
@@ -155,13 +156,14 @@ class MAML(nn.Module):
 
     def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
         inner = self._inner(support_y, query_y)
-        engine = choose(self.engine, self.model, inner, support_x)
-        if isinstance(engine, FusedEngine):
-            task_loss, logits = engine.meta_loss(self.model, inner, support_x, support_y, query_x, query_y)
-        else:
-            logits = engine.query(self.model, inner, support_x, support_y, query_x)
-            self.loss.check(logits, query_y, "query_y")
-            task_loss = self.loss.per_task(logits, query_y)
+        with inspected(self.model):
+            engine = choose(self.engine, self.model, inner, support_x)
+            if isinstance(engine, FusedEngine):
+                task_loss, logits = engine.meta_loss(self.model, inner, support_x, support_y, query_x, query_y)
+            else:
+                logits = engine.query(self.model, inner, support_x, support_y, query_x)
+                self.loss.check(logits, query_y, "query_y")
+                task_loss = self.loss.per_task(logits, query_y)
         accuracy = None
         if query_y.dtype == torch.int64 and query_y.shape == logits.shape[:-1]:
             accuracy = (logits.argmax(-1) == query_y).to(task_loss.dtype).mean(1)

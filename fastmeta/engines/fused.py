@@ -9,7 +9,7 @@ from fastmeta.inner_loops import adapt_mlp, first_layer_cost, meta_loss_mlp
 from fastmeta.ops.meta_loss_mlp import SPEC
 
 from ._base import InnerLoop, Parameters
-from .inspect import MLPSpec, mlp_spec
+from .inspect import MLPSpec, mlp_spec, parameters_of
 from .layerwise import LayerwiseEngine, rows
 
 # Weights of one task that a worker holds beside each other (weights, momentum, adjoints): above, they leave its
@@ -45,7 +45,7 @@ class FusedEngine(LayerwiseEngine):
         reason = why_not(backend, SPEC, tuple(args))
         if reason is not None or backend == "reference":
             return f"no kernel for it here ({reason or 'the reference was asked for'})"
-        named = dict(model.named_parameters())
+        named = parameters_of(model)
         weights = [named[name] for name in mlp_spec(model).weights]
         first = weights[0]
         held = sum(w.numel() for w in weights)
@@ -57,7 +57,7 @@ class FusedEngine(LayerwiseEngine):
         return None
 
     def adapt(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
-        spec, slow = mlp_spec(model), dict(model.named_parameters())
+        spec, slow = mlp_spec(model), parameters_of(model)
         inner.loss.check(_prediction_like(spec, slow, support_x), support_y, "support_y")
         fast = adapt_mlp(rows(spec, support_x), support_y, *_layers(spec, slow), **_options(spec, slow, inner))
         weights, biases = fast.materialize()
@@ -68,7 +68,7 @@ class FusedEngine(LayerwiseEngine):
     def query(
         self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
     ) -> Tensor:
-        spec, slow = mlp_spec(model), dict(model.named_parameters())
+        spec, slow = mlp_spec(model), parameters_of(model)
         prediction = _prediction_like(spec, slow, query_x)
         if inner.loss.name == "cross_entropy":
             query_y = support_y.new_zeros(prediction.shape[:2])
@@ -80,7 +80,7 @@ class FusedEngine(LayerwiseEngine):
         self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Query loss `[T]` and predictions `[T, Q, C]` in one call."""
-        spec, slow = mlp_spec(model), dict(model.named_parameters())
+        spec, slow = mlp_spec(model), parameters_of(model)
         inner.loss.check(_prediction_like(spec, slow, support_x), support_y, "support_y")
         inner.loss.check(_prediction_like(spec, slow, query_x), query_y, "query_y")
         return meta_loss_mlp(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect as _python_inspect
 import operator
+from contextlib import contextmanager
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -57,11 +58,36 @@ class _Refused(Exception):
     """The module is not a chain that explicit formulas can serve; the message says why."""
 
 
+_current: list[tuple[nn.Module, MLPSpec | str, dict]] = []
+
+
+@contextmanager
+def inspected(model: nn.Module):
+    """Looks at `model` once for all calls of `mlp_spec` and `parameters_of` inside the block."""
+    if torch.compiler.is_compiling():  # there it is a constant
+        yield
+        return
+    _current.append((model, mlp_spec(model), dict(model.named_parameters())))
+    try:
+        yield
+    finally:
+        _current.pop()
+
+
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """`dict(model.named_parameters())`."""
+    if _current and _current[-1][0] is model:
+        return _current[-1][2]
+    return dict(model.named_parameters())
+
+
 _seen: WeakKeyDictionary[nn.Module, tuple[tuple, MLPSpec | str]] = WeakKeyDictionary()
 
 
 def mlp_spec(model: nn.Module) -> MLPSpec | str:
     """The module's `MLPSpec`, or a sentence that says why it has none. Remembered until its layers change."""
+    if _current and _current[-1][0] is model:
+        return _current[-1][1]
     layers = tuple((name, id(layer), layer.training) for name, layer in model.named_modules())
     known = _seen.get(model)
     if known is None or known[0] != layers:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from . import _activations
 from ._base import InnerLoop, Parameters
-from .inspect import MLPSpec, mlp_spec
+from .inspect import MLPSpec, mlp_spec, parameters_of
 
 
 class LayerwiseEngine:
@@ -83,7 +83,7 @@ def why_no_formulas(model: nn.Module, inner: InnerLoop, support_x: Tensor) -> st
         return f"its reshape would mix examples: an example has {features} values, a row {spec.in_features}"
     if not spec.flatten and support_x.dim() != 3:
         return f"examples of shape {tuple(support_x.shape[2:])} are not rows of features"
-    dtypes = {p.dtype for p in model.parameters()} | {support_x.dtype}
+    dtypes = {p.dtype for p in parameters_of(model).values()} | {support_x.dtype}
     if len(dtypes) != 1:
         return f"parameters and inputs mix dtypes: {', '.join(sorted(str(d) for d in dtypes))}"
     if torch.is_autocast_enabled(support_x.device.type):

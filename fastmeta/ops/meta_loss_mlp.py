@@ -20,7 +20,8 @@ def check(support_x, support_y, support_weight, query_x, query_y, query_weight, 
 
 
 def backward(args, grads, needs):
-    grads = [g if g is not None else out.zero_() for g, out in zip(grads, fake(*args), strict=True)]
+    if any(g is None for g in grads):
+        grads = [g if g is not None else out.zero_() for g, out in zip(grads, fake(*args), strict=True)]
     return BACKWARD(*grads, *args, needs)
 
 
