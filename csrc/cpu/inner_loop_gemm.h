@@ -183,11 +183,15 @@ FM_INLINE __m256d sums_of_four(Vec<double> a, Vec<double> b, Vec<double> c, Vec<
   return _mm256_add_pd(_mm256_permute2f128_pd(x, y, 0x20), _mm256_permute2f128_pd(x, y, 0x31));
 }
 #else
+template <class T>
+struct FourNumbers {
+  T number[4];
+  T operator[](int i) const { return number[i]; }
+};
 template <class V>
 FM_INLINE auto sums_of_four(V a, V b, V c, V d) {
   using T = __typeof__(+a[0]);
-  typedef T Four __attribute__((vector_size(4 * sizeof(T))));
-  return Four{sum_of_lanes<T>(a), sum_of_lanes<T>(b), sum_of_lanes<T>(c), sum_of_lanes<T>(d)};
+  return FourNumbers<T>{{sum_of_lanes<T>(a), sum_of_lanes<T>(b), sum_of_lanes<T>(c), sum_of_lanes<T>(d)}};
 }
 #endif
 
@@ -199,10 +203,11 @@ FM_INLINE T lane_sum(Vec<T> v) {
 }
 
 template <class T, class V>
-FM_INLINE void store_four(const Product<T>& p, V sums, int64_t i, int64_t j) {
+FM_INLINE void store_four(const Product<T>& p, const V& sums, int64_t i, int64_t j) {
   typedef T Four __attribute__((vector_size(4 * sizeof(T))));
   typedef T Unaligned __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
-  Four x = *(const Unaligned*)(p.start + i * p.start_row + j) + p.factor * (Four)sums;
+  const Four four = {sums[0], sums[1], sums[2], sums[3]};
+  Four x = *(const Unaligned*)(p.start + i * p.start_row + j) + p.factor * four;
   if (p.relu) x = Four{} > x ? Four{} : x;
   if (p.mask) x = *(const Unaligned*)(p.mask + i * p.ldc + j) > 0 ? x : Four{};
   *(Unaligned*)(p.c + i * p.ldc + j) = x;

@@ -1,8 +1,8 @@
 // A block's memory for the task it has in hand, and the task's steps forward in time.
 //
 // A *state* is all weights of one moment, each layer with its biases in the column behind its weights (rows have a one
-// there), then the first layer's coefficients in the Gram form. Moments and adjoints are laid out likewise. All of it,
-// and the rows of one step, lie in the block's shared memory, or in its part of the scratch where that is too small.
+// there), then the first layer's coefficients in the Gram form. Moments and adjoints are laid out likewise. States, and
+// the rows of one step, lie in the block's shared memory, or in its part of the scratch where that is too small.
 #pragma once
 
 #include "inner_loop_layout.h"
@@ -13,14 +13,21 @@ namespace fastmeta::cuda {
 template <class A>
 struct InnerBlock {
   const InnerLoop& p;
-  A* const memory;
+  A* const memory;   // rows
+  A* const states;
   A* const archive;  // in the scratch: states and rows of earlier steps
   const Team team;
   int64_t task = 0;
   bool first_task = true;  // of this block
 
-  __device__ __forceinline__ InnerBlock(const InnerLoop& p, A* memory, A* archive)
-      : p(p), memory(memory), archive(archive), team{int(threadIdx.x), p.threads} {}
+  __device__ __forceinline__ InnerBlock(const InnerLoop& p, A* memory, A* states, A* archive)
+      : p(p), memory(memory), states(states), archive(archive), team(rotated(p)) {}
+
+  // Where a product has work for few of a block's warps, those of the blocks on one multiprocessor are not the same.
+  __device__ __forceinline__ static Team rotated(const InnerLoop& p) {
+    const int id = int(threadIdx.x) + 32 * int(blockIdx.x / unsigned(p.processors) % unsigned(p.threads / 32));
+    return {id < p.threads ? id : id - p.threads, p.threads};
+  }
 
   __device__ __forceinline__ const A* of_task(const InnerInput& i) const {
     return static_cast<const A*>(i.data) + i.task * task;
@@ -75,7 +82,7 @@ struct InnerBlock {
 
   // The weights that the task starts from.
   __device__ __forceinline__ void take_weights() const {
-    A* state = memory + p.weights;
+    A* state = states + p.weights;
     for (int l = p.first; l < p.layers; ++l) {
       const InnerLayer& a = p.layer[l];
       take_layer(a, of_task(a.weight), of_task(a.bias), state);
@@ -104,7 +111,7 @@ struct InnerBlock {
   // after. x: what `take_input` left; `second`: keep second derivatives too.
   __device__ __forceinline__ void forward(const InnerRows& rows, int begin, int count, const A* x, int ldx, bool query,
                                           bool second) const {
-    const A* state = memory + p.weights;
+    const A* state = states + p.weights;
     for (int l = 0; l < p.layers; ++l) {
       const InnerLayer& a = p.layer[l];
       const InnerPlaces& to = query ? a.query : a.support;
@@ -181,7 +188,7 @@ struct InnerBlock {
       const A* slope = memory + below.support.slope;
       A* bend = memory + below.support.bend;
       rows_by_matrix<A>(team, p.support.rows, a.in, a.out,
-                        {memory + a.support.delta, a.support.ld_delta, memory + p.weights + a.at, a.ldw}, {}, A(1),
+                        {memory + a.support.delta, a.support.ld_delta, states + p.weights + a.at, a.ldw}, {}, A(1),
                         [&](int r, int c, const Quad<A>& v) {
                           const Quad<A> kept = quad(slope + r * a.ld_in + c);
                           Quad<A> d;
@@ -209,7 +216,7 @@ struct InnerBlock {
 
   // W' = W - rate * M', M' = momentum * M + gradient + weight_decay * W
   __device__ __forceinline__ void update(int step) const {
-    A *state = memory + p.weights, *moment = memory + p.moment;
+    A *state = states + p.weights, *moment = states + p.moment;
     const A decay = A(p.weight_decay), keep = A(step > 0 ? p.momentum : 0);
     A* kept = p.keeps_moments ? archive + p.kept_moments + int64_t(step) * p.state : nullptr;
     for (int l = p.first; l < p.layers; ++l) {
@@ -261,7 +268,7 @@ struct InnerBlock {
   __device__ __forceinline__ void adapt(bool keep) const {
     for (int k = 0; k < p.steps; ++k) {
       const bool archived = keep && k + 1 < p.steps;
-      if (keep && k > 0) copy(memory + p.weights, archive + p.kept_states + int64_t(k - 1) * p.state, p.state);
+      if (keep && k > 0) copy(states + p.weights, archive + p.kept_states + int64_t(k - 1) * p.state, p.state);
       forward(p.support, 0, p.support.rows, memory + p.x, p.ldx, false, keep && p.curvature);
       losses(p.support, 0, p.support.rows, false, true, A(1), keep && p.curvature ? memory + p.curve : nullptr, nullptr);
       __syncthreads();

@@ -10,13 +10,15 @@ namespace fastmeta::cuda {
 template <class A, bool kChip>
 constexpr int kInnerBlocks = sizeof(A) > sizeof(float) ? 1 : kChip ? 3 : 2;
 
-// kChip: a block's memory is its shared memory. kMeta: with query rows, else for the adapted weights.
+// kChip: a block's memory is its shared memory; else its states are not, and its rows may be. kMeta: with query rows, else for the adapted weights.
 template <class A, bool kChip, bool kMeta, bool kBackward>
 __global__ void __launch_bounds__(kInnerThreads, (kInnerBlocks<A, kChip>))
     inner_loop_kernel(const __grid_constant__ InnerLoop p) {
   FM_DYNAMIC_SHARED(shared);
   A* scratch = static_cast<A*>(p.scratch) + p.block_scratch * blockIdx.x;
-  InnerTask<A> t(p, kChip ? reinterpret_cast<A*>(shared) : scratch + p.kept, scratch);
+  A* states = kChip ? reinterpret_cast<A*>(shared) : scratch + p.kept;
+  A* rows = !kChip && p.rows_on_chip ? reinterpret_cast<A*>(shared) : states + p.states_size;
+  InnerTask<A> t(p, rows, states, scratch);
   FM_EACH(task, x, p.tasks) {
     t.task = task;
     t.first_task = task == blockIdx.x;
@@ -98,11 +100,11 @@ InnerPlan plan_inner_loop(Dtype dtype, InnerLoop& p) {
   by_exact_dtype(dtype, [&](auto type) {
     using A = typename decltype(type)::type;
     const InnerDevice device;
-    const int64_t bytes = lay_out(p, kBackward, kMeta, sizeof(A), device.shared);
-    plan.block_elements = bytes / int64_t(sizeof(A));
-    plan.on_chip = bytes <= device.shared;
-    plan.shared = plan.on_chip ? size_t(bytes) : 0;
-    p.block_scratch = p.kept + (plan.on_chip ? 0 : (plan.block_elements + 3) & ~int64_t(3));
+    plan.block_elements = lay_out(p, kBackward, kMeta, sizeof(A), device.shared, plan.on_chip);
+    p.processors = device.processors;
+    plan.shared = size_t(plan.on_chip ? plan.block_elements : p.rows_on_chip ? p.rows_size : 0) * sizeof(A);
+    const int64_t off_chip = plan.on_chip ? 0 : p.rows_on_chip ? p.states_size : plan.block_elements;
+    p.block_scratch = p.kept + ((off_chip + 3) & ~int64_t(3));
     p.partials = shared_gradients(p).size;
     with_inner_kernel<A, kMeta, kBackward>(
         plan.on_chip, [&](auto kernel) { plan.blocks = device.blocks(kernel, p.threads, plan.shared); });

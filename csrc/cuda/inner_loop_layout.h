@@ -1,4 +1,4 @@
-// Where everything lies in a block's memory: planned on the host, for a limit of bytes.
+// Where everything lies in a block's memory: planned on the host, for the shared memory there is.
 #pragma once
 
 #include "device.h"
@@ -45,7 +45,8 @@ inline void states(InnerLoop& p) {
     a.ldw = whole(a.out);
     a.at = c.take(whole(p.support.rows), a.ldw);
   }
-  p.state = int(c.used);
+  constexpr int64_t kMost = (int64_t(1) << 31) - 4;  // the bridge refuses a block's memory of that size
+  p.state = int(smaller(c.used, kMost));
 }
 
 // The support rows' record of one step.
@@ -96,8 +97,13 @@ inline void tangents(InnerLoop& p, Carver& c) {
   }
 }
 
-// Places for everything; returns the elements of a block's memory.
-inline int64_t place(InnerLoop& p, bool backward, bool has_query, int chunk) {
+// Elements of a block's memory.
+struct Sizes {
+  int64_t states, rows;
+};
+
+// Places for everything.
+inline Sizes place(InnerLoop& p, bool backward, bool has_query, int chunk) {
   p.chunk = chunk;
   p.plain = p.momentum == 0 && p.weight_decay == 0 && !p.elementwise;
   p.sweeps = p.curvature = p.wants_rates = 0;
@@ -110,13 +116,14 @@ inline int64_t place(InnerLoop& p, bool backward, bool has_query, int chunk) {
   }
   p.keeps_moments = p.wants_rates && p.momentum != 0;
   states(p);
-  Carver c;
-  const auto state = [&](bool wanted) { return wanted ? c.take(1, p.state) : 0; };
+  Carver kept;
+  const auto state = [&](bool wanted) { return wanted ? kept.take(1, p.state) : 0; };
   p.weights = state(true);
   p.adjoint = state(backward);
   p.direction = backward && p.sweeps && !p.plain ? state(true) : p.adjoint;
   p.moment_adjoint = state(p.sweeps && p.momentum != 0);
   p.moment = state(p.momentum != 0);
+  Carver c;
   p.ldx = p.first ? whole(p.support.rows) : p.layer[0].ld_in;
   p.layer[0].ld_in = p.ldx;
   p.x = c.take(p.support.rows, p.ldx);
@@ -134,7 +141,8 @@ inline int64_t place(InnerLoop& p, bool backward, bool has_query, int chunk) {
   p.kept_records = p.sweeps ? int64_t(p.steps - 1) * p.state : 0;
   p.kept_moments = p.kept_records + (p.sweeps ? int64_t(p.steps - 1) * p.record_size : 0);
   p.kept = p.kept_moments + (p.keeps_moments ? int64_t(p.steps) * p.state : 0);
-  return used + 8;  // four columns are read at once, at the last row too
+  // four columns are read at once, at the last row too
+  return {kept.used + 8, used + 8};
 }
 
 // Threads that suit the most tiles that a product has.
@@ -151,20 +159,28 @@ inline int threads_for(const InnerLoop& p) {
 
 }  // namespace inner_layout
 
-// Lays out a block's memory within `limit` bytes if it can, with fewer query rows at a time if it must; returns the
-// bytes, or more than the limit.
-inline int64_t lay_out(InnerLoop& p, bool backward, bool has_query, int64_t element, int64_t limit) {
-  constexpr int kFewRows = 16, kManyRows = 128;
+// Lays out a block's memory for shared memory of `limit` bytes: all of it there, or the rows, or nothing. Fewer query
+// rows at a time are taken for it to fit, even twice. Returns the elements of states and rows.
+inline int64_t lay_out(InnerLoop& p, bool backward, bool has_query, int64_t element, int64_t limit, bool& on_chip) {
+  constexpr int kManyRows = 128;
   p.threads = inner_layout::threads_for(p);
-  const int rows = has_query ? p.query.rows : 0;
-  int64_t bytes = 0;
-  for (int parts = divide_up(rows > 0 ? rows : 1, kManyRows);; ++parts) {
-    const int chunk = divide_up(rows, parts);
-    bytes = inner_layout::place(p, backward, has_query, chunk) * element;
-    if (bytes <= limit || chunk <= kFewRows) break;
-  }
-  if (bytes > limit) bytes = inner_layout::place(p, backward, has_query, smaller(rows, kManyRows)) * element;
-  return bytes;
+  const int rows = has_query ? p.query.rows : 0, most = divide_up(rows > 0 ? rows : 1, kManyRows);
+  const auto fits = [&](bool states, int64_t bytes, int fewest) {
+    for (int parts = most;; ++parts) {
+      const int chunk = divide_up(rows, parts);
+      if (parts > most && chunk < fewest) return false;
+      const inner_layout::Sizes sizes = inner_layout::place(p, backward, has_query, chunk);
+      if ((sizes.rows + (states ? sizes.states : 0)) * element <= bytes) return true;
+    }
+  };
+  const int64_t half = limit / 2 - 1024;  // a block takes a little more than it asks for
+  on_chip = fits(true, half, 32) || fits(true, limit, 16);
+  p.rows_on_chip = on_chip || fits(false, half, 32) || fits(false, limit, 16);
+  if (!p.rows_on_chip) inner_layout::place(p, backward, has_query, divide_up(rows, most));
+  const inner_layout::Sizes sizes = inner_layout::place(p, backward, has_query, p.chunk);
+  p.states_size = int(sizes.states);
+  p.rows_size = int(sizes.rows);
+  return sizes.states + sizes.rows;
 }
 
 }  // namespace fastmeta::cuda

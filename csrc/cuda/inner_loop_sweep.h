@@ -11,11 +11,12 @@ struct InnerTask : InnerBlock<A> {
   using Base = InnerBlock<A>;
   using Base::add_parts, Base::adds, Base::archive, Base::copy, Base::fill_zero, Base::forward, Base::gradient_term;
   using Base::gram, Base::input_of, Base::losses, Base::memory, Base::of_task, Base::own_rate, Base::p, Base::rate;
-  using Base::set_part, Base::take_input, Base::target, Base::task, Base::team;
+  using Base::set_part, Base::states, Base::take_input, Base::target, Base::task, Base::team;
 
-  __device__ __forceinline__ InnerTask(const InnerLoop& p, A* memory, A* archive) : Base(p, memory, archive) {}
+  __device__ __forceinline__ InnerTask(const InnerLoop& p, A* memory, A* states, A* archive)
+      : Base(p, memory, states, archive) {}
 
-  __device__ __forceinline__ A* first_of(int state) const { return memory + state + p.first_state; }
+  __device__ __forceinline__ A* first_of(int state) const { return states + state + p.first_state; }
 
   // ---- query rows ---------------------------------------------------------------------------------------------------
 
@@ -44,7 +45,7 @@ struct InnerTask : InnerBlock<A> {
     const int classes = p.layer[p.layers - 1].out, last = p.layers - 1;
     const A scale = *of_task(static_cast<const void*>(p.losses), 1);
     const A* extra = of_task(static_cast<const void*>(p.logits), int64_t(p.query.rows) * classes);
-    fill_zero(memory + p.adjoint, p.state);
+    fill_zero(states + p.adjoint, p.state);
     for (int begin = 0; begin < p.query.rows; begin += p.chunk) {
       const int count = smaller(p.chunk, p.query.rows - begin);
       take_input(p.query, begin, count, memory + p.query_x, p.ld_query_x);
@@ -71,7 +72,7 @@ struct InnerTask : InnerBlock<A> {
   __device__ __forceinline__ void query_layer_gradient(int l, int count) const {
     const InnerLayer& a = p.layer[l];
     const A* input = memory + (l == 0 ? p.query_x : p.layer[l - 1].query.value);
-    A* to = memory + p.adjoint + a.at;
+    A* to = states + p.adjoint + a.at;
     sums_over_rows<A>(team, a.out, a.columns, count, {memory + a.query.delta, a.query.ld_delta, input, a.ld_in}, {},
                       [&](int r, int c, const Quad<A>& v) { add_quad(to + r * a.ldw + c, v); });
   }
@@ -80,7 +81,7 @@ struct InnerTask : InnerBlock<A> {
     const InnerLayer& a = p.layer[l];
     const InnerPlaces& below = p.layer[l - 1].query;
     rows_by_matrix<A>(team, count, a.in, a.out,
-                      {memory + a.query.delta, a.query.ld_delta, memory + p.weights + a.at, a.ldw}, {}, A(1),
+                      {memory + a.query.delta, a.query.ld_delta, states + p.weights + a.at, a.ldw}, {}, A(1),
                       [&](int r, int c, const Quad<A>& v) {
                         const int i = r * a.ld_in + c;
                         const Quad<A> kept = quad(memory + below.slope + i);
@@ -134,8 +135,8 @@ struct InnerTask : InnerBlock<A> {
   __device__ __forceinline__ void input_gradient(int count, Deltas deltas, Deltas others, A scale, A* out,
                                                  bool add) const {
     const InnerLayer& a = p.layer[0];
-    rows_by_matrix<A>(team, count, a.in, a.out, {deltas.rows, deltas.ld, memory + p.weights + a.at, a.ldw},
-                      {others.rows, others.ld, memory + p.direction + a.at, a.ldw}, scale,
+    rows_by_matrix<A>(team, count, a.in, a.out, {deltas.rows, deltas.ld, states + p.weights + a.at, a.ldw},
+                      {others.rows, others.ld, states + p.direction + a.at, a.ldw}, scale,
                       [&](int r, int c, const Quad<A>& v) {
                         A* to = out + int64_t(r) * a.in + c;
 #pragma unroll
@@ -147,7 +148,7 @@ struct InnerTask : InnerBlock<A> {
   // ---- back through the steps ---------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void sweep() const {
-    if (p.momentum != 0) fill_zero(memory + p.moment_adjoint, p.state);
+    if (p.momentum != 0) fill_zero(states + p.moment_adjoint, p.state);
     for (int k = p.steps - 1; k >= 0; --k) {
       restore(k);
       __syncthreads();
@@ -163,7 +164,7 @@ struct InnerTask : InnerBlock<A> {
   // The weights and rows of step k.
   __device__ __forceinline__ void restore(int k) const {
     if (k > 0)
-      copy(archive + p.kept_states + int64_t(k - 1) * p.state, memory + p.weights, p.state);
+      copy(archive + p.kept_states + int64_t(k - 1) * p.state, states + p.weights, p.state);
     else
       this->take_weights();
     if (k + 1 < p.steps)
@@ -172,7 +173,7 @@ struct InnerTask : InnerBlock<A> {
 
   // direction = moment_adjoint - rate * adjoint; moment_adjoint = momentum * direction; adjoint += decay * direction
   __device__ __forceinline__ void take_direction(int step) const {
-    A *v = memory + p.adjoint, *r = memory + p.direction, *u = memory + p.moment_adjoint;
+    A *v = states + p.adjoint, *r = states + p.direction, *u = states + p.moment_adjoint;
     const A decay = A(p.weight_decay), keep = A(p.momentum);
     for (int l = 0; l < p.layers; ++l) {
       const InnerLayer& a = p.layer[l];
@@ -192,7 +193,7 @@ struct InnerTask : InnerBlock<A> {
   }
 
   __device__ __forceinline__ void gradients_of_rates(int step) const {
-    const A *v = memory + p.adjoint, *state = memory + p.weights;
+    const A *v = states + p.adjoint, *state = states + p.weights;
     const A* moment = p.keeps_moments ? archive + p.kept_moments + int64_t(step) * p.state : nullptr;
     const A decay = A(p.weight_decay);
     for (int l = 0; l < p.layers; ++l) {
@@ -261,7 +262,7 @@ struct InnerTask : InnerBlock<A> {
     }
     for (int l = p.first; l < p.layers; ++l) {
       const InnerLayer& b = p.layer[l];
-      A* to = memory + p.adjoint + b.at;
+      A* to = states + p.adjoint + b.at;
       Term<A> other{};
       if (l > 0) other = {memory + b.support.delta, b.support.ld_delta, memory + p.layer[l - 1].dot_value, b.ld_in};
       sums_over_rows<A>(team, b.out, b.columns, rows,
@@ -305,9 +306,9 @@ struct InnerTask : InnerBlock<A> {
       return;
     }
     Term<A> through{};
-    if (l > 0) through = {memory + p.layer[l - 1].dot_value, a.ld_in, memory + p.weights + a.at, a.ldw};
+    if (l > 0) through = {memory + p.layer[l - 1].dot_value, a.ld_in, states + p.weights + a.at, a.ldw};
     rows_by_rows<A>(team, p.support.rows, a.out, hidden ? a.out + p.biased : a.out, a.columns, through,
-                    {input_of(l), a.ld_in, memory + p.direction + a.at, a.ldw}, scale, put);
+                    {input_of(l), a.ld_in, states + p.direction + a.at, a.ldw}, scale, put);
   }
 
   // Tangents of the deltas of the layer below.
@@ -315,8 +316,8 @@ struct InnerTask : InnerBlock<A> {
     const InnerLayer &a = p.layer[l], &below = p.layer[l - 1];
     const bool bent = is_curved(p.activation);
     rows_by_matrix<A>(team, p.support.rows, a.in, a.out,
-                      {memory + a.dot_delta, a.support.ld_delta, memory + p.weights + a.at, a.ldw},
-                      {memory + a.support.delta, a.support.ld_delta, memory + p.direction + a.at, a.ldw}, scale,
+                      {memory + a.dot_delta, a.support.ld_delta, states + p.weights + a.at, a.ldw},
+                      {memory + a.support.delta, a.support.ld_delta, states + p.direction + a.at, a.ldw}, scale,
                       [&](int r, int c, const Quad<A>& v) {
                         const int i = r * a.ld_in + c;
                         const Quad<A> kept = quad(memory + below.support.slope + i);
@@ -340,7 +341,7 @@ struct InnerTask : InnerBlock<A> {
   __device__ __forceinline__ void give_adapted() const {
     for (int l = p.first; l < p.layers; ++l) {
       const InnerLayer& a = p.layer[l];
-      this->give_layer(a, memory + p.weights, of_task(a.fast_weight, int64_t(a.out) * a.in), false,
+      this->give_layer(a, states + p.weights, of_task(a.fast_weight, int64_t(a.out) * a.in), false,
                        p.biased ? of_task(a.fast_bias, a.out) : nullptr, false);
     }
     if (!gram()) return;
@@ -355,7 +356,7 @@ struct InnerTask : InnerBlock<A> {
       const InnerLayer& a = p.layer[l];
       const void *weight = a.fast_weight, *bias = a.fast_bias;
       this->take_layer(a, of_task(weight, int64_t(a.out) * a.in), p.biased ? of_task(bias, a.out) : nullptr,
-                       memory + p.adjoint);
+                       states + p.adjoint);
     }
     if (!gram()) return;
     const InnerLayer& a = p.layer[0];
@@ -392,7 +393,7 @@ struct InnerTask : InnerBlock<A> {
     for (int l = p.first; l < p.layers; ++l) {
       const InnerLayer& a = p.layer[l];
       if (!a.d_weight.data && !a.d_bias.data) continue;
-      this->give_layer(a, memory + p.adjoint, a.d_weight.data ? target(a.d_weight) : nullptr, adds(a.d_weight),
+      this->give_layer(a, states + p.adjoint, a.d_weight.data ? target(a.d_weight) : nullptr, adds(a.d_weight),
                        a.d_bias.data ? target(a.d_bias) : nullptr, adds(a.d_bias));
     }
   }

@@ -29,7 +29,7 @@ struct InnerRows {
   int rows;
 };
 
-// Where rows at one layer's output lie, in elements from the start of the block's memory.
+// Where rows at one layer's output lie, in elements from the start of the block's rows.
 struct InnerPlaces {
   int value, slope, bend, delta, ld_delta;
 };
@@ -70,10 +70,12 @@ struct InnerLoop {
   InnerOutput d_rates;
 
   int threads, chunk;  // chunk: query rows at once
+  int processors;      // of the device
+  int rows_on_chip, states_size, rows_size;
   int plain;           // W' = W - rate * gradient and nothing else
   int sweeps, curvature, wants_rates, keeps_moments;
   int state, first_state;  // elements of all weights; where in them the first layer's coefficients start
-  int weights, adjoint, direction, moment_adjoint, moment;  // states
+  int weights, adjoint, direction, moment_adjoint, moment;  // from the start of the block's states
   int x, ldx, query_x, ld_query_x, record, record_size, curve, sums;
   int64_t kept_states, kept_records, kept_moments, kept;  // in the block's scratch
   int64_t block_scratch, partials;                        // elements of each block
@@ -85,7 +87,7 @@ struct InnerPlan {
   int64_t blocks, scratch;  // scratch: elements, in the dtype of the tensors
   int64_t block_elements;   // of a block's memory; must be an int
   size_t shared;            // bytes of a block
-  bool on_chip;
+  bool on_chip;             // states too
 };
 
 InnerPlan plan_adapt_mlp(Dtype dtype, InnerLoop& p, bool backward);
