@@ -23,11 +23,11 @@ class Case:
     name: str
     contenders: dict[str, Contender]
     bars: dict[str, float] = field(default_factory=dict)
+    flops: float = 0
+    bytes: float = 0
     # other work in the same run, not compared for equal results, and how often its time ours may be at most
     yardsticks: dict[str, Contender] = field(default_factory=dict)
     at_most: dict[str, float] = field(default_factory=dict)
-    flops: float = 0
-    bytes: float = 0
 
 
 def compiled(function: Callable) -> Callable:

@@ -37,19 +37,6 @@ constexpr int along_rows(int vectors) {
   return vectors == 1 ? 8 : vectors == 2 ? 6 : vectors == 3 ? 4 : vectors == 4 ? 3 : 2;
 }
 
-// Keeps a vector that several rows multiply in its register: compilers like to read it again for each, and loads are
-// what these loops would then wait for.
-template <class V>
-FM_INLINE void keep_in_register(V& v) {
-#if FASTMETA_VECTOR_BYTES == 64
-  asm("" : "+v"(v));
-#elif defined(__x86_64__)
-  asm("" : "+x"(v));
-#else
-  (void)v;
-#endif
-}
-
 // ---- along: B has the columns of C ----------------------------------------------------------------------------------
 
 template <class T, int kRows, int kVectors>

@@ -100,6 +100,8 @@ void tile(const Tile<T>& t, const Finish<T>& f) {
     Vec<T> right[kVectors];
     FM_UNROLL for (int v = 0; v < kVectors; ++v)
       right[v] = kMasked && v == kVectors - 1 ? load_first(b + v * W, last) : load(b + v * W);
+    if (kRows > 1)
+      FM_UNROLL for (int v = 0; v < kVectors; ++v) keep_in_register(right[v]);
     FM_UNROLL for (int r = 0; r < kRows; ++r) {
       const Vec<T> left = broadcast(a[r][k]);
       FM_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] = combine<T, kCombine>(left, right[v], sum[r][v]);

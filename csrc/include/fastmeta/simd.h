@@ -182,6 +182,19 @@ FM_INLINE void finish_streams() {
 #endif
 }
 
+// Keeps a vector that several rows multiply in its register: compilers like to read it again for each, and loads are
+// what these loops would then wait for.
+template <class V>
+FM_INLINE void keep_in_register(V& v) {
+#if FASTMETA_VECTOR_BYTES == 64
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#else
+  (void)v;
+#endif
+}
+
 template <class V>
 FM_INLINE V minimum(V a, V b) {
   return a < b ? a : b;
