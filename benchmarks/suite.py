@@ -132,6 +132,24 @@ def maml_flops(sizes, tasks: int, shots: int, queries: int, steps: int) -> float
     return tasks * (2 * (9 * steps * shots + 3 * queries) * hidden + min(cost))
 
 
+def maml_batch(sizes, tasks: int, shots: int, queries: int, steps: int, make: Make | None = None):
+    """An MLP, its loss, a task batch and `MAML` of them; regression if the net has one output."""
+    make = make or Make(torch.float32)
+    torch.manual_seed(0)
+    model = fastmeta.nn.mlp(sizes).to(make.device, make.dtype)
+    regression = sizes[-1] == 1
+
+    def targets(rows):
+        return make.normal(tasks, rows, 1) if regression else make.labels(sizes[-1], tasks, rows)
+
+    batch = TaskBatch(
+        make.normal(tasks, shots, sizes[0]), targets(shots), make.normal(tasks, queries, sizes[0]), targets(queries)
+    )
+    loss = F.mse_loss if regression else F.cross_entropy
+    maml = MAML(model, inner_lr=0.01, inner_steps=steps, loss="mse" if regression else "cross_entropy")
+    return model, loss, batch, maml
+
+
 def mamls(make: Make) -> Iterator[Case]:
     # name, widths, tasks, support and query rows, steps, times faster than every peer, at most times supervised
     settings = (
@@ -143,18 +161,8 @@ def mamls(make: Make) -> Iterator[Case]:
         ("images 784-256-128-64-64-5 K5 T32", (784, 256, 128, 64, 64, 5), 32, 5, 75, 5, 4, 1.7),
     )
     for name, sizes, tasks, shots, queries, steps, faster, at_most in settings:
-        torch.manual_seed(0)
-        model = fastmeta.nn.mlp(sizes).to(make.device, make.dtype)
+        model, loss, batch, maml = maml_batch(sizes, tasks, shots, queries, steps, make)
         regression = sizes[-1] == 1
-        loss = F.mse_loss if regression else F.cross_entropy
-
-        def targets(rows, tasks=tasks, sizes=sizes, regression=regression):
-            return make.normal(tasks, rows, 1) if regression else make.labels(sizes[-1], tasks, rows)
-
-        batch = TaskBatch(
-            make.normal(tasks, shots, sizes[0]), targets(shots), make.normal(tasks, queries, sizes[0]), targets(queries)
-        )
-        maml = MAML(model, inner_lr=0.01, inner_steps=steps, loss="mse" if regression else "cross_entropy")
         rows = {
             "fastmeta": lambda maml=maml, batch=batch: torch.autograd.grad(maml(batch).loss, list(maml.parameters())),
             "torch.func": lambda m=model, f=loss, b=batch, k=steps: peers.maml_by_vmap(m, f, b, 0.01, k),
