@@ -8,10 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-
-class AlgorithmName(str, Enum):
-    maml = "maml"
-    protonet = "protonet"
+# kept equal to `training.registry.ALGORITHMS`, which takes too long to import for --help
+AlgorithmName = Enum("AlgorithmName", {name: name for name in ("maml", "protonet")}, type=str)
 
 
 class DataName(str, Enum):
@@ -72,6 +70,13 @@ def _option(panel: str | None, kind: type, flag: str, help: str, default: str | 
 _TASKS, _INNER, _OUTER, _RUN = "Tasks", "Model and inner loop", "Outer loop", "The run"
 
 Algorithm = Annotated[AlgorithmName, typer.Argument(help="What to train.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", rich_help_panel=_INNER,
+        help="An argument of the algorithm's own class, such as full_context=true; may be given often.",
+    ),
+]  # fmt: skip
 Data = _option(_TASKS, DataName, "--data", "sinusoid is regression, glyphs are drawn here, omniglot is real.", "needed")
 Ways = _option(_TASKS, int, "--ways", "N, classes per task; a support set is [T, N * shots, ...].", "5", min=1)
 Shots = _option(_TASKS, int, "--shots", "Support examples per class.", "1; sinusoid 10", min=1)

@@ -52,6 +52,7 @@ def train(
     eval_inner_steps: options.EvalInnerSteps = None,
     first_order: options.FirstOrder = None,
     engine: options.Engine = None,
+    settings: options.Settings = None,
     task_chunk: options.TaskChunk = None,
     outer_lr: options.OuterLR = None,
     lr_schedule: options.Schedule = None,
@@ -83,6 +84,7 @@ def train(
         engine=engine, task_chunk=task_chunk, outer_lr=outer_lr, lr_schedule=lr_schedule,
         lr_halve_every=lr_halve_every, task_batch=task_batch, iterations=iterations, minutes=minutes, seed=seed,
         device=device, threads=threads, eval_every=eval_every, eval_tasks=eval_tasks, save_every=save_every,
+        settings=_settings(settings),
     )  # fmt: skip
     given = {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
     from .training import CheckpointFolder, run_config
@@ -233,6 +235,20 @@ def _say(text: str, style: str | None = None) -> None:
 
 def _warn(text: str) -> None:
     err.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _settings(given: list[str] | None) -> tuple[tuple[str, object], ...] | None:
+    """`NAME=VALUE` with a JSON value; what is no JSON is a word."""
+    found = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--set must be NAME=VALUE, such as full_context=true; got {text!r}")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return tuple(sorted(found.items())) or None
 
 
 def _widths(text: str | None) -> tuple[int, ...] | None:

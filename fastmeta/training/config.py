@@ -8,9 +8,9 @@ from typing import Any
 
 from ..tasks import NAMES as DATA
 from ..tasks.omniglot import PARTITIONS
+from .registry import ALGORITHMS
 from .schedule import SCHEDULES
 
-ALGORITHMS = ("maml", "protonet")
 MODELS = ("mlp", "conv4")
 
 
@@ -54,9 +54,11 @@ class RunConfig:
     eval_every: int = 500
     eval_tasks: int = 600
     save_every: int = 500
+    # arguments of the algorithm's own, by name: what `--set` gives
+    settings: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        _one_of("algorithm", self.algorithm, ALGORITHMS)
+        _one_of("algorithm", self.algorithm, tuple(ALGORITHMS))
         _one_of("data", self.data, DATA)
         _one_of("model", self.model, MODELS)
         _one_of("partition", self.partition, PARTITIONS)
@@ -87,17 +89,23 @@ class RunConfig:
         if self.model == "conv4" and len(self.hidden) != 1:
             raise ValueError(f"hidden must be one number of channels for conv4, got {list(self.hidden)}")
         if self.data == "sinusoid":
-            if self.algorithm == "protonet":
+            if "regression" not in ALGORITHMS[self.algorithm].kinds:
                 raise ValueError(
-                    "protonet classifies, and sinusoid is regression: use maml, or data glyphs or omniglot"
+                    f"{self.algorithm} classifies, and sinusoid is regression: use maml, or data glyphs or omniglot"
                 )
             if self.model == "conv4":
                 raise ValueError("conv4 needs images, and sinusoid has numbers: use model mlp")
             if self.ways != 1 or self.train_ways != 1:
                 raise ValueError("sinusoid is regression, it has no ways: leave ways out")
-        if self.algorithm == "maml" and self.train_ways != self.ways:
+        own = ALGORITHMS[self.algorithm].settings
+        for name, value in self.settings:
+            if name not in own:
+                raise ValueError(f"settings of {self.algorithm} are {', '.join(own) or 'none'}; got {name!r}")
+            if not isinstance(value, type(own[name])) and own[name] is not None:
+                raise ValueError(f"setting {name} must be {type(own[name]).__name__}, got {value!r}")
+        if ALGORITHMS[self.algorithm].fixed_ways and self.train_ways != self.ways:
             raise ValueError(
-                f"train_ways must equal ways for maml, whose last layer has one output per class: "
+                f"train_ways must equal ways for {self.algorithm}, whose last layer has one output per class: "
                 f"got {self.train_ways} and {self.ways}"
             )
 
@@ -110,7 +118,8 @@ class RunConfig:
         unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"unknown settings {', '.join(sorted(unknown))}: written by another version of fastmeta")
-        return cls(**{**values, "hidden": tuple(values["hidden"])})
+        settings = tuple((name, value) for name, value in values.get("settings", ()))
+        return cls(**{**values, "hidden": tuple(values["hidden"]), "settings": settings})
 
 
 def run_config(algorithm: str, data: str, **given: Any) -> RunConfig:
@@ -120,10 +129,12 @@ def run_config(algorithm: str, data: str, **given: Any) -> RunConfig:
     more tasks per step; MAML on images, their section A.1 (20-way: five steps of 0.1); prototypical networks,
     Snell et al. 2017, section 3.1 (60-way episodes of 5 queries, Adam at 1e-3 halved every 2,000 episodes).
     """
-    _one_of("algorithm", algorithm, ALGORITHMS)
+    _one_of("algorithm", algorithm, tuple(ALGORITHMS))
     _one_of("data", data, DATA)
     given = {key: value for key, value in given.items() if value is not None}
     values = _defaults(algorithm, data, given)
+    entry = ALGORITHMS[algorithm]
+    values.update(entry.sinusoid if data == "sinusoid" else entry.images)
     if given.get("minutes") is not None and "iterations" not in given:
         values["iterations"] = None
     if given.get("lr_halve_every") and "lr_schedule" not in given:
@@ -162,7 +173,7 @@ def _defaults(algorithm: str, data: str, given: dict[str, Any]) -> dict[str, Any
         "model": model,
         "hidden": (64,) if model == "conv4" else (256, 128, 64, 64),
     }
-    if algorithm == "protonet":
+    if ALGORITHMS[algorithm].group == "metric":
         return {
             **common,
             "train_ways": max(ways, 60),

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..algorithms import MAML, ProtoNet
-from ..nn import conv4, mlp
 from ..tasks import make_tasks
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load_checkpoint
 from .config import RunConfig
 from .evaluate import Evaluation, evaluate
 from .loop import Reporter, TaskSource, Trainer, load_model
+from .registry import ALGORITHMS
 
 # What may differ when a run goes on: none of it changes what a step computes, beyond rounding.
 MAY_CHANGE = (
@@ -67,43 +66,8 @@ def build_algorithm(config: RunConfig, tasks: TaskSource, device: torch.device) 
     """The config's algorithm with newly initialised weights, which depend on `config.seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        algorithm = _maml(config, tasks) if config.algorithm == "maml" else _protonet(config, tasks)
+        algorithm = ALGORITHMS[config.algorithm].build(config, tasks, dict(config.settings))
     return algorithm.to(device)
-
-
-def _maml(config: RunConfig, tasks: TaskSource) -> MAML:
-    size, channels = _input(tasks)
-    if config.model == "conv4":
-        # Batch statistics in eval mode too: adaptation never updates running ones.
-        body = conv4(channels, config.hidden[0], track_running_stats=False)
-        model = nn.Sequential(*body, nn.Linear(_features(body, tasks), tasks.output_size))
-    else:
-        model = mlp([size, *config.hidden, tasks.output_size])
-    return MAML(
-        model,
-        inner_lr=config.inner_lr,
-        inner_steps=config.inner_steps,
-        first_order=config.first_order,
-        loss="mse" if tasks.kind == "regression" else "cross_entropy",
-        engine=config.engine,
-        task_chunk=config.task_chunk,
-    )
-
-
-def _protonet(config: RunConfig, tasks: TaskSource) -> ProtoNet:
-    size, channels = _input(tasks)
-    encoder = conv4(channels, config.hidden[0]) if config.model == "conv4" else mlp([size, *config.hidden])
-    return ProtoNet(encoder, metric=config.metric, ways=config.train_ways)
-
-
-def _input(tasks: TaskSource) -> tuple[int, int]:
-    shape = tuple(tasks.input_shape)
-    return torch.Size(shape).numel(), shape[0]
-
-
-def _features(body: nn.Module, tasks: TaskSource) -> int:
-    with torch.no_grad():
-        return body(torch.zeros(2, *tasks.input_shape)).shape[1]
 
 
 def validator(config: RunConfig, algorithm: nn.Module, device: torch.device) -> Callable[..., Evaluation | None]:
@@ -188,8 +152,10 @@ def load_for_evaluation(
     Raises CheckpointError if the checkpoint does not fit, ValueError for `ways` that the model cannot serve.
     """
     config = config_of(checkpoint)
-    if config.algorithm == "maml" and ways is not None and ways != config.ways:
-        raise ValueError(f"ways must be {config.ways}, got {ways}: this maml was trained with one output per class")
+    if ALGORITHMS[config.algorithm].fixed_ways and ways is not None and ways != config.ways:
+        raise ValueError(
+            f"ways must be {config.ways}, got {ways}: this {config.algorithm} was trained with one output per class"
+        )
     if data_root is not None:
         config = dataclasses.replace(config, data_root=str(data_root))
     config = dataclasses.replace(config, device=device, threads=threads)
