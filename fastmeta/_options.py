@@ -8,8 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+ALGORITHM_NAMES = (
+    "maml", "metasgd", "anil", "boil", "protonet", "matching", "relation", "ridge", "hypernetwork", "caml-modulation",
+    "caml-incontext",
+)  # fmt: skip
 # kept equal to `training.registry.ALGORITHMS`, which takes too long to import for --help
-AlgorithmName = Enum("AlgorithmName", {name: name for name in ("maml", "protonet")}, type=str)
+AlgorithmName = Enum("AlgorithmName", {name: name for name in ALGORITHM_NAMES}, type=str)
 
 
 class DataName(str, Enum):

@@ -7,8 +7,10 @@ import os
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch import nn
 
+from fastmeta._options import ALGORITHM_NAMES
 from fastmeta.algorithms import MetaOutput
 from fastmeta.tasks import TaskBatch
 from fastmeta.training import (
@@ -24,6 +26,7 @@ from fastmeta.training import (
     run_config,
 )
 from fastmeta.training.embed import embedding_pays
+from fastmeta.training.registry import ALGORITHMS
 from fastmeta.training.run import build_tasks, build_trainer, resumed_config
 from fastmeta.training.schedule import learning_rate
 
@@ -353,3 +356,29 @@ def test_learning_rates():
 def test_settings_are_checked_by_name(given, text):
     with pytest.raises(ValueError, match=text):
         run_config(**{"algorithm": "maml", "data": "sinusoid", **given})
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_registered_algorithm_trains(name):
+    entry = ALGORITHMS[name]
+    sizes = {"iterations": 1, "eval_every": 0, "task_batch": 2, "device": DEVICE}
+    if "regression" in entry.kinds:
+        build_trainer(run_config(name, "sinusoid", **sizes), None).run()
+    config = run_config(name, "glyphs", ways=3, train_ways=3, model="mlp", hidden=(8, 8), **sizes)
+    trainer = build_trainer(config, None)
+    trainer.run()
+    assert RunConfig.from_json(config.as_json()) == config
+    found = evaluate(trainer.algorithm, build_tasks(config, "test", trainer.device), episodes=4)
+    assert 0 <= found.accuracy.mean <= 1
+
+
+def test_names_on_the_command_line_are_those_of_the_registry():
+    assert tuple(ALGORITHMS) == ALGORITHM_NAMES
+
+
+def test_settings_are_checked():
+    assert dict(run_config("matching", "glyphs", settings=(("full_context", True),)).settings) == {"full_context": True}
+    with pytest.raises(ValueError, match="settings of protonet are none; got 'scale'"):
+        run_config("protonet", "glyphs", settings=(("scale", 1.0),))
+    with pytest.raises(ValueError, match="setting full_context must be bool, got 3"):
+        run_config("matching", "glyphs", settings=(("full_context", 3),))

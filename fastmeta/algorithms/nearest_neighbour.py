@@ -1,0 +1,127 @@
+"""Nearest neighbour on frozen embeddings: what few-shot learning costs nothing to compare with."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastmeta import _checks, functional
+from fastmeta._backends import METRICS
+
+from ._embedding import EmbeddingLearner
+from .output import MetaOutput
+
+RULES = ("mean", "nearest")
+CENTRES = ("none", "support")
+
+
+class Neighbours(NamedTuple):
+    """What `NearestNeighbour.adapt` returns: class means `[T, N, D]` or examples `[T, S, D]` to be near to; their
+    labels `[T, S]` (None for means); N; and the mean subtracted, `[T, 1, D]` or `[D]` (None without centring)."""
+
+    embeddings: Tensor
+    labels: Tensor | None
+    num_classes: int
+    centre: Tensor | None
+
+
+class NearestNeighbour(EmbeddingLearner):
+    """Nearest class mean or nearest example on an encoder that is not trained (Wang et al. 2019, "SimpleShot:
+    Revisiting Nearest-Neighbor Classification for Few-Shot Learning", section 2).
+
+    `centre` and `normalise` are the paper's: none is its UN, `normalise=True` its L2N, and both its CL2N. With
+    `encoder=nn.Flatten()` it is nearest neighbour on pixels, the baseline that every method has to beat.
+
+    Args:
+        encoder: any module from examples `[B, ...]` to embeddings `[B, D]`. It runs in eval mode and without gradients,
+            and `train()` does not reach it.
+        rule: `"mean"` (nearest class mean) or `"nearest"` (1-NN, the class of the nearest support example). The same
+            with one shot.
+        centre: what is subtracted first: `"none"`, `"support"` (the mean of the task's support embeddings), or a tensor
+            `[D]`, such as the mean embedding of the training images, which is the paper's.
+        normalise: divide by the Euclidean norm, after centring.
+        metric: as in `fastmeta.functional.pairwise_distance`; the paper's is `"sqeuclidean"`.
+        ways: the number of classes `N` of every task. None takes the largest support label of the batch plus one.
+
+    `predict` gives minus the distance to the class, -inf with `rule="nearest"` for a class without support examples;
+    with `rule="mean"` such a class has its mean at zero. The loss is the cross entropy of that and has no gradient.
+    Departure: centring by the support mean, for where there are no training images.
+
+    Raises:
+        ValueError: an unknown rule, centre or metric, an encoder that does not return `[B, D]`, labels that do not fit.
+        TypeError: labels that are not int64.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        rule: str = "mean",
+        centre: str | Tensor = "none",
+        normalise: bool = False,
+        metric: str = "sqeuclidean",
+        ways: int | None = None,
+    ):
+        super().__init__(encoder, ways)
+        _checks.choice("rule", rule, RULES)
+        _checks.choice("metric", metric, METRICS)
+        if isinstance(centre, Tensor):
+            _checks.tensor("centre", centre, "[D]")
+        else:
+            _checks.choice("centre", centre, CENTRES)
+        self.rule, self.normalise, self.metric = rule, normalise, metric
+        self.centre = "given" if isinstance(centre, Tensor) else centre
+        self.register_buffer("mean", centre.detach().clone() if isinstance(centre, Tensor) else None)
+        self.encoder.eval()
+
+    def train(self, mode: bool = True) -> NearestNeighbour:
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    @torch.no_grad()
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> Neighbours:
+        """Class means or examples of support sets `[T, S, ...]` with labels int64 `[T, S]`."""
+        return super().adapt(support_x, support_y)
+
+    @torch.no_grad()
+    def predict(self, state: Neighbours, query_x: Tensor) -> Tensor:
+        """Logits `[T, Q, N]`: minus the distance to each class."""
+        return super().predict(state, query_x)
+
+    @torch.no_grad()
+    def forward(self, batch) -> MetaOutput:
+        """Loss and accuracy of the query sets; without gradient."""
+        return super().forward(batch)
+
+    def extra_repr(self) -> str:
+        return (
+            f"rule={self.rule!r}, centre={self.centre!r}, normalise={self.normalise}, metric={self.metric!r}, "
+            f"ways={self.ways}"
+        )
+
+    def _fit(self, features: Tensor, labels: Tensor) -> Neighbours:
+        num_classes = self._num_classes(labels, features)
+        centre = features.mean(1, keepdim=True) if self.centre == "support" else self.mean
+        features = self._transform(features, centre)
+        if self.rule == "nearest":
+            return Neighbours(features, labels, num_classes, centre)
+        return Neighbours(functional.class_prototypes(features, labels, num_classes), None, num_classes, centre)
+
+    def _score(self, state: Neighbours, features: Tensor) -> Tensor:
+        features = self._transform(features, state.centre)
+        distance = functional.pairwise_distance(features, state.embeddings, self.metric)
+        if state.labels is None:
+            return -distance
+        farthest = distance.new_full((*distance.shape[:2], state.num_classes), torch.inf)
+        return -farthest.scatter_reduce(2, state.labels.unsqueeze(1).expand_as(distance), distance, "amin")
+
+    def _transform(self, features: Tensor, centre: Tensor | None) -> Tensor:
+        if centre is not None:
+            if centre.shape[-1] != features.shape[-1]:
+                raise ValueError(f"centre must have shape [D] = [{features.shape[-1]}], got {list(centre.shape)}")
+            features = features - centre
+        return F.normalize(features, dim=-1) if self.normalise else features
