@@ -191,5 +191,11 @@ Newest = Annotated[bool, typer.Option("--newest", help="Of a folder, the newest 
 TestSeed = Annotated[int, typer.Option("--seed", help="Of the tasks.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
+Suite = Annotated[
+    str, typer.Option("--suite", help="quick: 90 minutes on two CPU cores; paper: the papers' lengths; smoke: seconds.")
+]
+ReproduceFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the runs and the table go.")]
+Only = Annotated[list[str] | None, typer.Option("--only", metavar="ROW", help="Run this row; may be given often.")]
+
 DemoFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the picture goes.")]
 Quick = Annotated[bool, typer.Option("--quick", hidden=True, help="A few seconds, to see that it runs.")]

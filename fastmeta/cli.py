@@ -176,6 +176,27 @@ def evaluate(
 
 
 @app.command()
+def reproduce(
+    suite: options.Suite = "quick",
+    out_dir: options.ReproduceFolder = Path("runs/reproduce"),
+    only: options.Only = None,
+    episodes: options.Episodes = 600,
+    data_root: options.DataRoot = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    debug: options.Debug = False,
+) -> None:
+    """Train and judge every algorithm, and write one table. Stopped, it goes on when typed again."""
+    from .reproduce import reproduce as run
+
+    run(
+        suite, out_dir, only=only, episodes=episodes, threads=threads, device=device or "auto",
+        data_root=str(data_root) if data_root else None, say=_say,
+    )  # fmt: skip
+    _say(f"table in {out_dir / suite / 'table.md'}", style="bold")
+
+
+@app.command()
 def demo(
     out_dir: options.DemoFolder = Path("demo"),
     data_root: options.DataRoot = None,

@@ -112,6 +112,7 @@ LAYERS = (
     ("algorithms", "compat"),
     ("fastmeta",),
     ("training",),
+    ("reproduce",),
     ("cli", "info", "demo", "_options", "_picture", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
