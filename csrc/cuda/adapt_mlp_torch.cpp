@@ -10,8 +10,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> adapt_mlp(
     Tensor support_x, Tensor support_y, Tensor support_weight, Tensor gram_support, std::vector<Tensor> weights,
     std::vector<Tensor> biases, Tensor rates, std::vector<Tensor> element_rates, int64_t loss, int64_t activation,
     double delta, double momentum, double weight_decay, bool first_order) {
-  const InnerArguments arguments{support_x,     support_y, support_weight, gram_support, weights,  biases,       rates,
-                                 element_rates, loss,      activation,     delta,        momentum, weight_decay, first_order};
+  const InnerArguments arguments{support_x, support_y,     support_weight, gram_support, weights,
+                                 biases,    rates,         element_rates,  loss,         activation,
+                                 delta,     momentum,      weight_decay,   first_order};
   InnerProblem problem(kOp, arguments);
   InnerLoop& p = problem.loop;
   const OnDevice device(support_x);
@@ -35,8 +36,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor, std
     Tensor support_y, Tensor support_weight, Tensor gram_support, std::vector<Tensor> weights,
     std::vector<Tensor> biases, Tensor rates, std::vector<Tensor> element_rates, int64_t loss, int64_t activation,
     double delta, double momentum, double weight_decay, bool first_order, int64_t needs) {
-  const InnerArguments arguments{support_x,     support_y, support_weight, gram_support, weights,  biases,       rates,
-                                 element_rates, loss,      activation,     delta,        momentum, weight_decay, first_order};
+  const InnerArguments arguments{support_x, support_y,     support_weight, gram_support, weights,
+                                 biases,    rates,         element_rates,  loss,         activation,
+                                 delta,     momentum,      weight_decay,   first_order};
   InnerProblem problem(kOp, arguments);
   InnerLoop& p = problem.loop;
   STD_TORCH_CHECK(grad_weights.size() == weights.size() && grad_biases.size() == biases.size(), kOp,

@@ -15,13 +15,14 @@ struct InnerBlock {
   const InnerLoop& p;
   A* const memory;   // rows
   A* const states;
-  A* const archive;  // in the scratch: states and rows of earlier steps
   const Team team;
-  int64_t task = 0;
-  bool first_task = true;  // of this block
+  int task = 0;
 
-  __device__ __forceinline__ InnerBlock(const InnerLoop& p, A* memory, A* states, A* archive)
-      : p(p), memory(memory), states(states), archive(archive), team(rotated(p)) {}
+  __device__ __forceinline__ InnerBlock(const InnerLoop& p, A* memory, A* states)
+      : p(p), memory(memory), states(states), team(rotated(p)) {}
+
+  // States and rows of earlier steps, in the scratch.
+  __device__ __forceinline__ A* archive() const { return static_cast<A*>(p.scratch) + p.block_scratch * blockIdx.x; }
 
   // Where a product has work for few of a block's warps, those of the blocks on one multiprocessor are not the same.
   __device__ __forceinline__ static Team rotated(const InnerLoop& p) {
@@ -41,7 +42,7 @@ struct InnerBlock {
   __device__ __forceinline__ A* target(const InnerOutput& o) const {
     return static_cast<A*>(o.data) + (o.task ? o.task * task : p.partials * blockIdx.x);
   }
-  __device__ __forceinline__ bool adds(const InnerOutput& o) const { return o.task == 0 && !first_task; }
+  __device__ __forceinline__ bool adds(const InnerOutput& o) const { return o.task == 0 && task != int(blockIdx.x); }
 
   __device__ __forceinline__ bool gram() const { return p.first > 0; }
   __device__ __forceinline__ bool relu() const { return p.activation == Activation::relu; }
@@ -157,7 +158,7 @@ struct InnerBlock {
                                       A* curve, const A* extra) const {
     const InnerLayer& a = p.layer[p.layers - 1];
     const InnerPlaces& to = query ? a.query : a.support;
-    const int64_t start = task * rows.rows + begin;
+    const int64_t start = int64_t(task) * rows.rows + begin;
     A total = 0;
     for (int r = team.id; r < count; r += team.threads) {
       A* logits = memory + to.delta + r * to.ld_delta;
@@ -218,7 +219,7 @@ struct InnerBlock {
   __device__ __forceinline__ void update(int step) const {
     A *state = states + p.weights, *moment = states + p.moment;
     const A decay = A(p.weight_decay), keep = A(step > 0 ? p.momentum : 0);
-    A* kept = p.keeps_moments ? archive + p.kept_moments + int64_t(step) * p.state : nullptr;
+    A* kept = p.keeps_moments ? archive() + p.kept_moments + int64_t(step) * p.state : nullptr;
     for (int l = p.first; l < p.layers; ++l) {
       const InnerLayer& a = p.layer[l];
       const A layer_rate = rate(step, l);
@@ -268,13 +269,14 @@ struct InnerBlock {
   __device__ __forceinline__ void adapt(bool keep) const {
     for (int k = 0; k < p.steps; ++k) {
       const bool archived = keep && k + 1 < p.steps;
-      if (keep && k > 0) copy(states + p.weights, archive + p.kept_states + int64_t(k - 1) * p.state, p.state);
+      if (keep && k > 0) copy(states + p.weights, archive() + p.kept_states + int64_t(k - 1) * p.state, p.state);
       forward(p.support, 0, p.support.rows, memory + p.x, p.ldx, false, keep && p.curvature);
-      losses(p.support, 0, p.support.rows, false, true, A(1), keep && p.curvature ? memory + p.curve : nullptr, nullptr);
+      A* curve = keep && p.curvature ? memory + p.curve : nullptr;
+      losses(p.support, 0, p.support.rows, false, true, A(1), curve, nullptr);
       __syncthreads();
       support_deltas(keep && p.curvature);
       if (archived)
-        copy(memory + p.record, archive + p.kept_records + int64_t(k) * p.record_size, p.record_size);
+        copy(memory + p.record, archive() + p.kept_records + int64_t(k) * p.record_size, p.record_size);
       update(k);
       __syncthreads();
     }

@@ -31,7 +31,7 @@ class InnerProblem {
     dtype = dtype_of(op, a.support_x);
     STD_TORCH_CHECK(dtype == Dtype::f32 || dtype == Dtype::f64, op, ": the CUDA kernels take float32 and float64");
     InnerLoop& p = loop;
-    p.tasks = a.support_x.size(0);
+    p.tasks = small(a.support_x.size(0));
     const int64_t layers = a.rates.size(2), given = int64_t(a.weights.size());
     STD_TORCH_CHECK(layers >= 1 && layers <= kInnerLayers, op, ": the CUDA kernels take 1 to ", kInnerLayers,
                     " layers, got ", layers);

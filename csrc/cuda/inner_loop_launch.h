@@ -2,26 +2,27 @@
 #pragma once
 
 #include "inner_loop_sums.h"
-#include "inner_loop_sweep.h"
+#include "inner_loop_task.h"
 
 namespace fastmeta::cuda {
 
-// Blocks of the most threads that a multiprocessor's registers are shared out for; of 128 threads, twice as many.
+// What registers are shared out for: with two blocks of so many threads each has 80, enough for none to be spilled, and
+// there is room for six blocks of 128. Weights in far memory take more registers than that.
+constexpr int kInnerBound = 384;
 template <class A, bool kChip>
-constexpr int kInnerBlocks = sizeof(A) > sizeof(float) ? 1 : kChip ? 3 : 2;
+constexpr int kInnerBlocks = kChip && sizeof(A) == sizeof(float) ? 2 : 1;
 
-// kChip: a block's memory is its shared memory; else its states are not, and its rows may be. kMeta: with query rows, else for the adapted weights.
+// kChip: a block's memory is its shared memory; else its states are not, and its rows may be.
+// kMeta: with query rows, else for the adapted weights.
 template <class A, bool kChip, bool kMeta, bool kBackward>
-__global__ void __launch_bounds__(kInnerThreads, (kInnerBlocks<A, kChip>))
+__global__ void __launch_bounds__(kInnerBound, (kInnerBlocks<A, kChip>))
     inner_loop_kernel(const __grid_constant__ InnerLoop p) {
   FM_DYNAMIC_SHARED(shared);
-  A* scratch = static_cast<A*>(p.scratch) + p.block_scratch * blockIdx.x;
-  A* states = kChip ? reinterpret_cast<A*>(shared) : scratch + p.kept;
+  A* far = static_cast<A*>(p.scratch) + p.block_scratch * blockIdx.x + p.kept;
+  A* states = kChip ? reinterpret_cast<A*>(shared) : far;
   A* rows = !kChip && p.rows_on_chip ? reinterpret_cast<A*>(shared) : states + p.states_size;
-  InnerTask<A> t(p, rows, states, scratch);
-  FM_EACH(task, x, p.tasks) {
-    t.task = task;
-    t.first_task = task == blockIdx.x;
+  InnerTask<A> t(p, rows, states);
+  for (t.task = int(blockIdx.x); t.task < p.tasks; t.task += int(gridDim.x)) {
     t.start();
     if (kBackward) t.start_gradients();
     __syncthreads();
@@ -68,15 +69,15 @@ struct InnerDevice {
   }
 
   template <class Kernel>
-  int64_t blocks(Kernel kernel, int threads, size_t bytes) const {
+  int64_t blocks(Kernel kernel, int threads, size_t bytes, bool on_chip) const {
 #ifdef FASTMETA_HOST
-    (void)kernel, (void)threads, (void)bytes;
+    (void)kernel, (void)threads, (void)bytes, (void)on_chip;
     return 3;  // as many as the emulation runs
 #else
-    if (bytes > 0) {
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+    if (bytes > 0) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+    // weights in far memory need the cache that shared memory is taken from
+    if (on_chip)
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-    }
     int each = 0;
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, bytes);
     return int64_t(each > 0 ? each : 1) * processors;
@@ -84,7 +85,7 @@ struct InnerDevice {
   }
 };
 
-constexpr int64_t kInnerScratch = int64_t(256) << 20;  // bytes, as long as one block needs no more
+constexpr int64_t kInnerScratch = int64_t(512) << 20;  // bytes, as long as one block needs no more
 
 template <class A, bool kMeta, bool kBackward, class F>
 void with_inner_kernel(bool on_chip, const F& f) {
@@ -107,10 +108,10 @@ InnerPlan plan_inner_loop(Dtype dtype, InnerLoop& p) {
     p.block_scratch = p.kept + ((off_chip + 3) & ~int64_t(3));
     p.partials = shared_gradients(p).size;
     with_inner_kernel<A, kMeta, kBackward>(
-        plan.on_chip, [&](auto kernel) { plan.blocks = device.blocks(kernel, p.threads, plan.shared); });
+        plan.on_chip, [&](auto kernel) { plan.blocks = device.blocks(kernel, p.threads, plan.shared, plan.on_chip); });
     const int64_t each = p.block_scratch + p.partials;
     const int64_t room = each > 0 ? kInnerScratch / int64_t(sizeof(A)) / each : plan.blocks;
-    plan.blocks = smaller(plan.blocks, smaller(p.tasks, room > 1 ? room : 1));
+    plan.blocks = smaller(plan.blocks, smaller<int64_t>(p.tasks, room > 1 ? room : 1));
     plan.scratch = plan.blocks * each;
   });
   return plan;

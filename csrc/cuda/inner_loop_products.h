@@ -103,7 +103,7 @@ __device__ __forceinline__ void rows_by_rows(Team team, int rows, int columns, i
       // neighbouring threads have neighbouring columns: rows of b that start in different banks
 #pragma unroll
       for (int j = 0; j < 4; ++j) b[j] = t.b + (columns > 0 ? smaller(tx + j * across, columns - 1) : 0) * t.ldb;
-#pragma unroll 2
+#pragma unroll 1
       for (int k = 0; k < depth; k += 4) {
         Quad<A> x[kTileRows];
 #pragma unroll
@@ -152,7 +152,7 @@ __device__ __forceinline__ void rows_by_matrix(Team team, int rows, int written,
 #pragma unroll
       for (int i = 0; i < kTileRows; ++i) a[i] = t.a + smaller(kTileRows * ty + i, rows - 1) * t.lda;
       const A* b = t.b + 4 * tx;
-#pragma unroll 2
+#pragma unroll 1
       for (int k = 0; k < depth; k += 4) {
         Quad<A> x[kTileRows];
 #pragma unroll

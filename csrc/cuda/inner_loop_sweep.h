@@ -1,151 +1,19 @@
-// The query rows of a task, and the way back through its steps: a product with the Hessian of each step's loss, by
-// tangents of all activations and deltas in the adjoint's direction (Pearlmutter 1994).
+// The way back through a task's steps: a product with the Hessian of each step's loss, by tangents of all activations
+// and deltas in the adjoint's direction (Pearlmutter 1994).
 #pragma once
 
-#include "inner_loop_block.h"
+#include "inner_loop_query.h"
 
 namespace fastmeta::cuda {
 
 template <class A>
-struct InnerTask : InnerBlock<A> {
-  using Base = InnerBlock<A>;
-  using Base::add_parts, Base::adds, Base::archive, Base::copy, Base::fill_zero, Base::forward, Base::gradient_term;
-  using Base::gram, Base::input_of, Base::losses, Base::memory, Base::of_task, Base::own_rate, Base::p, Base::rate;
-  using Base::set_part, Base::states, Base::take_input, Base::target, Base::task, Base::team;
+struct InnerSweep : InnerQuery<A> {
+  using Base = InnerQuery<A>;
+  using Base::add_parts, Base::add_quad, Base::add_seen, Base::archive, Base::copy, Base::fill_zero, Base::first_of;
+  using Base::gradient_term, Base::gram, Base::input_gradient, Base::input_of, Base::memory, Base::of_task;
+  using Base::own_rate, Base::p, Base::rate, Base::set_part, Base::states, Base::target, Base::team;
 
-  __device__ __forceinline__ InnerTask(const InnerLoop& p, A* memory, A* states, A* archive)
-      : Base(p, memory, states, archive) {}
-
-  __device__ __forceinline__ A* first_of(int state) const { return states + state + p.first_state; }
-
-  // ---- query rows ---------------------------------------------------------------------------------------------------
-
-  __device__ __forceinline__ void query_forward() const {
-    const int classes = p.layer[p.layers - 1].out;
-    const InnerPlaces& last = p.layer[p.layers - 1].query;
-    A total = 0;
-    for (int begin = 0; begin < p.query.rows; begin += p.chunk) {
-      const int count = smaller(p.chunk, p.query.rows - begin);
-      take_input(p.query, begin, count, memory + p.query_x, p.ld_query_x);
-      __syncthreads();
-      forward(p.query, begin, count, memory + p.query_x, p.ld_query_x, true, false);
-      total += losses(p.query, begin, count, true, false, A(1), nullptr, nullptr);
-      A* out = of_task(p.logits, int64_t(p.query.rows) * classes) + int64_t(begin) * classes;
-      each(team, count, classes,
-           [&](int r, int c) { out[r * classes + c] = memory[last.delta + r * last.ld_delta + c]; });
-      __syncthreads();
-    }
-    set_part(0, total);
-    total = add_parts(1);
-    if (team.id == 0) *of_task(p.losses, 1) = total;
-  }
-
-  // The query rows' gradients of everything: of the adapted weights to `adjoint`.
-  __device__ __forceinline__ void query_backward() const {
-    const int classes = p.layer[p.layers - 1].out, last = p.layers - 1;
-    const A scale = *of_task(static_cast<const void*>(p.losses), 1);
-    const A* extra = of_task(static_cast<const void*>(p.logits), int64_t(p.query.rows) * classes);
-    fill_zero(states + p.adjoint, p.state);
-    for (int begin = 0; begin < p.query.rows; begin += p.chunk) {
-      const int count = smaller(p.chunk, p.query.rows - begin);
-      take_input(p.query, begin, count, memory + p.query_x, p.ld_query_x);
-      __syncthreads();
-      forward(p.query, begin, count, memory + p.query_x, p.ld_query_x, true, false);
-      losses(p.query, begin, count, true, true, scale, nullptr, extra + int64_t(begin) * classes);
-      __syncthreads();
-      for (int l = last; l >= p.first; --l) {
-        query_layer_gradient(l, count);
-        __syncthreads();  // deltas take the place of what was multiplied
-        if (l > 0)
-          query_deltas(l, count);
-        else if (p.d_query_x)
-          input_gradient(count, {memory + p.layer[0].query.delta, p.layer[0].query.ld_delta}, {}, A(1),
-                         of_task(p.d_query_x, int64_t(p.query.rows) * p.layer[0].in) + int64_t(begin) * p.layer[0].in,
-                         false);
-        __syncthreads();
-      }
-      if (gram()) query_gram(begin, count);
-      __syncthreads();
-    }
-  }
-
-  __device__ __forceinline__ void query_layer_gradient(int l, int count) const {
-    const InnerLayer& a = p.layer[l];
-    const A* input = memory + (l == 0 ? p.query_x : p.layer[l - 1].query.value);
-    A* to = states + p.adjoint + a.at;
-    sums_over_rows<A>(team, a.out, a.columns, count, {memory + a.query.delta, a.query.ld_delta, input, a.ld_in}, {},
-                      [&](int r, int c, const Quad<A>& v) { add_quad(to + r * a.ldw + c, v); });
-  }
-
-  __device__ __forceinline__ void query_deltas(int l, int count) const {
-    const InnerLayer& a = p.layer[l];
-    const InnerPlaces& below = p.layer[l - 1].query;
-    rows_by_matrix<A>(team, count, a.in, a.out,
-                      {memory + a.query.delta, a.query.ld_delta, states + p.weights + a.at, a.ldw}, {}, A(1),
-                      [&](int r, int c, const Quad<A>& v) {
-                        const int i = r * a.ld_in + c;
-                        const Quad<A> kept = quad(memory + below.slope + i);
-                        Quad<A> d;
-#pragma unroll
-                        for (int j = 0; j < 4; ++j)
-                          d.v[j] = c + j < a.in ? v.v[j] * slope_of(p.activation, kept.v[j]) : A(0);
-                        put_quad(memory + below.delta + i, d);
-                      });
-  }
-
-  // Gram form: gradients of what stands for the first layer.
-  __device__ __forceinline__ void query_gram(int begin, int count) const {
-    const InnerLayer& a = p.layer[0];
-    const int s = p.support.rows;
-    const A* delta = memory + a.query.delta;
-    if (p.d_query_x) {
-      A* out = of_task(p.d_query_x, int64_t(p.query.rows) * a.out) + int64_t(begin) * a.out;
-      each(team, count, a.out, [&](int r, int c) { out[r * a.out + c] = delta[r * a.query.ld_delta + c]; });
-    }
-    if (p.d_gram_query) {
-      A* out = of_task(p.d_gram_query, int64_t(p.query.rows) * s) + int64_t(begin) * s;
-      rows_by_rows<A>(team, count, s, s, a.out, {delta, a.query.ld_delta, first_of(p.weights), a.ldw}, {}, A(1),
-                      [&](int r, int c, A v) {
-                        if (c < s) out[r * s + c] = -v;
-                      });
-    }
-    add_seen(count, memory + p.query_x, delta, a.query.ld_delta);
-  }
-  // The first layer's adjoint as what the support rows see of it.
-  __device__ __forceinline__ void add_seen(int count, const A* gram_rows, const A* delta, int ld) const {
-    const InnerLayer& a = p.layer[0];
-    A* to = first_of(p.adjoint);
-    sums_over_rows<A>(team, p.support.rows, a.out, count, {gram_rows, p.ldx, delta, ld}, {},
-                      [&](int r, int c, const Quad<A>& v) { add_quad(to + r * a.ldw + c, v); });
-  }
-
-  __device__ __forceinline__ static void add_quad(A* to, const Quad<A>& v) {
-    Quad<A> sum = quad(to);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sum.v[j] += v.v[j];
-    put_quad(to, sum);
-  }
-
-  // Rows' gradient with respect to the first layer's input [count, in], dense form: `deltas` times the weights, plus
-  // `scale` times `others` times the direction.
-  struct Deltas {
-    const A* rows = nullptr;
-    int ld = 0;
-  };
-  __device__ __forceinline__ void input_gradient(int count, Deltas deltas, Deltas others, A scale, A* out,
-                                                 bool add) const {
-    const InnerLayer& a = p.layer[0];
-    rows_by_matrix<A>(team, count, a.in, a.out, {deltas.rows, deltas.ld, states + p.weights + a.at, a.ldw},
-                      {others.rows, others.ld, states + p.direction + a.at, a.ldw}, scale,
-                      [&](int r, int c, const Quad<A>& v) {
-                        A* to = out + int64_t(r) * a.in + c;
-#pragma unroll
-                        for (int j = 0; j < 4; ++j)
-                          if (c + j < a.in) to[j] = add ? to[j] + v.v[j] : v.v[j];
-                      });
-  }
-
-  // ---- back through the steps ---------------------------------------------------------------------------------------
+  __device__ __forceinline__ InnerSweep(const InnerLoop& p, A* memory, A* states) : Base(p, memory, states) {}
 
   __device__ __forceinline__ void sweep() const {
     if (p.momentum != 0) fill_zero(states + p.moment_adjoint, p.state);
@@ -164,11 +32,11 @@ struct InnerTask : InnerBlock<A> {
   // The weights and rows of step k.
   __device__ __forceinline__ void restore(int k) const {
     if (k > 0)
-      copy(archive + p.kept_states + int64_t(k - 1) * p.state, states + p.weights, p.state);
+      copy(archive() + p.kept_states + int64_t(k - 1) * p.state, states + p.weights, p.state);
     else
       this->take_weights();
     if (k + 1 < p.steps)
-      copy(archive + p.kept_records + int64_t(k) * p.record_size, memory + p.record, p.record_size);
+      copy(archive() + p.kept_records + int64_t(k) * p.record_size, memory + p.record, p.record_size);
   }
 
   // direction = moment_adjoint - rate * adjoint; moment_adjoint = momentum * direction; adjoint += decay * direction
@@ -194,7 +62,7 @@ struct InnerTask : InnerBlock<A> {
 
   __device__ __forceinline__ void gradients_of_rates(int step) const {
     const A *v = states + p.adjoint, *state = states + p.weights;
-    const A* moment = p.keeps_moments ? archive + p.kept_moments + int64_t(step) * p.state : nullptr;
+    const A* moment = p.keeps_moments ? archive() + p.kept_moments + int64_t(step) * p.state : nullptr;
     const A decay = A(p.weight_decay);
     for (int l = 0; l < p.layers; ++l) {
       const InnerLayer& a = p.layer[l];
@@ -329,73 +197,6 @@ struct InnerTask : InnerBlock<A> {
                           d.v[j] = c + j < a.in ? v.v[j] * slope_of(p.activation, kept.v[j]) + extra.v[j] : A(0);
                         put_quad(memory + below.dot_delta + r * below.support.ld_delta + c, d);
                       });
-  }
-
-  // ---- tasks --------------------------------------------------------------------------------------------------------
-
-  __device__ __forceinline__ void start() const {
-    this->take_weights();
-    take_input(p.support, 0, p.support.rows, memory + p.x, p.ldx);
-  }
-
-  __device__ __forceinline__ void give_adapted() const {
-    for (int l = p.first; l < p.layers; ++l) {
-      const InnerLayer& a = p.layer[l];
-      this->give_layer(a, states + p.weights, of_task(a.fast_weight, int64_t(a.out) * a.in), false,
-                       p.biased ? of_task(a.fast_bias, a.out) : nullptr, false);
-    }
-    if (!gram()) return;
-    const InnerLayer& a = p.layer[0];
-    A* out = of_task(p.coefficients, int64_t(p.support.rows) * a.out);
-    each(team, p.support.rows, a.out,
-         [&](int r, int c) { out[r * a.out + c] = first_of(p.weights)[r * a.ldw + c]; });
-  }
-  // The incoming gradients of adapted weights and coefficients.
-  __device__ __forceinline__ void take_gradients() const {
-    for (int l = p.first; l < p.layers; ++l) {
-      const InnerLayer& a = p.layer[l];
-      const void *weight = a.fast_weight, *bias = a.fast_bias;
-      this->take_layer(a, of_task(weight, int64_t(a.out) * a.in), p.biased ? of_task(bias, a.out) : nullptr,
-                       states + p.adjoint);
-    }
-    if (!gram()) return;
-    const InnerLayer& a = p.layer[0];
-    const void* given = p.coefficients;
-    const A* from = of_task(given, int64_t(p.support.rows) * a.out);
-    each(team, whole(p.support.rows), a.ldw, [&](int r, int c) {
-      first_of(p.adjoint)[r * a.ldw + c] = r < p.support.rows && c < a.out ? -from[r * a.out + c] : A(0);
-    });
-  }
-
-  // Outputs that are added to step by step.
-  __device__ __forceinline__ void start_gradients() const {
-    const int rows = p.support.rows;
-    const auto clear = [&](A* to, int64_t count) {
-      for (int64_t i = team.id; i < count; i += team.threads) to[i] = A(0);
-    };
-    const auto clear_sum = [&](const InnerOutput& o, int64_t count) {
-      if (o.data && !adds(o)) clear(target(o), count);
-    };
-    if (p.d_support_x) {
-      const int64_t count = int64_t(rows) * (gram() ? p.layer[0].out : p.layer[0].in);
-      clear(of_task(p.d_support_x, count), count);
-    }
-    if (p.d_gram_support) clear(of_task(p.d_gram_support, int64_t(rows) * rows), int64_t(rows) * rows);
-    clear_sum(p.d_rates, int64_t(p.steps) * p.layers);
-    if (!p.elementwise) return;
-    for (int l = p.first; l < p.layers; ++l) {
-      const InnerLayer& a = p.layer[l];
-      clear_sum(a.d_weight_rate, int64_t(a.out) * a.in);
-      clear_sum(a.d_bias_rate, a.out);
-    }
-  }
-  __device__ __forceinline__ void finish_gradients() const {
-    for (int l = p.first; l < p.layers; ++l) {
-      const InnerLayer& a = p.layer[l];
-      if (!a.d_weight.data && !a.d_bias.data) continue;
-      this->give_layer(a, states + p.adjoint, a.d_weight.data ? target(a.d_weight) : nullptr, adds(a.d_weight),
-                       a.d_bias.data ? target(a.d_bias) : nullptr, adds(a.d_bias));
-    }
   }
 };
 

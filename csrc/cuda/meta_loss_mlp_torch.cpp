@@ -11,8 +11,9 @@ std::tuple<Tensor, Tensor> meta_loss_mlp(Tensor support_x, Tensor support_y, Ten
                                          std::vector<Tensor> weights, std::vector<Tensor> biases, Tensor rates,
                                          std::vector<Tensor> element_rates, int64_t loss, int64_t activation,
                                          double delta, double momentum, double weight_decay, bool first_order) {
-  const InnerArguments arguments{support_x,     support_y, support_weight, gram_support, weights,  biases,       rates,
-                                 element_rates, loss,      activation,     delta,        momentum, weight_decay, first_order};
+  const InnerArguments arguments{support_x, support_y,     support_weight, gram_support, weights,
+                                 biases,    rates,         element_rates,  loss,         activation,
+                                 delta,     momentum,      weight_decay,   first_order};
   InnerProblem problem(kOp, arguments);
   InnerLoop& p = problem.loop;
   problem.rows(p.query, query_x, query_y, query_weight, gram_query);
@@ -31,8 +32,9 @@ meta_loss_mlp_bwd(Tensor grad_loss, Tensor grad_logits, Tensor support_x, Tensor
                   std::vector<Tensor> weights, std::vector<Tensor> biases, Tensor rates,
                   std::vector<Tensor> element_rates, int64_t loss, int64_t activation, double delta, double momentum,
                   double weight_decay, bool first_order, int64_t needs) {
-  const InnerArguments arguments{support_x,     support_y, support_weight, gram_support, weights,  biases,       rates,
-                                 element_rates, loss,      activation,     delta,        momentum, weight_decay, first_order};
+  const InnerArguments arguments{support_x, support_y,     support_weight, gram_support, weights,
+                                 biases,    rates,         element_rates,  loss,         activation,
+                                 delta,     momentum,      weight_decay,   first_order};
   InnerProblem problem(kOp, arguments);
   InnerLoop& p = problem.loop;
   problem.rows(p.query, query_x, query_y, query_weight, gram_query);

@@ -21,8 +21,17 @@ def compiler() -> str | None:
     return next((c for c in (os.environ.get("CXX"), "g++") if c and shutil.which(c)), None)
 
 
+_built: dict[tuple[str, ...], Path] = {}  # a process can load the ops once
+
+
 def build(folder: Path, *extra: str) -> Path:
-    """Compile into `folder`, two files at a time; returns the shared library."""
+    """Compile into `folder`, two files at a time; returns the shared library, the one of an earlier call if any."""
+    if extra not in _built:
+        _built[extra] = _compile(folder, *extra)
+    return _built[extra]
+
+
+def _compile(folder: Path, *extra: str) -> Path:
     include = [CSRC / "include", CSRC / "cuda", HERE, TORCH / "include", TORCH / "include/torch/csrc/api/include"]
     flags = [compiler(), "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-DFASTMETA_HOST", *extra]
     flags += [f"-DTORCH_TARGET_VERSION={ABI}", f"-I{sysconfig.get_paths()['include']}", *(f"-I{i}" for i in include)]

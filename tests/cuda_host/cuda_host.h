@@ -21,6 +21,7 @@ using std::cos, std::erf, std::exp, std::log, std::sin, std::sqrt, std::tanh;
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static  // of one block at a time
 #define FM_DYNAMIC_SHARED(name) unsigned char* name = fastmeta::cuda::host::shared_memory.data()
 

@@ -48,8 +48,7 @@ struct InnerLayer {
 
 // One launch, as the kernel gets it. The caller fills in the first part, `plan_*` the second.
 struct InnerLoop {
-  int64_t tasks;
-  int layers, steps;
+  int tasks, layers, steps;
   int first;   // the first layer with weights: 1 in the Gram form, else 0
   int biased;  // 0 or 1
   bool first_order, elementwise;

@@ -1,0 +1,82 @@
+// A task from start to end: what it starts from, and what it leaves behind.
+#pragma once
+
+#include "inner_loop_sweep.h"
+
+namespace fastmeta::cuda {
+
+template <class A>
+struct InnerTask : InnerSweep<A> {
+  using Base = InnerSweep<A>;
+  using Base::adds, Base::first_of, Base::gram, Base::memory, Base::of_task, Base::p, Base::states, Base::take_input;
+  using Base::target, Base::team;
+
+  __device__ __forceinline__ InnerTask(const InnerLoop& p, A* memory, A* states) : Base(p, memory, states) {}
+
+  __device__ __forceinline__ void start() const {
+    this->take_weights();
+    take_input(p.support, 0, p.support.rows, memory + p.x, p.ldx);
+  }
+
+  __device__ __forceinline__ void give_adapted() const {
+    for (int l = p.first; l < p.layers; ++l) {
+      const InnerLayer& a = p.layer[l];
+      this->give_layer(a, states + p.weights, of_task(a.fast_weight, int64_t(a.out) * a.in), false,
+                       p.biased ? of_task(a.fast_bias, a.out) : nullptr, false);
+    }
+    if (!gram()) return;
+    const InnerLayer& a = p.layer[0];
+    A* out = of_task(p.coefficients, int64_t(p.support.rows) * a.out);
+    each(team, p.support.rows, a.out,
+         [&](int r, int c) { out[r * a.out + c] = first_of(p.weights)[r * a.ldw + c]; });
+  }
+  // The incoming gradients of adapted weights and coefficients.
+  __device__ __forceinline__ void take_gradients() const {
+    for (int l = p.first; l < p.layers; ++l) {
+      const InnerLayer& a = p.layer[l];
+      const void *weight = a.fast_weight, *bias = a.fast_bias;
+      this->take_layer(a, of_task(weight, int64_t(a.out) * a.in), p.biased ? of_task(bias, a.out) : nullptr,
+                       states + p.adjoint);
+    }
+    if (!gram()) return;
+    const InnerLayer& a = p.layer[0];
+    const void* given = p.coefficients;
+    const A* from = of_task(given, int64_t(p.support.rows) * a.out);
+    each(team, whole(p.support.rows), a.ldw, [&](int r, int c) {
+      first_of(p.adjoint)[r * a.ldw + c] = r < p.support.rows && c < a.out ? -from[r * a.out + c] : A(0);
+    });
+  }
+
+  // Outputs that are added to step by step.
+  __device__ __forceinline__ void start_gradients() const {
+    const int rows = p.support.rows;
+    const auto clear = [&](A* to, int64_t count) {
+      for (int64_t i = team.id; i < count; i += team.threads) to[i] = A(0);
+    };
+    const auto clear_sum = [&](const InnerOutput& o, int64_t count) {
+      if (o.data && !adds(o)) clear(target(o), count);
+    };
+    if (p.d_support_x) {
+      const int64_t count = int64_t(rows) * (gram() ? p.layer[0].out : p.layer[0].in);
+      clear(of_task(p.d_support_x, count), count);
+    }
+    if (p.d_gram_support) clear(of_task(p.d_gram_support, int64_t(rows) * rows), int64_t(rows) * rows);
+    clear_sum(p.d_rates, int64_t(p.steps) * p.layers);
+    if (!p.elementwise) return;
+    for (int l = p.first; l < p.layers; ++l) {
+      const InnerLayer& a = p.layer[l];
+      clear_sum(a.d_weight_rate, int64_t(a.out) * a.in);
+      clear_sum(a.d_bias_rate, a.out);
+    }
+  }
+  __device__ __forceinline__ void finish_gradients() const {
+    for (int l = p.first; l < p.layers; ++l) {
+      const InnerLayer& a = p.layer[l];
+      if (!a.d_weight.data && !a.d_bias.data) continue;
+      this->give_layer(a, states + p.adjoint, a.d_weight.data ? target(a.d_weight) : nullptr, adds(a.d_weight),
+                       a.d_bias.data ? target(a.d_bias) : nullptr, adds(a.d_bias));
+    }
+  }
+};
+
+}  // namespace fastmeta::cuda
