@@ -132,8 +132,9 @@ def _native_why_not(spec: OpSpec, args: Args) -> str | None:
 def _native_dtype_why_not(spec: OpSpec, device_type: str, dtype: torch.dtype) -> str | None:
     if not _native.has_kernel(spec.name, device_type):
         return f"the native extension holds no {spec.name} for {device_type}; make build (or pip install) brings it"
-    if dtype not in _NATIVE_DTYPES[device_type]:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in _NATIVE_DTYPES[device_type])
+    allowed = _NATIVE_DTYPES["cpu" if spec.second_order == "loop" else device_type]
+    if dtype not in allowed:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         return f"dtype {str(dtype).removeprefix('torch.')} is not one of {allowed}"
     return None
 
