@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 ALGORITHM_NAMES = (
-    "maml", "metasgd", "anil", "boil", "protonet", "matching", "relation", "ridge", "hypernetwork", "caml-modulation",
-    "caml-incontext",
+    "maml", "metasgd", "anil", "boil", "maml++", "cavia", "reptile", "imaml", "protonet", "matching", "relation",
+    "ridge", "hypernetwork", "caml-modulation", "caml-incontext",
 )  # fmt: skip
 # kept equal to `training.registry.ALGORITHMS`, which takes too long to import for --help
 AlgorithmName = Enum("AlgorithmName", {name: name for name in ALGORITHM_NAMES}, type=str)

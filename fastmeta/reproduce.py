@@ -1,7 +1,7 @@
 """`fastmeta reproduce`: one table of every algorithm, trained and judged alike, beside the published figures.
 
-Each row is a run of its own under `OUT/SUITE/ROW`; a row that has been judged is not run again, and one that was cut off
-goes on from its checkpoint, so the command can be stopped and typed again.
+Each row is a run of its own under `OUT/SUITE/ROW`; a row that has been judged is not run again, and one that was cut
+off goes on from its checkpoint, so the command can be stopped and typed again.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ def _suite(minutes: Callable[[float], float], images: str) -> tuple[Row, ...]:
         Row("metasgd", "sinusoid", minutes(4), published="0.53 (Li et al. 2017, table 1: 10 shot)"),
         Row("anil", "sinusoid", minutes(2), {"inner_lr": 0.01}),
         Row("boil", "sinusoid", minutes(2), {"inner_lr": 0.01}),
+        Row("maml++", "sinusoid", minutes(4)),
+        Row("cavia", "sinusoid", minutes(4), published="0.19 (Zintgraf et al. 2019: 5 context parameters)"),
+        Row("reptile", "sinusoid", minutes(3)),
+        Row("imaml", "sinusoid", minutes(3)),
         Row("ridge", "sinusoid", minutes(2)),
         Row("hypernetwork", "sinusoid", minutes(4)),
         Row("protonet", images, minutes(8), {"hidden": (32,)}, "98.8 (Snell et al. 2017, table 1)"),
@@ -67,7 +71,14 @@ def _suite(minutes: Callable[[float], float], images: str) -> tuple[Row, ...]:
 def suites(images: str) -> dict[str, tuple[Row, ...]]:
     """`quick`: at most 90 minutes on two CPU cores. `paper`: the papers' own lengths, for a GPU. `smoke`: seconds."""
     full = tuple(
-        Row(row.algorithm, row.data, 0, {k: v for k, v in row.options.items() if k != "hidden"}, row.published, row.label)
+        Row(
+            row.algorithm,
+            row.data,
+            0,
+            {k: v for k, v in row.options.items() if k != "hidden"},
+            row.published,
+            row.label,
+        )
         for row in _suite(lambda m: m, images)
     )
     return {
@@ -185,7 +196,7 @@ def _baselines(images: str, folder: Path, episodes: int, common: dict[str, Any])
 
 
 class _Pixels(NearestNeighbour):
-    """The nearest-neighbour classifier on flattened images; evaluation asks every algorithm for a parameter's device."""
+    """The nearest-neighbour classifier on flattened images; evaluation asks for a parameter's device."""
 
     def __init__(self):
         super().__init__(nn.Flatten())

@@ -343,7 +343,7 @@ def test_learning_rates():
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"algorithm": "reptile"}, "algorithm must be one of"),
+        ({"algorithm": "hopfield"}, "algorithm must be one of"),
         ({"algorithm": "protonet"}, "sinusoid is regression"),
         ({"shots": 0}, "shots must be at least 1"),
         ({"inner_lr": -1.0}, "inner_lr must be greater than 0"),

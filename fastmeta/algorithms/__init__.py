@@ -3,32 +3,40 @@
 from .anil import ANIL, BOIL
 from .caml_incontext import InContextCAML
 from .caml_modulation import FiLM, FiLMConv4, FiLMMLP, ModulationCAML
+from .cavia import CAVIA
 from .hypernetwork import Hypernetwork
+from .imaml import ImplicitMAML
 from .maml import MAML, FastWeights
+from .maml_plus_plus import MAMLPlusPlus
 from .matching_networks import MatchingNetwork
 from .meta_sgd import MetaSGD
 from .nearest_neighbour import NearestNeighbour
 from .output import MetaOutput
 from .protonet import ProtoNet
 from .relation_network import RelationConv, RelationMLP, RelationNetwork, relation_encoder
+from .reptile import Reptile
 from .ridge import RidgeHead
 
 __all__ = [
     "ANIL",
     "BOIL",
+    "CAVIA",
     "MAML",
     "FastWeights",
     "FiLM",
     "FiLMConv4",
     "FiLMMLP",
     "Hypernetwork",
+    "ImplicitMAML",
     "InContextCAML",
+    "MAMLPlusPlus",
     "MatchingNetwork",
     "MetaOutput",
     "MetaSGD",
     "ModulationCAML",
     "NearestNeighbour",
     "ProtoNet",
+    "Reptile",
     "RelationConv",
     "RelationMLP",
     "RelationNetwork",

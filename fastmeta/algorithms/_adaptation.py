@@ -25,7 +25,8 @@ from ..engines import InnerLoop, as_loss, choose
 from ..engines._exact import twice_differentiable
 from ..engines.fused import FusedEngine, _layers, _prediction_like
 from ..engines.inspect import MLPSpec, mlp_spec
-from ..engines.layerwise import rows
+from ..engines.layerwise import _backward, _forward, rows, why_no_formulas
+from ..engines.layerwise import _layers as _layers_or_none
 from ..engines.vmap import VmapEngine, _buffers_per_task
 from ..inner_loops import adapt_mlp, meta_loss_mlp
 from ._chunks import chunked_loss
@@ -67,12 +68,12 @@ class InnerLoopAlgorithm(nn.Module):
     def adapt(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
         """Run the inner loop on support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`."""
         _check_pair("support_x", support_x, "support_y", support_y)
-        rates = self._rates()
+        inner, rates = self._inner(support_y), self._rates()
         encoder, tail = split(self.model, rates)
         support_x = encode(encoder, support_x)
-        if self.first_order:
+        if inner.first_order:
             support_x = support_x.detach()
-        fast = adapted(tail, self._inner(support_y), rates, support_x, support_y)
+        fast = adapted(tail, inner, rates, support_x, support_y)
         return self._state(fast, support_x.shape[0])
 
     def predict(self, state: FastWeights, query_x: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class InnerLoopAlgorithm(nn.Module):
         inner, rates = self._inner(support_y, query_y), self._rates()
         encoder, tail = split(self.model, rates)
         support_x, query_x = encode(encoder, support_x), encode(encoder, query_x)
-        if self.first_order:  # support rows reach the query loss through inner gradients alone
+        if inner.first_order:  # support rows reach the query loss through inner gradients alone
             support_x = support_x.detach()
         spec, lr = fused(tail, inner, rates, support_x)
         if spec is None:
@@ -212,7 +213,8 @@ def fused_adapt(
     spec: MLPSpec, inner: InnerLoop, lr, weights: Mapping[str, Tensor], x: Tensor, y: Tensor
 ) -> dict[str, Tensor]:
     """All weights `[T, ...]` by name after the fused inner loop from `weights`, per task or shared."""
-    inner.loss.check(_prediction_like(spec, weights, x), y, "support_y")
+    outputs = weights[spec.weights[-1]].shape[-2]
+    inner.loss.check(x.new_zeros(()).expand(*x.shape[:2], outputs), y, "support_y")
     fast = adapt_mlp(rows(spec, x), y, *_layers(spec, weights), lr=lr, **fused_options(spec, inner))
     fast_weights, fast_biases = fast.materialize()
     return dict(zip((*spec.weights, *(spec.biases if fast_biases else ())), (*fast_weights, *fast_biases), strict=True))
@@ -300,6 +302,37 @@ def task_gradients(
     second_order = torch.is_grad_enabled() and not inner.first_order
     with torch.set_grad_enabled(second_order), twice_differentiable() if second_order else nullcontext():
         return gradient(dict(fast), shared, dict(buffers), x, y)
+
+
+def mlp_gradients(
+    spec: MLPSpec, loss: Loss, weights: Mapping[str, Tensor], names: Collection[str], x: Tensor, y: Tensor
+) -> dict[str, Tensor]:
+    """`task_gradients` of a multi-layer perceptron, in plain formulas that can be differentiated again.
+
+    `weights` holds all parameters, `names` says which gradients are wanted.
+    """
+    layers = _layers_or_none(spec, weights)
+    inputs, pre, prediction = _forward(spec, *layers, rows(spec, x))
+    loss.check(prediction, y, "support_y")
+    gradient = loss.gradient(prediction, loss.constant(y, prediction))
+    gradients = {}
+    for layer, delta in enumerate(_backward(spec, layers[0], inputs, pre, prediction, gradient)):
+        if spec.weights[layer] in names:
+            gradients[spec.weights[layer]] = torch.matmul(delta.mT, inputs[layer])
+        if spec.biases[layer] in names:
+            gradients[spec.biases[layer]] = delta.sum(1)
+    return {name: gradients[name] for name in names}
+
+
+def gradient_of_tasks(
+    model: nn.Module, loss: Loss, fast: Mapping[str, Tensor], x: Tensor, y: Tensor
+) -> dict[str, Tensor]:
+    """`mlp_gradients` where they serve, `task_gradients` where not; for the parameters in `fast`."""
+    inner = InnerLoop(0.0, 0, False, loss)
+    if why_no_formulas(model, inner, x) is None:
+        weights = dict(model.named_parameters()) | dict(fast)
+        return mlp_gradients(mlp_spec(model), loss, weights, list(fast), x, y)
+    return task_gradients(model, inner, fast, _buffers_per_task(model, x.shape[0]), x, y)
 
 
 def judged(loss: Loss, logits: Tensor, query_y: Tensor, task_loss: Tensor | None = None) -> MetaOutput:

@@ -15,10 +15,10 @@ class ANIL(InnerLoopAlgorithm):
     """ANIL (Raghu, Raghu, Bengio, Vinyals 2020, "Rapid Learning or Feature Reuse? Towards Understanding the
     Effectiveness of MAML", section 4): MAML whose inner loop changes the head alone.
 
-    With `adapts` a predicate, this is MAML with any split into task-specific and shared parameters: the inner loop takes
-    `inner_steps` steps `phi <- phi - inner_lr * grad_phi L_support(theta, phi)`, and the outer loop trains `theta` and
-    the start of `phi` on the query loss, second derivatives included; `theta` trains through the support features, too.
-    Departure: the mean over tasks, where the paper sums.
+    With `adapts` a predicate, this is MAML with any split into task-specific and shared parameters: the inner loop
+    takes `inner_steps` steps `phi <- phi - inner_lr * grad_phi L_support(theta, phi)`, and the outer loop trains
+    `theta` and the start of `phi` on the query loss, second derivatives included; `theta` trains through the support
+    features, too. Departure: the mean over tasks, where the paper sums.
 
     Args:
         model: any module from examples `[B, ...]` to predictions `[B, C]`. Where it is an `nn.Sequential` that begins

@@ -45,7 +45,8 @@ class InContextCAML(EmbeddingLearner):
 
     Departures: the encoder is trained with the rest and its embeddings pass through a layer norm, where the paper has a
     large pre-trained encoder that is frozen (give one with `requires_grad=False` for that); the transformer is small;
-    a label's code starts with length `sqrt(code_width)`, entries of size 1 like the embedding's.
+    a label's code starts with length `sqrt(code_width)`, entries of size 1 like the embedding's; attention starts with
+    the same weights for queries and keys, so that what looks alike attends to each other from the first step.
 
     Raises:
         ValueError: widths that do not fit, more classes than `max_ways`, an encoder that does not return
@@ -77,6 +78,9 @@ class InContextCAML(EmbeddingLearner):
         self.unknown = nn.Parameter(torch.zeros(code_width))
         options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
         blocks = [nn.TransformerEncoderLayer(width, heads, feedforward, **options) for _ in range(layers)]
+        with torch.no_grad():
+            for block in blocks:  # queries and keys alike: attention begins as similarity
+                block.self_attn.in_proj_weight[width : 2 * width] = block.self_attn.in_proj_weight[:width]
         self.transformer = nn.Sequential(*blocks, nn.LayerNorm(width))
         self.head = nn.Linear(width, max_ways, bias=False)
 

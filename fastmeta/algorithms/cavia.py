@@ -49,8 +49,7 @@ class CAVIA(nn.Module):
         inner_lr: step size of the context, 1.0 by default, as in the paper.
         inner_steps: `K >= 0`, 1 by default; the paper has 1 for regression, 2 for images. May be set anew between
             calls.
-        first_order: drop the second derivatives. Then the weights never learn how the context is read from a support
-            set, only how to use it.
+        first_order: drop the second derivatives.
         loss: `"cross_entropy"`, `"mse"`, or a callable `(prediction, target) -> scalar` for one task.
         task_chunk: at most this many tasks at a time, to bound memory; as in `MAML`.
 
@@ -236,7 +235,7 @@ class FiLMConv4(nn.Module):
         if film_after not in range(1, 5):
             raise ValueError(f"film_after must be 1, 2, 3 or 4, got {film_after!r}")
         if image_size < 16:
-            raise ValueError(f"image_size must be at least 16, which four poolings leave one pixel of, got {image_size}")
+            raise ValueError(f"image_size must be at least 16: four poolings halve it, got {image_size}")
         widths = (in_channels, hidden, hidden, hidden)
         self.film_after = film_after
         self.convolutions = nn.ModuleList(nn.Conv2d(width, hidden, 3, padding=1) for width in widths)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .. import algorithms
+from ..algorithms.cavia import FiLMConv4
 from ..nn import conv4, mlp
 
 if TYPE_CHECKING:
@@ -93,17 +94,47 @@ def _inner_loop(name: str, *, rate: bool = True, order: bool = True):
     return build
 
 
-def _metric(name: str):
-    """A class that takes an encoder."""
-
-    def build(config, tasks, settings):
-        return getattr(algorithms, name)(encoder(config, tasks), ways=config.train_ways, **settings)
-
-    return build
-
-
 def _protonet(config, tasks, settings):
     return algorithms.ProtoNet(encoder(config, tasks), metric=config.metric, ways=config.train_ways)
+
+
+def _loop_options(config, tasks) -> dict[str, Any]:
+    return {"inner_lr": config.inner_lr, "inner_steps": config.inner_steps, "loss": loss_of(tasks)}
+
+
+def _reptile(config, tasks, settings):
+    return algorithms.Reptile(classifier(config, tasks), **_loop_options(config, tasks), **settings)
+
+
+def _imaml(config, tasks, settings):
+    return algorithms.ImplicitMAML(classifier(config, tasks), **_loop_options(config, tasks), **settings)
+
+
+class _ContextMLP(nn.Module):
+    """A perceptron on flattened examples `[B, ...]` beside the task's context `[P]`."""
+
+    def __init__(self, sizes: list[int]):
+        super().__init__()
+        self.mlp = mlp(sizes)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        return self.mlp(torch.cat([x.flatten(1), context.expand(len(x), -1)], 1))
+
+
+def _cavia(config, tasks, settings):
+    size, channels = _size(tasks)
+    images = tasks.kind == "classification"
+    context = settings.pop("context_size", None) or (100 if images else 5)
+    if config.model == "conv4":
+        side = tasks.input_shape[-1]
+        model = FiLMConv4(tasks.output_size, context, in_channels=channels, hidden=config.hidden[0], image_size=side)
+    else:
+        sizes = [size + context, *config.hidden, tasks.output_size]
+        model = _ContextMLP(sizes) if images else mlp(sizes)
+    return algorithms.CAVIA(
+        model, context, concatenate=not images, first_order=config.first_order, task_chunk=config.task_chunk,
+        **_loop_options(config, tasks), **settings,
+    )  # fmt: skip
 
 
 def _matching(config, tasks, settings):
@@ -170,6 +201,30 @@ ALGORITHMS: dict[str, Algorithm] = {
     "boil": Algorithm(
         _inner_loop("BOIL"), "BOIL: the body alone adapts", _BOTH, fixed_ways=True, group="inner",
         images={"inner_lr": 0.5, "inner_steps": 1, "eval_inner_steps": 1},
+    ),
+    "maml++": Algorithm(
+        _inner_loop("MAMLPlusPlus"), "MAML++: rates per layer and step, loss after every step", _BOTH, fixed_ways=True,
+        group="inner", images={"inner_lr": 0.1, "inner_steps": 5, "eval_inner_steps": 5},
+        settings={
+            "learned_rates": True, "multi_step_iterations": 5000, "first_order_iterations": 0, "adapt_norms": False,
+        },
+    ),
+    "cavia": Algorithm(
+        _cavia, "CAVIA: context parameters adapt, the weights are shared", _BOTH, fixed_ways=True, group="inner",
+        sinusoid={"inner_lr": 1.0}, images={"inner_lr": 1.0, "inner_steps": 2, "eval_inner_steps": 2},
+        settings={"context_size": 5},
+    ),
+    "reptile": Algorithm(
+        _reptile, "Reptile: towards the mean of the adapted weights", _BOTH, fixed_ways=True, group="inner",
+        sinusoid={"inner_lr": 0.01, "inner_steps": 10, "eval_inner_steps": 10},
+        images={"inner_lr": 1e-3, "inner_steps": 5, "eval_inner_steps": 50},
+        settings={"optimizer": "adam", "batch_size": 10, "train_on": "all", "serial": False, "serial_rate": 0.1},
+    ),
+    "imaml": Algorithm(
+        _imaml, "implicit MAML: conjugate gradients in place of a graph", _BOTH, fixed_ways=True, group="inner",
+        sinusoid={"inner_lr": 0.01, "inner_steps": 16, "eval_inner_steps": 16},
+        images={"inner_lr": 0.1, "inner_steps": 16, "eval_inner_steps": 16},
+        settings={"regularization": 2.0, "cg_steps": 5, "cg_damping": 0.0},
     ),
     "protonet": Algorithm(_protonet, "Prototypical Networks"),
     "matching": Algorithm(

@@ -124,7 +124,9 @@ def sinusoid_error(algorithm, steps=None, *, tasks=500, shots=10):
     before = algorithm.inner_steps
     algorithm.inner_steps = before if steps is None else steps
     algorithm.eval()
-    loss = algorithm(make_tasks("sinusoid", shots=shots).sample(tasks, generator=torch.Generator().manual_seed(99))).loss
+    loss = algorithm(
+        make_tasks("sinusoid", shots=shots).sample(tasks, generator=torch.Generator().manual_seed(99))
+    ).loss
     algorithm.train()
     algorithm.inner_steps = before
     return loss.item()

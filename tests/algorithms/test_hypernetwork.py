@@ -108,7 +108,7 @@ def test_arguments_are_checked():
     with pytest.raises(ValueError, match="query_y.*7"):
         classifier()(batch._replace(query_y=batch.query_y.clone().fill_(7)))
     with pytest.raises(TypeError, match="support_y"):
-        regressor()(batch)
+        regressor()(numbers._replace(support_y=torch.zeros(2, 10, dtype=torch.int64)))
     with pytest.raises(ValueError, match="support_y.*width"):
         regressor(outputs=2)(numbers)
     with pytest.raises(ValueError, match="tasks"):

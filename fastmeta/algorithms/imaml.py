@@ -1,0 +1,185 @@
+"""Implicit MAML: the meta-gradient at the solution of a regularised inner problem, however it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from ..engines import InnerLoop, as_loss, choose
+from ..engines._exact import twice_differentiable
+from ..engines.inspect import mlp_spec
+from ..engines.layerwise import why_no_formulas
+from ..engines.vmap import _buffers_per_task
+from ._adaptation import check_batch, check_count, check_number, gradient_of_tasks, judged, mlp_gradients
+from ._chunks import _Ready
+from .maml import FastWeights, _check_pair
+from .output import MetaOutput
+
+if TYPE_CHECKING:
+    from ..tasks import TaskBatch
+
+
+class ImplicitMAML(nn.Module):
+    """Implicit MAML (Rajeswaran, Finn, Kakade, Levine 2019, "Meta-Learning with Implicit Gradients", algorithms 1
+    and 2).
+
+    Every task minimises `L_support(w) + regularization / 2 * |w - theta|^2` (their equation 3), here by `inner_steps`
+    steps of gradient descent from the slow weights `theta`. At the minimum, the gradient of the query loss with respect
+    to `theta` is `(I + H / regularization)^-1 grad L_query(w)`, with `H` the Hessian of the support loss (their
+    equation 6). It is solved for by `cg_steps` steps of conjugate gradients, on Hessian-vector products of all tasks at
+    once. So memory does not grow with `inner_steps`, and the steps themselves are never differentiated.
+
+    `forward(batch).loss.backward()` leaves that gradient, which is computed during `forward`; it is exact only as far
+    as the inner problem is solved, and cannot be differentiated again. Only the parameters get one: inputs may not
+    require gradients. Departure: the mean over tasks. The authors' code takes the regularisation's gradient in one
+    last step alone and adds 10 to it in the linear system; here it is in every step, and `cg_damping` says what is
+    added.
+
+    Args:
+        model: any module from examples `[B, ...]` to predictions `[B, C]`. Parameters with `requires_grad=False` are
+            neither adapted nor trained. Batch norms see one task's rows.
+        regularization: `lambda`, above 0; 2.0 by default, the paper's for Omniglot. Too small a value leaves the
+            linear system indefinite, and conjugate gradients with it.
+        inner_lr: step size in the inner loop, 0.01 by default; below `2 / (regularization + curvature)`.
+        inner_steps: `K >= 0`, 16 by default. May be set anew between calls.
+        cg_steps: at least 1, 5 by default, as in the paper.
+        cg_damping: added to `regularization` in the linear system; 0 by default.
+        loss: `"cross_entropy"`, `"mse"`, or a callable `(prediction, target) -> scalar` for one task.
+
+    Raises:
+        TypeError, ValueError: arguments out of range; inputs and targets that do not fit together, inputs that require
+            gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        regularization: float = 2.0,
+        inner_lr: float = 0.01,
+        inner_steps: int = 16,
+        cg_steps: int = 5,
+        cg_damping: float = 0.0,
+        loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+    ):
+        super().__init__()
+        self.regularization = check_number("regularization", regularization, 0, open=True)
+        self.inner_lr = check_number("inner_lr", inner_lr)
+        self.inner_steps = check_count("inner_steps", inner_steps, 0)
+        self.cg_steps = check_count("cg_steps", cg_steps, 1)
+        self.cg_damping = check_number("cg_damping", cg_damping, 0)
+        self.model = model
+        self.loss = as_loss(loss)
+
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
+        """Solve the inner problem on support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`. The result has no
+        graph."""
+        _check_pair("support_x", support_x, "support_y", support_y)
+        return self._state(self._solve(support_x, support_y), support_x.shape[0])
+
+    def predict(self, state: FastWeights, query_x: Tensor) -> Tensor:
+        """Predictions `[T, Q, C]` of the adapted weights for `query_x` `[T, Q, ...]`."""
+        if query_x.shape[0] != len(state):
+            raise ValueError(f"query_x has {query_x.shape[0]} tasks, state has {len(state)}")
+        inner = InnerLoop(self.inner_lr, self.inner_steps, True, self.loss)
+        return choose("auto", self.model, inner, query_x).predict(self.model, state.weights, query_x)
+
+    def forward(self, batch: TaskBatch) -> MetaOutput:
+        """Adapt to every task's support set and judge on its query set."""
+        check_batch(batch)
+        support_x, support_y, query_x, query_y = batch
+        fast = self._solve(support_x, support_y)
+        if not torch.is_grad_enabled() or not fast:
+            return judged(self.loss, self.predict(self._state(fast, support_x.shape[0]), query_x), query_y)
+        if any(tensor.requires_grad for tensor in batch):
+            raise ValueError("batch: inputs and targets that require gradients get none from implicit MAML")
+        fast = {name: w.requires_grad_() for name, w in fast.items()}
+        leaves = list(fast.values())
+        output = judged(self.loss, self.predict(self._state(fast, support_x.shape[0]), query_x), query_y)
+        right = torch.autograd.grad(output.task_loss.sum(), leaves)
+        support_gradients = self._gradients(fast, support_x, support_y)
+
+        def times_matrix(vector: Tensor) -> Tensor:
+            parts = [part.view_as(w) for part, w in zip(vector.split(sizes, 1), leaves, strict=True)]
+            products = torch.autograd.grad(support_gradients, leaves, parts, retain_graph=True)
+            return vector + _flat(products) / (self.regularization + self.cg_damping)
+
+        sizes = [w[0].numel() if len(w) else 0 for w in leaves]
+        solution = conjugate_gradients(times_matrix, _flat(right), self.cg_steps)
+        means = solution.mean(0).split(sizes)
+        named = dict(self.model.named_parameters())
+        slow = [named[name] for name in fast]
+        gradients = [mean.view_as(p) for mean, p in zip(means, slow, strict=True)]
+        output = MetaOutput(*(None if field is None else field.detach() for field in output))
+        return output._replace(loss=_Ready.apply(output.loss, gradients, *slow))
+
+    def extra_repr(self) -> str:
+        return (
+            f"regularization={self.regularization}, inner_lr={self.inner_lr}, inner_steps={self.inner_steps}, "
+            f"cg_steps={self.cg_steps}, cg_damping={self.cg_damping}, loss={self.loss.name!r}"
+        )
+
+    def _state(self, fast: Mapping[str, Tensor], tasks: int) -> FastWeights:
+        weights = {name: p.detach() for name, p in self.model.named_parameters()} | dict(fast)
+        return FastWeights(weights, frozenset(weights) - frozenset(fast), tasks)
+
+    @torch.no_grad()
+    def _solve(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Weights `[T, *shape]` after gradient descent on the regularised support loss."""
+        slow = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        fast = {name: w.unsqueeze(0).repeat(x.shape[0], *[1] * w.dim()) for name, w in slow.items()}
+        weights: Mapping[str, Tensor] = slow  # shared in the first step: one dense product for all tasks
+        for _ in range(self.inner_steps if slow else 0):
+            gradients = gradient_of_tasks(self.model, self.loss, weights, x, y)
+            for name, w in fast.items():
+                w.lerp_(slow[name].expand_as(w), self.inner_lr * self.regularization)
+                w.sub_(gradients[name], alpha=self.inner_lr)
+            weights = fast
+        return fast
+
+    def _gradients(self, fast: dict[str, Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
+        """Support gradients `[T, *shape]` at `fast`, to be differentiated again."""
+        slow = {name: p.detach() for name, p in self.model.named_parameters()}
+        if why_no_formulas(self.model, InnerLoop(0.0, 0, False, self.loss), x) is None:
+            return list(mlp_gradients(mlp_spec(self.model), self.loss, slow | fast, list(fast), x, y).values())
+        shared = {name: p for name, p in slow.items() if name not in fast}
+
+        def task_loss(fast, buffers, x, y):
+            return self.loss.one_task(functional_call(self.model, (fast, shared, buffers), (x,)), y)
+
+        # the gradient is taken outside of vmap: the tasks do not meet, and plain autograd is exact to second order
+        with twice_differentiable():
+            losses = vmap(task_loss, randomness="different")(fast, _buffers_per_task(self.model, len(x)), x, y)
+            return list(torch.autograd.grad(losses.sum(), list(fast.values()), create_graph=True))
+
+
+@torch.no_grad()
+def conjugate_gradients(times_matrix: Callable[[Tensor], Tensor], right: Tensor, steps: int) -> Tensor:
+    """Solutions `[T, P]` of `T` symmetric positive definite systems with right sides `[T, P]`, from zero.
+
+    `times_matrix` multiplies each task's vector with its matrix, `[T, P]` to `[T, P]`. A task whose residual has
+    vanished stays as it is.
+    """
+    solution, residual = torch.zeros_like(right), right.clone()
+    direction, squared = right.clone(), _dot(right, right)
+    for _ in range(steps):
+        product = times_matrix(direction)
+        curvature = _dot(direction, product)
+        length = torch.where(squared > 0, squared / curvature, torch.zeros_like(squared))
+        solution = solution + length * direction
+        residual = residual - length * product
+        before, squared = squared, _dot(residual, residual)
+        direction = residual + torch.where(before > 0, squared / before, torch.zeros_like(before)) * direction
+    return solution
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(1, keepdim=True)
+
+
+def _flat(tensors) -> Tensor:
+    return torch.cat([t.flatten(1) for t in tensors], 1)

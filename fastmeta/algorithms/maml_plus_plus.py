@@ -1,0 +1,337 @@
+"""MAML++: MAML with learned inner rates, a loss at every inner step, and batch norms that know the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from ..engines import InnerLoop
+from ..engines.layerwise import LayerwiseEngine
+from ..engines.vmap import _buffers_per_task
+from ._adaptation import (
+    InnerLoopAlgorithm,
+    Rates,
+    check_count,
+    check_number,
+    fused,
+    fused_adapt,
+    judged,
+    rate_at,
+    task_gradients,
+)
+from .maml import FastWeights, _check_pair
+from .output import MetaOutput
+
+if TYPE_CHECKING:
+    from ..tasks import TaskBatch
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_LEAST_SHARE = 0.03  # of a step's equal share, that its loss keeps in the authors' code until it is dropped
+
+
+class BatchNormPerStep(nn.Module):
+    """Batch norm with statistics, scale and shift of its own for each inner step (Antoniou et al. 2019, section 4:
+    "per-step batch normalization").
+
+    In train mode it uses the statistics of the rows it is given, and remembers them for the step; in eval mode it uses
+    the step's running statistics, unless it has none. `MAMLPlusPlus` sets `step`; steps beyond the last are the last.
+
+    Args:
+        num_features: channels of the inputs `[B, num_features, ...]`.
+        steps: `K`.
+        momentum, eps: as in `torch.nn.BatchNorm2d`.
+        affine: whether there are a scale and a shift.
+        track_running_stats: False uses the rows at hand in eval mode too, as the authors' code does.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        steps: int,
+        *,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        affine: bool = True,
+        track_running_stats: bool = True,
+    ):
+        super().__init__()
+        self.num_features = check_count("num_features", num_features, 1)
+        self.steps = check_count("steps", steps, 1)
+        self.momentum, self.eps, self.step = momentum, eps, 0
+        shape = (steps, num_features)
+        self.weight = nn.Parameter(torch.ones(shape)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(shape)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(shape) if track_running_stats else None)
+        self.register_buffer("running_var", torch.ones(shape) if track_running_stats else None)
+
+    @classmethod
+    def like(cls, norm: nn.Module, steps: int) -> BatchNormPerStep:
+        """One that starts at every step as `norm`, a `torch.nn.BatchNorm*d`, is."""
+        new = cls(
+            norm.num_features,
+            steps,
+            momentum=0.1 if norm.momentum is None else norm.momentum,
+            eps=norm.eps,
+            affine=norm.affine,
+            track_running_stats=norm.running_mean is not None,
+        )
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            old = getattr(norm, name)
+            if old is not None:
+                value = old.detach().expand(steps, -1).clone()
+                setattr(new, name, nn.Parameter(value, old.requires_grad) if name in ("weight", "bias") else value)
+        return new.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, num_features, ...]` to the same shape."""
+        step, shape = min(self.step, self.steps - 1), [1, -1] + [1] * (x.dim() - 2)
+        if self.training or self.running_mean is None:
+            dims = [0, *range(2, x.dim())]
+            mean, var = x.mean(dims), x.var(dims, correction=0)
+            if self.training and self.running_mean is not None:
+                rows = x.numel() // self.num_features
+                new = (mean.detach(), var.detach() * (rows / max(rows - 1, 1)))
+                for running, value in zip((self.running_mean, self.running_var), new, strict=True):
+                    running[step].mul_(1 - self.momentum).add_(value, alpha=self.momentum)
+        else:
+            mean, var = self.running_mean[step], self.running_var[step]
+        scale = torch.rsqrt(var + self.eps)
+        if self.weight is None:
+            return (x - mean.view(shape)) * scale.view(shape)
+        return (x - mean.view(shape)) * (scale * self.weight[step]).view(shape) + self.bias[step].view(shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, steps={self.steps}, momentum={self.momentum}, eps={self.eps}"
+
+
+class MAMLPlusPlus(InnerLoopAlgorithm):
+    """MAML++ (Antoniou, Edwards, Storkey 2019, "How to train your MAML", section 4). Each part is a switch:
+
+    * *Per-layer per-step rates* (`learned_rates`): a rate for each layer and inner step, trained with the weights.
+    * *Multi-step loss* (`multi_step_iterations`): for so many iterations the outer loss is a weighted sum of the query
+      losses after every inner step. The weights start equal, and shift to the last step as in the authors' code; after
+      that the last step's loss alone counts.
+    * *Derivative-order annealing* (`first_order_iterations`): so many iterations of first order, then second.
+    * *Per-step batch norm* (`batch_norm_per_step`): the model's batch norms are replaced, in place, by
+      `BatchNormPerStep`.
+    * *Cosine annealing of the outer rate* belongs to the trainer: `lr_schedule="cosine"`.
+
+    Departures: the weights of the multi-step loss shift at each iteration, where the authors' code does so at each
+    epoch of 500; a layer's weight and bias have one rate, as in the paper, where the code has one for each tensor;
+    running statistics move by the mean over the batch's tasks, where the code takes task after task.
+
+    `rates` holds the rates, `[K]` under `layer/<name>` for each layer, with `/` for `.` in its name. Inner steps beyond
+    the `K` of construction have the last one's rates and statistics. Iterations are counted in `forward` in train mode
+    with gradients on, and the count is part of the `state_dict`. While the multi-step loss lasts, `task_loss` holds
+    the weighted sums, so that `loss` is still its mean; accuracy is that of the last step.
+
+    Args:
+        model: any module from examples `[B, ...]` to predictions `[B, C]`. Parameters with `requires_grad=False` are
+            neither adapted nor trained.
+        inner_lr: what all rates start at, 0.1 by default.
+        inner_steps: `K >= 1`, 5 by default. May be set anew between calls, to 0 and up.
+        learned_rates: True by default; False keeps them as they are.
+        multi_step_iterations: 5000 by default, the authors' 10 epochs; 0 for none.
+        first_order_iterations: 0 by default, the authors' setting in most runs; the paper also has 50 epochs.
+        batch_norm_per_step: True by default; nothing happens to a model without batch norms.
+        adapt_norms: whether scales and shifts of norms adapt; False by default, as the authors' code. They are trained.
+        first_order: never take second derivatives.
+        loss: `"cross_entropy"`, `"mse"`, or a callable `(prediction, target) -> scalar` for one task.
+        task_chunk: at most this many tasks at a time, to bound memory; as in `MAML`.
+
+    Multi-layer perceptrons run in the fused inner loops, other modules under `torch.func`.
+
+    Raises:
+        TypeError, ValueError: arguments out of range; inputs and targets that do not fit together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        inner_lr: float = 0.1,
+        inner_steps: int = 5,
+        learned_rates: bool = True,
+        multi_step_iterations: int = 5000,
+        first_order_iterations: int = 0,
+        batch_norm_per_step: bool = True,
+        adapt_norms: bool = False,
+        first_order: bool = False,
+        loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+        task_chunk: int | None = None,
+    ):
+        check_count("inner_steps", inner_steps, 1)
+        inner_lr = check_number("inner_lr", inner_lr)
+        if batch_norm_per_step:
+            model = _replace_batch_norms(model, inner_steps)
+        super().__init__(model, inner_steps=inner_steps, first_order=first_order, loss=loss, task_chunk=task_chunk)
+        self.multi_step_iterations = check_count("multi_step_iterations", multi_step_iterations, 0)
+        self.first_order_iterations = check_count("first_order_iterations", first_order_iterations, 0)
+        self.adapt_norms = adapt_norms
+        self.iteration = 0
+        self.rates = nn.ParameterDict()
+        for name, p in self._adapting():
+            key = _key(name)
+            if key not in self.rates:
+                self.rates[key] = nn.Parameter(p.new_full((inner_steps,), inner_lr), requires_grad=learned_rates)
+
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
+        """Run the inner loop on support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`."""
+        _check_pair("support_x", support_x, "support_y", support_y)
+        inner, rates = self._inner(support_y), self._rates()
+        if fused(self.model, inner, rates, support_x)[0] is not None:
+            return super().adapt(support_x, support_y)
+        fast = {name: p for name, p in self._adapting()}
+        for fast in self._walk(inner, rates, support_x, support_y):  # noqa: B007
+            pass
+        return self._state(fast, support_x.shape[0])
+
+    def predict(self, state: FastWeights, query_x: Tensor) -> Tensor:
+        """Predictions `[T, Q, C]` of the adapted weights for `query_x` `[T, Q, ...]`; batch norms are those of the last
+        of `inner_steps` steps."""
+        if not any(isinstance(module, BatchNormPerStep) for module in self.model.modules()):
+            return super().predict(state, query_x)
+        if query_x.shape[0] != len(state):
+            raise ValueError(f"query_x has {query_x.shape[0]} tasks, state has {len(state)}")
+        fast = {name: w for name, w in state.weights.items() if name not in state.shared}
+        return self._logits(fast, query_x, self.inner_steps - 1, remember=False)
+
+    def forward(self, batch: TaskBatch) -> MetaOutput:
+        """Adapt to every task's support set and judge on its query set."""
+        output = super().forward(batch)
+        if self._trains():
+            self.iteration += 1
+        return output
+
+    def step_weights(self) -> list[float] | None:
+        """What the query loss after each inner step counts for at this iteration; None where only the last counts."""
+        steps, total = self.inner_steps, self.multi_step_iterations
+        if not self._trains() or self.iteration >= total or steps < 2:
+            return None
+        share, done = 1 / steps, self.iteration / total
+        early = max(share * (1 - done), _LEAST_SHARE * share)
+        return [early] * (steps - 1) + [1 - (steps - 1) * early]
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.iteration)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.iteration = int(state)
+
+    def extra_repr(self) -> str:
+        return (
+            f"multi_step_iterations={self.multi_step_iterations}, "
+            f"first_order_iterations={self.first_order_iterations}, adapt_norms={self.adapt_norms}, "
+            f"{super().extra_repr()}"
+        )
+
+    def _trains(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def _adapting(self) -> list[tuple[str, nn.Parameter]]:
+        norms = (BatchNormPerStep, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+        fixed = set()
+        if not self.adapt_norms:
+            fixed = {id(p) for module in self.model.modules() if isinstance(module, norms) for p in module.parameters()}
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in fixed]
+
+    def _rates(self) -> Rates:
+        return {name: self.rates[_key(name)] for name, _ in self._adapting() if _key(name) in self.rates}
+
+    def _inner(self, *targets: Tensor) -> InnerLoop:
+        inner = super()._inner(*targets)
+        early = self._trains() and self.iteration < self.first_order_iterations
+        return inner._replace(first_order=inner.first_order or early)
+
+    def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
+        inner, rates, weights = self._inner(support_y, query_y), self._rates(), self.step_weights()
+        spec, lr = fused(self.model, inner, rates, support_x)
+        if spec is not None:
+            if weights is None:
+                return super()._tasks(support_x, support_y, query_x, query_y)
+            walk = _fused_walk(spec, self.model, inner, lr, support_x, support_y)
+            predict = LayerwiseEngine().predict
+        else:
+            walk = self._walk(inner, rates, support_x, support_y)
+            predict = None
+        total, logits = None, None
+        for step, fast in enumerate(walk):
+            if weights is None and step < inner.steps - 1:
+                continue
+            logits = predict(self.model, fast, query_x) if predict else self._logits(fast, query_x, step)
+            if weights is not None:
+                self.loss.check(logits, query_y, "query_y")
+                value = weights[step] * self.loss.per_task(logits, query_y)
+                total = value if total is None else total + value
+        if logits is None:
+            logits = self._logits({}, query_x, 0)
+        return judged(self.loss, logits, query_y, total)
+
+    def _walk(self, inner: InnerLoop, rates: Rates, x: Tensor, y: Tensor) -> Iterator[dict[str, Tensor]]:
+        """The weights that adapt after each inner step, on any module."""
+        slow = dict(self.model.named_parameters())
+        fast = {name: slow[name] for name in rates}
+        for step in range(inner.steps):
+            buffers = self._fresh_buffers(x.shape[0], step)
+            gradients = task_gradients(self.model, inner, fast, buffers, x, y)
+            self._remember(buffers)
+            fast = {name: w - rate_at(rates[name], step) * gradients[name] for name, w in fast.items()}
+            yield fast
+
+    def _logits(self, fast: Mapping[str, Tensor], x: Tensor, step: int, *, remember: bool = True) -> Tensor:
+        """Predictions `[T, B, C]` of weights `[T, *shape]`, with the slow weights where there are none."""
+        slow = dict(self.model.named_parameters())
+        shared = {name: w for name, w in slow.items() if name not in fast}
+        buffers = self._fresh_buffers(x.shape[0], max(step, 0))
+
+        def predict(fast, shared, buffers, x):
+            return functional_call(self.model, (fast, shared, buffers), (x,))
+
+        axes = {name: 0 if w.dim() > slow[name].dim() else None for name, w in fast.items()}
+        logits = vmap(predict, in_dims=(axes, None, 0, 0), randomness="different")(dict(fast), shared, buffers, x)
+        if remember:
+            self._remember(buffers)
+        return logits
+
+    def _fresh_buffers(self, tasks: int, step: int) -> dict[str, Tensor]:
+        """A copy per task of the buffers, the batch norms set to `step`."""
+        for module in self.model.modules():
+            if isinstance(module, BatchNormPerStep):
+                module.step = step
+        return _buffers_per_task(self.model, tasks)
+
+    @torch.no_grad()
+    def _remember(self, buffers: Mapping[str, Tensor]) -> None:
+        """Keep what the batch norms have written into the tasks' copies of their statistics."""
+        if not self.training:
+            return
+        for prefix, module in self.model.named_modules():
+            if isinstance(module, BatchNormPerStep) and module.running_mean is not None:
+                for name, buffer in module.named_buffers(recurse=False):
+                    buffer.copy_(buffers[f"{prefix}.{name}" if prefix else name].mean(0))
+
+
+def _fused_walk(spec, model: nn.Module, inner: InnerLoop, lr, x: Tensor, y: Tensor) -> Iterator[dict[str, Tensor]]:
+    """All weights after each inner step of a multi-layer perceptron."""
+    weights: Mapping[str, Tensor] = dict(model.named_parameters())
+    for step in range(inner.steps):
+        rate = lr[:, step : step + 1] if isinstance(lr, Tensor) else lr
+        weights = fused_adapt(spec, inner._replace(steps=1), rate, weights, x, y)
+        yield weights
+
+
+def _key(name: str) -> str:
+    """What a parameter's layer is called in `rates`: never like an attribute of the dict, as `values` would be."""
+    return "layer/" + name.rpartition(".")[0].replace(".", "/")
+
+
+def _replace_batch_norms(model: nn.Module, steps: int) -> nn.Module:
+    if isinstance(model, _BATCH_NORMS):
+        return BatchNormPerStep.like(model, steps)
+    for name, child in model.named_children():
+        setattr(model, name, _replace_batch_norms(child, steps))
+    return model

@@ -1,0 +1,194 @@
+"""Reptile: move the slow weights towards where training on each task leads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..engines import InnerLoop, as_loss, choose
+from ._adaptation import check_batch, check_count, check_number, gradient_of_tasks, judged
+from ._chunks import _Ready
+from .maml import FastWeights, _check_pair
+from .output import MetaOutput
+
+if TYPE_CHECKING:
+    from ..tasks import TaskBatch
+
+OPTIMIZERS = ("sgd", "adam")
+ROWS = ("all", "support")
+_BETA2, _EPSILON = 0.999, 1e-8
+
+
+class Reptile(nn.Module):
+    """Reptile (Nichol, Achiam, Schulman 2018, "On First-Order Meta-Learning Algorithms", algorithms 1 and 2).
+
+    Every task's weights `w` start at the slow weights `phi` and take `inner_steps` steps of an ordinary optimiser on
+    minibatches of the task's rows; then `phi <- phi + epsilon * mean_t(w_t - phi)`. There is no second derivative and
+    no need for query rows. All tasks train at once, with per-task weights and batched products.
+
+    The outer step is handed out as a gradient: `forward(batch).loss.backward()` leaves `phi - mean_t(w_t)` in the
+    slow weights' `.grad` (times whatever multiplies the loss), so that `torch.optim.SGD` with rate `epsilon` is the
+    paper's outer step, and any other optimiser may take it. It is *not* the gradient of the number that `loss` holds,
+    the mean query loss at the fast weights, which is there to be watched. It cannot be differentiated again.
+
+    `serial=True` is algorithm 1, a task at a time: each task starts from where the tasks before it in the batch have
+    moved the slow weights, by `serial_rate` each; the gradient left is `phi - phi_after_all`, for SGD with rate 1. This
+    is the one loop over tasks in this package, since each depends on the last; with one task per batch the two versions
+    are the same.
+
+    Departures: Adam's moments start anew in each task, where the authors' code keeps them from task to task, which
+    tasks that train at once cannot. Mean over tasks as in the paper.
+
+    Args:
+        model: any module from examples `[B, ...]` to predictions `[B, C]`. Parameters with `requires_grad=False` are
+            neither adapted nor trained. Batch norms see one task's minibatch.
+        inner_lr: rate of the inner optimiser, 1e-3 by default, the paper's for Omniglot.
+        inner_steps: `K >= 0`, 5 by default; the paper evaluates with more, 50. May be set anew between calls.
+        optimizer: `"adam"` (default; beta1 = 0, beta2 = 0.999, as in the paper) or `"sgd"`.
+        batch_size: rows of a minibatch, 10 by default; None for all rows at each step. Every row is used once before
+            any is used again; a task with fewer rows than that has some twice in a minibatch.
+        train_on: what `forward` trains on in train mode: `"all"` rows of a task (default; the paper has no query rows
+            in training), or its `"support"` rows. In eval mode always the support rows. With `"all"`, the loss and
+            accuracy reported in train mode are those of rows that were trained on.
+        serial: one task after another; False by default.
+        serial_rate: `epsilon` of the serial version, 0.1 by default. May be set anew between calls.
+        loss: `"cross_entropy"`, `"mse"`, or a callable `(prediction, target) -> scalar` for one task.
+
+    Minibatches are drawn by torch's global random state of the device in train mode; in eval mode they are the same
+    at every call, and the same for all tasks.
+
+    Raises:
+        TypeError, ValueError: arguments out of range; inputs and targets that do not fit together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        inner_lr: float = 1e-3,
+        inner_steps: int = 5,
+        optimizer: str = "adam",
+        batch_size: int | None = 10,
+        train_on: str = "all",
+        serial: bool = False,
+        serial_rate: float = 0.1,
+        loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+    ):
+        super().__init__()
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {OPTIMIZERS}, got {optimizer!r}")
+        if train_on not in ROWS:
+            raise ValueError(f"train_on must be one of {ROWS}, got {train_on!r}")
+        self.inner_lr = check_number("inner_lr", inner_lr)
+        self.inner_steps = check_count("inner_steps", inner_steps, 0)
+        self.batch_size = None if batch_size is None else check_count("batch_size", batch_size, 1)
+        self.serial_rate = check_number("serial_rate", serial_rate)
+        self.model = model
+        self.optimizer = optimizer
+        self.train_on = train_on
+        self.serial = serial
+        self.loss = as_loss(loss)
+
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
+        """Train on support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`. The result has no graph."""
+        _check_pair("support_x", support_x, "support_y", support_y)
+        return self._state(self._train(self._slow(), support_x, support_y), support_x.shape[0])
+
+    def predict(self, state: FastWeights, query_x: Tensor) -> Tensor:
+        """Predictions `[T, Q, C]` of the adapted weights for `query_x` `[T, Q, ...]`."""
+        if query_x.shape[0] != len(state):
+            raise ValueError(f"query_x has {query_x.shape[0]} tasks, state has {len(state)}")
+        inner = InnerLoop(self.inner_lr, self.inner_steps, True, self.loss)
+        return choose("auto", self.model, inner, query_x).predict(self.model, state.weights, query_x)
+
+    def forward(self, batch: TaskBatch) -> MetaOutput:
+        """Train on every task; the loss's `backward` leaves the outer step as a gradient."""
+        check_batch(batch)
+        x, y = batch[0], batch[1]
+        if self.training and self.train_on == "all":
+            x, y = (torch.cat([a, b], 1) for a, b in zip(batch[:2], batch[2:], strict=True))
+        slow = self._slow()
+        with torch.no_grad():
+            fast, moved = self._one_by_one(slow, x, y) if self.serial else self._at_once(slow, x, y)
+            logits = self.predict(self._state(fast, x.shape[0]), batch[2])
+            output = judged(self.loss, logits, batch[3])
+        if not torch.is_grad_enabled() or not slow:
+            return output
+        gradients = [slow[name] - w for name, w in moved.items()]
+        named = dict(self.model.named_parameters())
+        return output._replace(loss=_Ready.apply(output.loss, gradients, *(named[name] for name in moved)))
+
+    def extra_repr(self) -> str:
+        serial = f", serial_rate={self.serial_rate}" if self.serial else ""
+        return (
+            f"inner_lr={self.inner_lr}, inner_steps={self.inner_steps}, optimizer={self.optimizer!r}, "
+            f"batch_size={self.batch_size}, train_on={self.train_on!r}, serial={self.serial}{serial}, "
+            f"loss={self.loss.name!r}"
+        )
+
+    def _slow(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _state(self, fast: Mapping[str, Tensor], tasks: int) -> FastWeights:
+        weights = {name: p.detach() for name, p in self.model.named_parameters()} | dict(fast)
+        return FastWeights(weights, frozenset(weights) - frozenset(fast), tasks)
+
+    def _at_once(self, slow: dict[str, Tensor], x: Tensor, y: Tensor):
+        """Fast weights `[T, *shape]`, and where the slow weights are to go."""
+        fast = self._train(slow, x, y)
+        return fast, {name: w.mean(0) for name, w in fast.items()}
+
+    def _one_by_one(self, slow: dict[str, Tensor], x: Tensor, y: Tensor):
+        moved, fasts = dict(slow), []
+        for task in range(x.shape[0]):
+            fasts.append(self._train(moved, x[task : task + 1], y[task : task + 1]))
+            moved = {name: w.lerp(fasts[-1][name][0], self.serial_rate) for name, w in moved.items()}
+        return {name: torch.cat([fast[name] for fast in fasts]) for name in slow}, moved
+
+    @torch.no_grad()
+    def _train(self, start: Mapping[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Weights `[T, *shape]` after `inner_steps` steps from `start` `[*shape]`."""
+        tasks = x.shape[0]
+        names = list(start)
+        fast = [start[name].unsqueeze(0).repeat(tasks, *[1] * start[name].dim()) for name in names]
+        squares = [torch.zeros_like(w) for w in fast] if self.optimizer == "adam" else []
+        order = self._order(tasks, x.shape[1], x.device)
+        weights: Mapping[str, Tensor] = start
+        for step in range(self.inner_steps if names else 0):
+            batch = (x, y) if order is None else (_take(x, order[step]), _take(y, order[step]))
+            gradients = gradient_of_tasks(self.model, self.loss, weights, *batch)
+            gradients = [gradients[name] for name in names]
+            if self.optimizer == "sgd":
+                torch._foreach_add_(fast, gradients, alpha=-self.inner_lr)
+            else:  # the first moment with beta1 = 0 is the gradient
+                torch._foreach_mul_(squares, _BETA2)
+                torch._foreach_addcmul_(squares, gradients, gradients, 1 - _BETA2)
+                deviation = torch._foreach_sqrt(squares)
+                torch._foreach_div_(deviation, math.sqrt(1 - _BETA2 ** (step + 1)))
+                torch._foreach_add_(deviation, _EPSILON)
+                torch._foreach_addcdiv_(fast, gradients, deviation, -self.inner_lr)
+            weights = dict(zip(names, fast, strict=True))
+        return dict(zip(names, fast, strict=True))
+
+    def _order(self, tasks: int, rows: int, device: torch.device) -> Tensor | None:
+        """Which rows each step takes, `[K, T, batch_size]`; None for all."""
+        if self.batch_size is None or rows == 0:
+            return None
+        needed = self.inner_steps * self.batch_size
+        rounds = -(-needed // rows)
+        if self.training:
+            keys = torch.rand(tasks, rounds, rows, device=device)
+        else:  # an evaluation must not depend on what was drawn before, nor a task on its neighbours
+            generator = torch.Generator(device).manual_seed(0)
+            keys = torch.rand(1, rounds, rows, device=device, generator=generator).expand(tasks, -1, -1)
+        order = keys.argsort(-1).flatten(1)[:, :needed]
+        return order.unflatten(1, (self.inner_steps, self.batch_size)).transpose(0, 1)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `[T, B, ...]` of `x` `[T, N, ...]` by `index` `[T, B]`."""
+    return x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), index]
