@@ -122,17 +122,20 @@ class MAMLPlusPlus(InnerLoopAlgorithm):
 
     Departures: the weights of the multi-step loss shift at each iteration, where the authors' code does so at each
     epoch of 500; a layer's weight and bias have one rate, as in the paper, where the code has one for each tensor;
-    running statistics move by the mean over the batch's tasks, where the code takes task after task.
+    running statistics move by the mean over the batch's tasks, where the code takes task after task; rates are trained
+    relative to `inner_lr`.
 
-    `rates` holds the rates, `[K]` under `layer/<name>` for each layer, with `/` for `.` in its name. Inner steps beyond
-    the `K` of construction have the last one's rates and statistics. Iterations are counted in `forward` in train mode
+    `rates` holds the rates as multiples of `inner_lr`, `[K]` under `layer/<name>` for each layer, with `/` for `.` in
+    its name. So an outer optimiser moves them by the same fraction whatever `inner_lr` is: trained as they are, rates
+    of 0.01 are thrown about by an Adam that suits the weights, until five inner steps diverge. Inner steps beyond the
+    `K` of construction have the last one's rates and statistics. Iterations are counted in `forward` in train mode
     with gradients on, and the count is part of the `state_dict`. While the multi-step loss lasts, `task_loss` holds
     the weighted sums, so that `loss` is still its mean; accuracy is that of the last step.
 
     Args:
         model: any module from examples `[B, ...]` to predictions `[B, C]`. Parameters with `requires_grad=False` are
             neither adapted nor trained.
-        inner_lr: what all rates start at, 0.1 by default.
+        inner_lr: what all rates start at, 0.1 by default; not 0.
         inner_steps: `K >= 1`, 5 by default. May be set anew between calls, to 0 and up.
         learned_rates: True by default; False keeps them as they are.
         multi_step_iterations: 5000 by default, the authors' 10 epochs; 0 for none.
@@ -165,19 +168,22 @@ class MAMLPlusPlus(InnerLoopAlgorithm):
         task_chunk: int | None = None,
     ):
         check_count("inner_steps", inner_steps, 1)
-        inner_lr = check_number("inner_lr", inner_lr)
+        first_rate = check_number("inner_lr", inner_lr)
+        if first_rate == 0:
+            raise ValueError("inner_lr must not be 0: the rates are multiples of it")
         if batch_norm_per_step:
             model = _replace_batch_norms(model, inner_steps)
         super().__init__(model, inner_steps=inner_steps, first_order=first_order, loss=loss, task_chunk=task_chunk)
         self.multi_step_iterations = check_count("multi_step_iterations", multi_step_iterations, 0)
         self.first_order_iterations = check_count("first_order_iterations", first_order_iterations, 0)
+        self.inner_lr = first_rate
         self.adapt_norms = adapt_norms
         self.iteration = 0
         self.rates = nn.ParameterDict()
         for name, p in self._adapting():
             key = _key(name)
             if key not in self.rates:
-                self.rates[key] = nn.Parameter(p.new_full((inner_steps,), inner_lr), requires_grad=learned_rates)
+                self.rates[key] = nn.Parameter(p.new_ones(inner_steps), requires_grad=learned_rates)
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
         """Run the inner loop on support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`."""
@@ -224,7 +230,7 @@ class MAMLPlusPlus(InnerLoopAlgorithm):
 
     def extra_repr(self) -> str:
         return (
-            f"multi_step_iterations={self.multi_step_iterations}, "
+            f"inner_lr={self.inner_lr}, multi_step_iterations={self.multi_step_iterations}, "
             f"first_order_iterations={self.first_order_iterations}, adapt_norms={self.adapt_norms}, "
             f"{super().extra_repr()}"
         )
@@ -240,7 +246,8 @@ class MAMLPlusPlus(InnerLoopAlgorithm):
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in fixed]
 
     def _rates(self) -> Rates:
-        return {name: self.rates[_key(name)] for name, _ in self._adapting() if _key(name) in self.rates}
+        rates = {key: self.inner_lr * multiple for key, multiple in self.rates.items()}
+        return {name: rates[_key(name)] for name, _ in self._adapting() if _key(name) in rates}
 
     def _inner(self, *targets: Tensor) -> InnerLoop:
         inner = super()._inner(*targets)
