@@ -299,7 +299,8 @@ def test_wrong_argument(name, changes, error, text):
 
 
 def test_every_public_function_is_here():
-    assert set(functional.__all__) == set(WRONG) == set(RIGHT)
+    inner_loops = {"adapt_mlp", "meta_loss_mlp"}  # test_inner_loops.py has theirs
+    assert set(functional.__all__) - inner_loops == set(WRONG) == set(RIGHT)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs two devices")

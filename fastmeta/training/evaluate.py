@@ -78,7 +78,8 @@ def evaluate(
         raise ValueError(f"episodes must be at least 1, got {episodes}")
     if inner_steps is not None and not hasattr(algorithm, "inner_steps"):
         raise ValueError(f"inner_steps: {type(algorithm).__name__} has no inner loop")
-    device = next(algorithm.parameters()).device
+    parameter = next(algorithm.parameters(), None)  # an untrained rule on pixels has none
+    device = torch.device("cpu") if parameter is None else parameter.device
     last = getattr(algorithm, "inner_steps", None) if inner_steps is None else inner_steps
     counts = list(range(last + 1)) if by_step and last is not None else [last]
     losses: list[list[Tensor]] = [[] for _ in counts]

@@ -187,7 +187,9 @@ def _caml_incontext(config, tasks, settings):
 
 
 _BOTH = ("classification", "regression")
-_FEW_WAYS = {"train_ways": 5, "task_batch": 32}  # as many classes as in the test, many tasks a step
+# found on Omniglot, for a few minutes on one core
+_SOME_WAYS = {"train_ways": 20, "train_query_shots": 3, "task_batch": 2, "outer_lr": 2e-3}
+_FEW_WAYS = {"train_ways": 5, "train_query_shots": 2, "task_batch": 8, "outer_lr": 2e-3}
 
 ALGORITHMS: dict[str, Algorithm] = {
     "maml": Algorithm(_maml, "MAML, first or second order", _BOTH, fixed_ways=True, group="inner"),
@@ -230,15 +232,17 @@ ALGORITHMS: dict[str, Algorithm] = {
     "matching": Algorithm(
         _matching, "Matching Networks",
         settings={"scale": 10.0, "learn_scale": True, "full_context": False, "steps": 5},
+        images=_SOME_WAYS,
     ),
     "relation": Algorithm(_relation, "Relation Networks", settings={"pool": "sum", "loss": "mse"}),
     "ridge": Algorithm(_ridge, "ridge regression as the head, solved for every task", _BOTH, settings={"ridge": 1.0}),
     "hypernetwork": Algorithm(
         _hypernetwork, "weights generated from the support set", _BOTH,
-        settings={"mode": "head", "set_width": 128, "rank": 4}, images=_FEW_WAYS,
+        settings={"mode": "head", "set_width": 128, "rank": 4}, images=_SOME_WAYS,
     ),
     "caml-modulation": Algorithm(
         _caml_modulation, "CAML of 2019: features modulated by the task's classes", settings={"metric_weight": 0.5},
+        images=_SOME_WAYS,
     ),
     "caml-incontext": Algorithm(
         _caml_incontext, "CAML of 2024: in-context learning by a transformer",
