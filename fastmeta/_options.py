@@ -27,6 +27,12 @@ class ModelName(str, Enum):
     conv4 = "conv4"
 
 
+class NormName(str, Enum):
+    none = "none"
+    batch = "batch"
+    layer = "layer"
+
+
 class ScheduleName(str, Enum):
     constant = "constant"
     halve = "halve"
@@ -111,6 +117,7 @@ Hidden = _option(
     _INNER, str, "--hidden", "Hidden widths of the mlp, or channels of conv4.",
     "sinusoid 40,40; images 256,128,64,64; conv4 64", metavar="N[,N...]",
 )  # fmt: skip
+Norm = _option(_INNER, NormName, "--norm", "Of the mlp's hidden layers; batch: of a task's rows in MAML.", "none")
 Metric = _option(_INNER, MetricName, "--metric", "Distance of protonet, [T, Q, D] to [T, N, D].", "sqeuclidean")
 InnerLR = _option(
     _INNER, float, "--inner-lr", "Step size of adaptation.", "sinusoid 0.01; images 0.4, above 5 ways 0.1"

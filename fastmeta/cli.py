@@ -46,6 +46,7 @@ def train(
     data_root: options.DataRoot = None,
     model: options.Model = None,
     hidden: options.Hidden = None,
+    norm: options.Norm = None,
     metric: options.Metric = None,
     inner_lr: options.InnerLR = None,
     inner_steps: options.InnerSteps = None,
@@ -79,7 +80,7 @@ def train(
     given = dict(
         algorithm=algorithm, data=data, ways=ways, shots=shots, query_shots=query_shots, train_ways=train_ways,
         train_shots=train_shots, train_query_shots=train_query_shots, partition=partition,
-        data_root=str(data_root) if data_root else None, model=model, hidden=_widths(hidden), metric=metric,
+        data_root=str(data_root) if data_root else None, model=model, hidden=_widths(hidden), norm=norm, metric=metric,
         inner_lr=inner_lr, inner_steps=inner_steps, eval_inner_steps=eval_inner_steps, first_order=first_order,
         engine=engine, task_chunk=task_chunk, outer_lr=outer_lr, lr_schedule=lr_schedule,
         lr_halve_every=lr_halve_every, task_batch=task_batch, iterations=iterations, minutes=minutes, seed=seed,
@@ -171,6 +172,8 @@ def evaluate(
     size = f"{sizes['shots']} shots" if regression else f"{sizes['ways']}-way {sizes['shots']}-shot"
     _say(f"{config.algorithm} on {config.data}, {split.value} split, {size}, {episodes} episodes, {found.path}")
     _say(f"{describe(evaluation, regression)} (95% confidence interval), in {seconds:.1f} s", style="bold")
+    if evaluation.calibration_error is not None:
+        _say(f"  expected calibration error {100 * evaluation.calibration_error:.2f}%")
     for step, estimate in enumerate(evaluation.loss_by_step):
         _say(f"  MSE after {step:>2} inner steps  {estimate.plain()}")
 

@@ -10,22 +10,42 @@ from torch import nn
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "silu": nn.SiLU, "gelu": nn.GELU}
 
 
-def mlp(sizes: Sequence[int], activation: str = "relu", *, bias: bool = True) -> nn.Sequential:
-    """A multi-layer perceptron on flattened examples, without activation after the last layer.
+NORMS = ("none", "batch", "layer")
+
+
+def mlp(
+    sizes: Sequence[int],
+    activation: str = "relu",
+    *,
+    bias: bool = True,
+    norm: str = "none",
+    track_running_stats: bool = True,
+) -> nn.Sequential:
+    """A multi-layer perceptron on flattened examples, without norm or activation after the last layer.
 
     Args:
         sizes: the widths, input and output included; at least two.
         activation: `"relu"`, `"tanh"`, `"sigmoid"`, `"silu"` or `"gelu"`.
         bias: whether the layers have one.
+        norm: between every layer but the last and its activation: `"none"`, `"batch"` (as in the MLP of Finn et al.
+            2017 on Omniglot) or `"layer"`.
+        track_running_stats: False makes batch norm use the rows at hand in eval mode too, which is what MAML needs.
     """
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
     if len(sizes) < 2:
         raise ValueError(f"sizes must hold at least an input and an output width, got {list(sizes)}")
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}")
     layers: list[nn.Module] = [nn.Flatten()]
     for width_in, width_out in zip(sizes[:-1], sizes[1:], strict=True):
-        layers += [nn.Linear(width_in, width_out, bias=bias), _ACTIVATIONS[activation]()]
-    return nn.Sequential(*layers[:-1])
+        layers.append(nn.Linear(width_in, width_out, bias=bias))
+        if norm == "batch":
+            layers.append(nn.BatchNorm1d(width_out, track_running_stats=track_running_stats))
+        elif norm == "layer":
+            layers.append(nn.LayerNorm(width_out))
+        layers.append(_ACTIVATIONS[activation]())
+    return nn.Sequential(*layers[: -1 if norm == "none" else -2])
 
 
 def conv4(in_channels: int = 1, hidden: int = 64, *, track_running_stats: bool = True) -> nn.Sequential:

@@ -26,6 +26,7 @@ from fastmeta.training import (
     run_config,
 )
 from fastmeta.training.embed import embedding_pays
+from fastmeta.training.metrics import CalibrationError
 from fastmeta.training.registry import ALGORITHMS
 from fastmeta.training.run import build_tasks, build_trainer, resumed_config
 from fastmeta.training.schedule import learning_rate
@@ -259,6 +260,37 @@ def test_not_finite_stops_with_step_and_cause(tmp_path, what, text, at_once):
 
 
 # ----- evaluating
+
+
+def test_norm_is_of_the_mlp():
+    config = run_config("maml", "glyphs", model="mlp", norm="batch", hidden=(8, 6))
+    layers = list(build_trainer(config, None).algorithm.model)
+    norms = [layer for layer in layers if isinstance(layer, nn.BatchNorm1d)]
+    assert [norm.num_features for norm in norms] == [8, 6] and norms[0].running_mean is None
+    encoder = build_trainer(run_config("protonet", "glyphs", model="mlp", norm="batch", train_ways=5), None)
+    assert all(n.running_mean is not None for n in encoder.algorithm.modules() if isinstance(n, nn.BatchNorm1d))
+    with pytest.raises(ValueError, match="norm is of model mlp; conv4"):
+        run_config("protonet", "glyphs", norm="batch")
+    with pytest.raises(ValueError, match="norm must be one of none, batch, layer"):
+        run_config("protonet", "glyphs", model="mlp", norm="group")
+
+
+def test_calibration_error():
+    error = CalibrationError(bins=10)
+    assert error.read() is None
+    # 100 queries at a confidence of 0.75, of which 60 are right; 50 at 0.95, of which 50 are right
+    sure = [torch.tensor([p, 1 - p]).log().expand(n, 2) for p, n in ((0.75, 100), (0.95, 50))]
+    labels = torch.cat([torch.arange(100) >= 60, torch.arange(50) >= 50]).long()
+    error.add(torch.cat(sure)[None], labels[None])
+    assert error.read() == pytest.approx((100 * 0.15 + 50 * 0.05) / 150, abs=1e-6)
+    # the order of batches does not matter, and certainty that is right is perfect
+    parts = CalibrationError(bins=10)
+    for part in (slice(50, 150), slice(0, 50)):
+        parts.add(torch.cat(sure)[None, part], labels[None, part])
+    assert parts.read() == pytest.approx(error.read())
+    certain = CalibrationError()
+    certain.add(torch.tensor([[[100.0, 0.0]]]), torch.tensor([[0]]))
+    assert certain.read() == 0
 
 
 def test_estimate():

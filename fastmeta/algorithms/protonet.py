@@ -57,7 +57,8 @@ class ProtoNet(nn.Module):
         return -functional.pairwise_distance(self._encode(query_x), state.prototypes, self.metric)
 
     def forward(self, batch: TaskBatch) -> MetaOutput:
-        """Mean cross entropy of the query sets; fused, so the logits `[T, Q, N]` are never stored and come as None."""
+        """Mean cross entropy of the query sets; fused, so that in train mode the logits `[T, Q, N]` are never stored
+        and come as None."""
         support_x, support_y, query_x, query_y = batch
         if support_x.shape[2:] != query_x.shape[2:] or support_x.shape[0] != query_x.shape[0]:
             raise ValueError(
@@ -66,10 +67,15 @@ class ProtoNet(nn.Module):
             )
         embeddings = self._encode(torch.cat([support_x, query_x], 1))
         support, query = embeddings.split([support_x.shape[1], query_x.shape[1]], 1)
+        num_classes = self._num_classes(support_y)
         task_loss, accuracy = functional.prototypical_loss(
-            support, support_y, query, query_y, self._num_classes(support_y), self.metric
+            support, support_y, query, query_y, num_classes, self.metric
         )
-        return MetaOutput(task_loss.mean(), task_loss, accuracy, None)
+        logits = None
+        if not self.training:
+            prototypes = functional.class_prototypes(support, support_y, num_classes)
+            logits = -functional.pairwise_distance(query, prototypes, self.metric)
+        return MetaOutput(task_loss.mean(), task_loss, accuracy, logits)
 
     def extra_repr(self) -> str:
         return f"metric={self.metric!r}, ways={self.ways}"

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from ..nn import NORMS
 from ..tasks import NAMES as DATA
 from ..tasks.omniglot import PARTITIONS
 from .registry import ALGORITHMS
@@ -36,6 +37,7 @@ class RunConfig:
     task_batch: int
     iterations: int | None
     minutes: float | None = None
+    norm: str = "none"
     inner_lr: float = 0.01
     inner_steps: int = 1
     eval_inner_steps: int = 1
@@ -61,6 +63,7 @@ class RunConfig:
         _one_of("algorithm", self.algorithm, tuple(ALGORITHMS))
         _one_of("data", self.data, DATA)
         _one_of("model", self.model, MODELS)
+        _one_of("norm", self.norm, NORMS)
         _one_of("partition", self.partition, PARTITIONS)
         _one_of("lr_schedule", self.lr_schedule, SCHEDULES)
         counts = ("ways", "shots", "query_shots", "train_ways", "train_shots", "train_query_shots", "task_batch")
@@ -84,6 +87,8 @@ class RunConfig:
             raise ValueError("lr_schedule 'halve' needs lr_halve_every of at least 1")
         if self.lr_schedule == "cosine" and self.iterations is None:
             raise ValueError("lr_schedule 'cosine' needs iterations: a time budget does not say where the cosine ends")
+        if self.norm != "none" and self.model != "mlp":
+            raise ValueError(f"norm is of model mlp; {self.model} has batch norms of its own: leave norm out")
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(f"hidden must be one or more widths of at least 1, got {list(self.hidden)}")
         if self.model == "conv4" and len(self.hidden) != 1:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..algorithms import ProtoNet
 from .embed import embed, embedding_pays
-from .metrics import Estimate
+from .metrics import CalibrationError, Estimate, finite_or_none
 
 if TYPE_CHECKING:
     from ..tasks import TaskBatch
@@ -30,13 +30,15 @@ _STREAM = 0x6D657461
 class Evaluation:
     """What `evaluate` found. `accuracy` is None for regression, whose `loss` is the mean squared error.
 
-    `loss_by_step[k]` is the query loss after `k` inner steps, from 0 (before adaptation) on; empty unless
-    asked for.
+    `calibration_error` is the expected one over all queries, see `~fastmeta.training.metrics.CalibrationError`; None
+    for regression. `loss_by_step[k]` is the query loss after `k` inner steps, from 0 (before adaptation) on; empty
+    unless asked for.
     """
 
     loss: Estimate
     accuracy: Estimate | None = None
     loss_by_step: list[Estimate] = field(default_factory=list)
+    calibration_error: float | None = None
 
     @property
     def score(self) -> float:
@@ -47,6 +49,8 @@ class Evaluation:
         result: dict[str, Any] = {"loss": self.loss.as_json()}
         if self.accuracy is not None:
             result["accuracy"] = self.accuracy.as_json()
+        if self.calibration_error is not None:
+            result["calibration_error"] = finite_or_none(self.calibration_error)
         if self.loss_by_step:
             result["loss_by_step"] = [estimate.as_json() for estimate in self.loss_by_step]
         return result
@@ -84,6 +88,7 @@ def evaluate(
     counts = list(range(last + 1)) if by_step and last is not None else [last]
     losses: list[list[Tensor]] = [[] for _ in counts]
     accuracies: list[Tensor] = []
+    calibration = CalibrationError()
     with _judging(algorithm, tasks), torch.no_grad():
         judged = algorithm
         if isinstance(algorithm, ProtoNet) and embedding_pays(algorithm, tasks, episodes):
@@ -101,9 +106,12 @@ def evaluate(
                 kept.append(output.task_loss)
             if output.accuracy is not None:
                 accuracies.append(output.accuracy)
+                if output.logits is not None:
+                    calibration.add(output.logits, batch.query_y)
     by_step_estimates = [Estimate.of(torch.cat(kept)) for kept in losses]
     accuracy = Estimate.of(torch.cat(accuracies)) if accuracies else None
-    return Evaluation(by_step_estimates[-1], accuracy, by_step_estimates if by_step and last is not None else [])
+    curve = by_step_estimates if by_step and last is not None else []
+    return Evaluation(by_step_estimates[-1], accuracy, curve, calibration.read())
 
 
 @contextmanager

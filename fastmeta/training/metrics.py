@@ -60,5 +60,36 @@ class RunningMean:
         return mean
 
 
+class CalibrationError:
+    """Expected calibration error: how far confidence is from accuracy (Guo et al. 2017, "On Calibration of Modern
+    Neural Networks", eq. 5), over all queries that were added.
+
+    Queries are put into `bins` equal bins by the largest probability that their softmax gives; the error is the mean,
+    weighted by queries, of |accuracy - mean confidence| of a bin: 0 is perfect, 1 the worst. It stays on the device
+    until it is read.
+    """
+
+    def __init__(self, bins: int = 15) -> None:
+        self.bins = bins
+        self._sums: Tensor | None = None  # [3, bins]: queries, confidence, hits
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Of logits `[T, Q, N]` and labels int64 `[T, Q]`."""
+        confidence, predicted = logits.detach().double().softmax(-1).max(-1)
+        confidence, hits = confidence.flatten(), (predicted == labels).double().flatten()
+        # bins open to the left: a confidence of 1 belongs to the last
+        bin = (confidence * self.bins).ceil().long().clamp(1, self.bins) - 1
+        sums = confidence.new_zeros(3, self.bins)
+        sums.index_add_(1, bin, torch.stack([torch.ones_like(confidence), confidence, hits]))
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def read(self) -> float | None:
+        """The error, None if nothing was added."""
+        if self._sums is None or not float(self._sums[0].sum()):
+            return None
+        count, confidence, hits = self._sums
+        return float((hits - confidence).abs().sum() / count.sum())
+
+
 def finite_or_none(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None

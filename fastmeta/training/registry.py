@@ -47,7 +47,9 @@ def _size(tasks: TaskSource) -> tuple[int, int]:
 def encoder(config: RunConfig, tasks: TaskSource) -> nn.Module:
     """From examples `[B, ...]` to embeddings `[B, D]`."""
     size, channels = _size(tasks)
-    return conv4(channels, config.hidden[0]) if config.model == "conv4" else mlp([size, *config.hidden])
+    if config.model == "conv4":
+        return conv4(channels, config.hidden[0])
+    return mlp([size, *config.hidden], norm=config.norm)
 
 
 def features(body: nn.Module, tasks: TaskSource) -> int:
@@ -66,7 +68,7 @@ def classifier(config: RunConfig, tasks: TaskSource) -> nn.Module:
         # Batch statistics in eval mode too: adaptation never updates running ones.
         body = conv4(channels, config.hidden[0], track_running_stats=False)
         return nn.Sequential(*body, nn.Linear(features(body, tasks), tasks.output_size))
-    return mlp([size, *config.hidden, tasks.output_size])
+    return mlp([size, *config.hidden, tasks.output_size], norm=config.norm, track_running_stats=False)
 
 
 def loss_of(tasks: TaskSource) -> str:
@@ -113,9 +115,9 @@ def _imaml(config, tasks, settings):
 class _ContextMLP(nn.Module):
     """A perceptron on flattened examples `[B, ...]` beside the task's context `[P]`."""
 
-    def __init__(self, sizes: list[int]):
+    def __init__(self, sizes: list[int], **options: Any):
         super().__init__()
-        self.mlp = mlp(sizes)
+        self.mlp = mlp(sizes, **options)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         return self.mlp(torch.cat([x.flatten(1), context.expand(len(x), -1)], 1))
@@ -130,7 +132,8 @@ def _cavia(config, tasks, settings):
         model = FiLMConv4(tasks.output_size, context, in_channels=channels, hidden=config.hidden[0], image_size=side)
     else:
         sizes = [size + context, *config.hidden, tasks.output_size]
-        model = _ContextMLP(sizes) if images else mlp(sizes)
+        norm = {"norm": config.norm, "track_running_stats": False}
+        model = _ContextMLP(sizes, **norm) if images else mlp(sizes, **norm)
     return algorithms.CAVIA(
         model, context, concatenate=not images, first_order=config.first_order, task_chunk=config.task_chunk,
         **_loop_options(config, tasks), **settings,
