@@ -194,7 +194,7 @@ def reproduce(
 
     run(
         suite, out_dir, only=only, episodes=episodes, threads=threads, device=device or "auto",
-        data_root=str(data_root) if data_root else None, say=_say,
+        data_root=str(data_root) if data_root else None, console=out,
     )  # fmt: skip
     _say(f"table in {out_dir / suite / 'table.md'}", style="bold")
 

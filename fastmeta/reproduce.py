@@ -6,30 +6,37 @@ off goes on from its checkpoint, so the command can be stopped and typed again.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from .algorithms import NearestNeighbour
 from .training import CheckpointFolder, evaluate, run_config
 from .training.registry import ALGORITHMS
+from .training.reporting import ConsoleReporter
 from .training.run import build_algorithm, build_tasks, build_trainer, find_checkpoint, load_for_evaluation, prepare
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: an algorithm on a data set. `minutes` of training; `published` for the same tasks."""
+    """One line of the table: an algorithm on a data set.
+
+    `options` of `fastmeta train` make it fit the suite; `published` is the figure for the same tasks, with its source.
+    """
 
     algorithm: str
     data: str
-    minutes: float
     options: Mapping[str, Any] = field(default_factory=dict)
     published: str = ""
     label: str = ""
@@ -39,53 +46,61 @@ class Row:
         return f"{self.label or self.algorithm}-{self.data}"
 
 
-_MLP = {"model": "mlp", "outer_lr": 3e-3}
+# a few minutes on one core: a small encoder, few tasks a step, and a rate that falls to nothing
+_QUICK = {"lr_schedule": "cosine"}
+_SINE = {**_QUICK, "outer_lr": 2e-3}
+_CONV = {**_QUICK, "hidden": (32,), "outer_lr": 2e-3}
+_WAYS = {**_CONV, "train_ways": 20, "train_query_shots": 3, "task_batch": 2}
+_FIVE = {**_CONV, "train_ways": 5, "train_query_shots": 4, "task_batch": 5}
+# the perceptron of Finn et al. 2017 and the split of theirs, 1,200 characters drawn at random
+_MLP = {"model": "mlp", "norm": "batch", "partition": "1200"}
+_QUICK_MLP = {**_QUICK, **_MLP, "outer_lr": 5e-3}
 
 
-def _suite(minutes: Callable[[float], float], images: str) -> tuple[Row, ...]:
+def _quick(images: str) -> tuple[Row, ...]:
     return (
-        Row("maml", "sinusoid", minutes(4), published="0.77 (Li et al. 2017, table 1: 10 shot)"),
-        Row("metasgd", "sinusoid", minutes(4), published="0.53 (Li et al. 2017, table 1: 10 shot)"),
-        Row("anil", "sinusoid", minutes(2), {"inner_lr": 0.01}),
-        Row("boil", "sinusoid", minutes(2), {"inner_lr": 0.01}),
-        Row("maml++", "sinusoid", minutes(4)),
-        Row("cavia", "sinusoid", minutes(4), published="0.19 (Zintgraf et al. 2019: 5 context parameters)"),
-        Row("reptile", "sinusoid", minutes(3)),
-        Row("imaml", "sinusoid", minutes(3)),
-        Row("ridge", "sinusoid", minutes(2)),
-        Row("hypernetwork", "sinusoid", minutes(4)),
-        Row("protonet", images, minutes(8), {"hidden": (32,)}, "98.8 (Snell et al. 2017, table 1)"),
-        Row("matching", images, minutes(6), {"hidden": (32,)}, "98.1 (Vinyals et al. 2016, table 1)"),
-        Row("relation", images, minutes(6), {"hidden": (32,), "train_ways": 20}, "99.6 (Sung et al. 2018, table 1)"),
-        Row("ridge", images, minutes(6), {"hidden": (32,), "train_ways": 20}, "98.9 (Bertinetto et al. 2019)"),
-        Row("hypernetwork", images, minutes(6), {"hidden": (32,)}, "99.7 (VERSA, Gordon et al. 2019, table 1)"),
-        Row("caml-modulation", images, minutes(6), {"hidden": (32,)}),
-        Row("caml-incontext", images, minutes(6), {"hidden": (32,)}),
-        Row("maml", images, minutes(8), _MLP, "89.7 (Finn et al. 2017, table 1: no convolutions)", "maml-mlp"),
-        Row("metasgd", images, minutes(4), _MLP, label="metasgd-mlp"),
-        Row("anil", images, minutes(4), _MLP, label="anil-mlp"),
-        Row("boil", images, minutes(4), _MLP, label="boil-mlp"),
-    )
-
-
-def suites(images: str) -> dict[str, tuple[Row, ...]]:
-    """`quick`: at most 90 minutes on two CPU cores. `paper`: the papers' own lengths, for a GPU. `smoke`: seconds."""
-    full = tuple(
+        Row("maml", "sinusoid", {**_SINE, "iterations": 20_000}, "0.77 (Li et al. 2017, table 1)"),
+        Row("metasgd", "sinusoid", {**_SINE, "iterations": 20_000}, "0.53 (Li et al. 2017, table 1)"),
+        Row("maml++", "sinusoid", {**_SINE, "iterations": 20_000}),
+        Row("cavia", "sinusoid", {**_SINE, "iterations": 20_000}, "0.19 (Zintgraf et al. 2019, 5 context parameters)"),
+        Row("anil", "sinusoid", {**_SINE, "iterations": 15_000}),
+        Row("boil", "sinusoid", {**_SINE, "iterations": 15_000}),
+        Row("reptile", "sinusoid", {**_SINE, "iterations": 4_000}),
+        Row("imaml", "sinusoid", {**_SINE, "iterations": 2_500}),
+        Row("ridge", "sinusoid", {**_SINE, "iterations": 15_000}),
+        Row("hypernetwork", "sinusoid", {**_SINE, "iterations": 12_000}),
+        Row("protonet", images, {**_WAYS, "iterations": 2_400}, "98.8 (Snell et al. 2017, table 1)"),
+        Row("matching", images, {**_WAYS, "iterations": 3_000}, "98.1 (Vinyals et al. 2016, table 1)"),
+        Row("relation", images, {**_FIVE, "iterations": 1_600}, "99.6 (Sung et al. 2018, table 1)"),
+        Row("ridge", images, {**_WAYS, "iterations": 2_800}, "98.9 (Bertinetto et al. 2019)"),
+        Row("hypernetwork", images, {**_WAYS, "iterations": 3_000}, "99.7 (VERSA, Gordon et al. 2019, table 1)"),
+        Row("caml-modulation", images, {**_WAYS, "iterations": 1_600}),
         Row(
-            row.algorithm,
-            row.data,
-            0,
-            {k: v for k, v in row.options.items() if k != "hidden"},
-            row.published,
-            row.label,
-        )
-        for row in _suite(lambda m: m, images)
+            "caml-incontext", images,
+            {**_CONV, "iterations": 3_000,
+             "settings": (("code_width", 32), ("feedforward", 128), ("heads", 4))},
+        ),
+        Row("maml", images, {**_QUICK_MLP, "iterations": 7_500}, "89.7 (Finn et al. 2017, table 1)", "maml-mlp"),
+        Row("anil", images, {**_CONV, "task_batch": 4, "iterations": 3_000}, label="anil-conv"),
+    )  # fmt: skip
+
+
+def _paper(images: str) -> tuple[Row, ...]:
+    """What differs from the defaults of `fastmeta train`, which are the papers' settings."""
+    alone = {"maml-mlp": _MLP, "anil-conv": {}}
+    return tuple(
+        Row(row.algorithm, row.data, alone.get(row.label, {}), row.published, row.label) for row in _quick(images)
     )
-    return {
-        "quick": _suite(lambda m: m, images),
-        "paper": full,
-        "smoke": _suite(lambda m: 0.02, images),
-    }
+
+
+def _smoke(images: str) -> tuple[Row, ...]:
+    small = {"task_batch": 2, "iterations": 3, "eval_tasks": 4}
+    return tuple(
+        Row(row.algorithm, row.data, {**row.options, **small}, row.published, row.label) for row in _quick(images)
+    )
+
+
+SUITES: Mapping[str, Callable[[str], tuple[Row, ...]]] = {"quick": _quick, "paper": _paper, "smoke": _smoke}
 
 
 def reproduce(
@@ -97,76 +112,84 @@ def reproduce(
     threads: int | None = None,
     data_root: str | None = None,
     device: str = "auto",
-    say: Callable[[str], None] = print,
+    console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """Run what has no result yet; write and return the table.
 
     Args:
         suite: "quick", "paper" or "smoke".
-        out: folder of the runs and of `SUITE.json` and `SUITE.md`.
+        out: folder of the runs and of `SUITE/table.json` and `SUITE/table.md`.
         only: names of rows to run, such as "protonet-omniglot"; others are left as they are.
-        say: takes a line for each row that ends.
+        episodes: held-out tasks that each row is judged on.
+        threads, data_root, device: as of `fastmeta train`.
+        console: where progress is shown; None: nowhere.
 
     Raises:
         ValueError: an unknown suite or row.
     """
     images = "omniglot" if data_root or os.environ.get("FASTMETA_DATA") else "glyphs"
-    known = suites(images)
-    if suite not in known:
-        raise ValueError(f"suite must be one of {', '.join(known)}; got {suite!r}")
-    rows = known[suite]
-    unknown = set(only or ()) - {row.name for row in rows}
-    if unknown:
-        raise ValueError(f"rows are {', '.join(row.name for row in rows)}; got {', '.join(sorted(unknown))}")
-    folder = Path(out) / suite
+    if suite not in SUITES:
+        raise ValueError(f"suite must be one of {', '.join(SUITES)}; got {suite!r}")
     common = {"threads": threads, "data_root": data_root, "device": device}
-    results = []
-    for row in rows:
-        path = folder / row.name / "result.json"
-        if not path.exists():
-            if only and row.name not in only:
-                continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            result = _run(row, path.parent, episodes, common)
-            if result is None:
-                say(f"{row.name}: stopped; the same command goes on with it")
-                break
-            partial = path.with_suffix(".part")
-            partial.write_text(json.dumps(result, indent=1) + "\n")
-            partial.replace(path)
-        results.append(json.loads(path.read_text()))
-        say(f"{row.name}: {describe(results[-1])}")
-    results += _baselines(images, folder, episodes, common) if not only else []
+    console = console or Console(quiet=True)
+    runs = {row.name: partial(_run, row, episodes=episodes, common=common, console=console)
+            for row in SUITES[suite](images)}  # fmt: skip
+    for rule in PIXELS:
+        runs[f"{rule}-{images}"] = partial(_pixels, rule, images, episodes=episodes, common=common)
+    unknown = set(only or ()) - runs.keys()
+    if unknown:
+        raise ValueError(f"rows are {', '.join(runs)}; got {', '.join(sorted(unknown))}")
+    folder = Path(out) / suite
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / "table.md").write_text(markdown(results))
+    results = []
+    for name, run in runs.items():
+        path = folder / name / "result.json"
+        if not path.exists():
+            if only and name not in only:
+                continue
+            path.parent.mkdir(exist_ok=True)
+            result = run(path.parent)
+            if result is None:
+                console.print(f"{name}: stopped; the same command goes on with it")
+                break
+            _write(path, json.dumps(result | {"name": name}, indent=1) + "\n")
+        results.append(json.loads(path.read_text()))
+        console.print(f"{name}: {describe(results[-1])}", highlight=False)
+    _write(folder / "table.json", json.dumps(results, indent=1) + "\n")
+    _write(folder / "table.md", markdown(results))
     return results
 
 
-def _run(row: Row, folder: Path, episodes: int, common: dict[str, Any]) -> dict[str, Any] | None:
-    # the best checkpoint counts, so every run is validated some ten times
-    options = dict(row.options) | {"eval_tasks": 300}
-    if row.minutes:
-        options |= {"minutes": row.minutes, "iterations": 1_000_000, "eval_every": 500}
-    config = run_config(row.algorithm, row.data, **options, **common)
-    trainer = build_trainer(config, folder)
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing: a run that is killed leaves no half a result."""
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def _run(row: Row, folder: Path, *, episodes: int, common: dict[str, Any], console: Console) -> dict[str, Any] | None:
+    given = {key: value for key, value in common.items() if value is not None}
+    config = run_config(row.algorithm, row.data, **{"eval_tasks": 200, **row.options, **given})
+    if "eval_every" not in row.options and config.iterations:
+        # the best of few checkpoints counts: judging one takes as long as many a step
+        config = dataclasses.replace(config, eval_every=-(-config.iterations // 4), save_every=1000)
+    bar = ConsoleReporter(console, iterations=config.iterations, minutes=None, regression=row.data == "sinusoid")
+    trainer = build_trainer(config, folder, (bar,))
     checkpoints = CheckpointFolder(folder)
     if checkpoints.steps():
         trainer.restore(checkpoints.newest(fall_back=True)[0])
-    if trainer.run() is not None:
-        return None
+    console.print(f"{row.name}: {ALGORITHMS[row.algorithm].summary}", highlight=False)
+    with bar:
+        if trainer.run() is not None:
+            return None
     _, algorithm, tasks = load_for_evaluation(
-        find_checkpoint(folder), "test", device=common["device"], threads=common["threads"],
-        data_root=common["data_root"],
-    )  # fmt: skip
-    has_loop = hasattr(algorithm, "inner_steps")
-    found = evaluate(algorithm, tasks, episodes=episodes, inner_steps=config.eval_inner_steps if has_loop else None)
-    untrained = evaluate(
-        build_algorithm(config, tasks, trainer.device), tasks, episodes=episodes,
-        inner_steps=config.eval_inner_steps if has_loop else None,
-    )  # fmt: skip
+        find_checkpoint(folder), "test", device=config.device, threads=config.threads, data_root=config.data_root
+    )
+    steps = config.eval_inner_steps if hasattr(algorithm, "inner_steps") else None
+    found = evaluate(algorithm, tasks, episodes=episodes, inner_steps=steps)
+    blank = build_algorithm(config, tasks, trainer.device)
+    untrained = evaluate(blank, tasks, episodes=min(episodes, 200), inner_steps=steps)
     return {
-        "name": row.name,
         "summary": ALGORITHMS[row.algorithm].summary,
         **found.as_json(),
         "untrained": untrained.as_json(),
@@ -174,33 +197,35 @@ def _run(row: Row, folder: Path, episodes: int, common: dict[str, Any]) -> dict[
         "minutes": trainer.seconds / 60,
         "tasks_per_second": trainer.step * config.task_batch / max(trainer.seconds, 1e-9),
         "published": row.published,
-        "device": str(trainer.device),
-        "threads": torch.get_num_threads(),
-        "episodes": episodes,
+        "config": config.as_json() | {"data_root": None},
+        **_machine(trainer.device),
     }
 
 
-def _baselines(images: str, folder: Path, episodes: int, common: dict[str, Any]) -> list[dict[str, Any]]:
-    """Nearest neighbour on pixels, which no training made better."""
-    config = run_config("protonet", images, **common)
+# nearest neighbour without any training: what every other row has to beat
+PIXELS = {
+    "pixels": {},
+    "pixels-centred": {"centre": "support", "normalise": True},
+}
+
+
+def _pixels(rule: str, images: str, folder: Path, *, episodes: int, common: dict[str, Any]) -> dict[str, Any]:
+    given = {key: value for key, value in common.items() if value is not None}
+    config = run_config("protonet", images, **given)
     tasks = build_tasks(config, "test", prepare(config))
     began = time.perf_counter()
-    found = evaluate(_Pixels(), tasks, episodes=episodes)
+    found = evaluate(NearestNeighbour(nn.Flatten(), **PIXELS[rule]), tasks, episodes=episodes)
     seconds = time.perf_counter() - began
-    return [
-        {
-            "name": f"pixels-{images}", "summary": "nearest neighbour on pixels", **found.as_json(), "steps": 0,
-            "minutes": seconds / 60, "tasks_per_second": episodes / seconds, "published": "", "episodes": episodes,
-        }
-    ]  # fmt: skip
+    what = "nearest neighbour on pixels" + (", centred and of unit length" if PIXELS[rule] else "")
+    return {
+        "summary": what, **found.as_json(), "steps": 0, "minutes": seconds / 60, "tasks_per_second": episodes / seconds,
+        "published": "", **_machine(prepare(config)),
+    }  # fmt: skip
 
 
-class _Pixels(NearestNeighbour):
-    """The nearest-neighbour classifier on flattened images; evaluation asks for a parameter's device."""
-
-    def __init__(self):
-        super().__init__(nn.Flatten())
-        self.device_marker = nn.Parameter(torch.zeros(()), requires_grad=False)
+def _machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": str(device), "machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -213,13 +238,14 @@ def describe(result: dict[str, Any]) -> str:
 
 def markdown(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| row | what | held-out | untrained | published | steps | minutes | tasks/s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| row | what | held-out | calibration error | untrained | published | steps | minutes | tasks/s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         untrained = describe(r["untrained"]) if "untrained" in r else ""
+        calibration = f"{100 * r['calibration_error']:.1f} %" if r.get("calibration_error") is not None else ""
         lines.append(
-            f"| {r['name']} | {r['summary']} | {describe(r)} | {untrained} | {r['published']} | {r['steps']:,} | "
-            f"{r['minutes']:.1f} | {r['tasks_per_second']:,.0f} |"
+            f"| {r['name']} | {r['summary']} | {describe(r)} | {calibration} | {untrained} | {r['published']} | "
+            f"{r['steps']:,} | {r['minutes']:.1f} | {r['tasks_per_second']:,.0f} |"
         )
     return "\n".join(lines) + "\n"

@@ -4,8 +4,9 @@ import importlib
 import json
 
 import pytest
+from rich.console import Console
 
-from fastmeta.reproduce import reproduce, suites
+from fastmeta.reproduce import SUITES, reproduce
 from fastmeta.training.registry import ALGORITHMS
 
 
@@ -19,22 +20,25 @@ def few_glyphs(monkeypatch):
 
 
 def test_every_algorithm_has_a_row():
-    for suite in suites("glyphs").values():
+    for rows in SUITES.values():
+        suite = rows("glyphs")
         assert {row.algorithm for row in suite} == set(ALGORITHMS)
         assert len({row.name for row in suite}) == len(suite)
 
 
 def test_rows_run_once_and_the_table_is_written(tmp_path):
-    said = []
+    console = Console(record=True, width=200)
     names = ["maml-sinusoid", "ridge-glyphs"]
-    results = reproduce("smoke", tmp_path, only=names, episodes=8, say=said.append)
-    assert [r["name"] for r in results] == names and len(said) == 2
+    results = reproduce("smoke", tmp_path, only=names, episodes=8, console=console)
+    assert [r["name"] for r in results] == names
+    assert "maml-sinusoid: MSE" in console.export_text()
     assert results[0]["loss"]["mean"] > 0 and 0 <= results[1]["accuracy"]["mean"] <= 1
     before = (tmp_path / "smoke" / "ridge-glyphs" / "result.json").stat().st_mtime_ns
-    again = reproduce("smoke", tmp_path, only=names, episodes=8, say=said.append)
+    again = reproduce("smoke", tmp_path, only=names, episodes=8, console=console)
     assert again == results
     assert (tmp_path / "smoke" / "ridge-glyphs" / "result.json").stat().st_mtime_ns == before
     assert json.loads((tmp_path / "smoke" / "table.json").read_text()) == results
+    assert 0 <= results[1]["calibration_error"] <= 1
     assert "| ridge-glyphs |" in (tmp_path / "smoke" / "table.md").read_text()
 
 
