@@ -44,6 +44,12 @@ STABLE_TORCH_LIBRARY(fastmeta_native, m) {
       "Tensor[] biases, Tensor rates, Tensor[] element_rates, int loss, int activation, float delta, float momentum, "
       "float weight_decay, bool first_order, int needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor[])");
+  m.def(
+      "meta_loss_mlp_with_gradient(Tensor support_x, Tensor support_y, Tensor support_weight, Tensor query_x, "
+      "Tensor query_y, Tensor query_weight, Tensor gram_support, Tensor gram_query, Tensor[] weights, Tensor[] biases, "
+      "Tensor rates, Tensor[] element_rates, int loss, int activation, float delta, float momentum, "
+      "float weight_decay, bool first_order, float scale, int needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor[])");
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C() {

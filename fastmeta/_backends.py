@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import _native
-from fastmeta._spec import Args, OpSpec
+from fastmeta._spec import Args, OpSpec, leading_size
 
 METRICS = ("sqeuclidean", "euclidean", "cosine", "dot", "manhattan")
 ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid", "silu", "gelu", "sine")
@@ -145,7 +145,11 @@ def _native_op(name: str):
 
 
 def _run_native(spec: OpSpec, args: Args):
-    plain = [
+    return _native_op(spec.name)(*_native_arguments(spec, args))
+
+
+def _native_arguments(spec: OpSpec, args: Args) -> list:
+    return [
         (arg if arg.is_contiguous() else arg.contiguous())
         if isinstance(arg, Tensor)
         else [t if t.is_contiguous() else t.contiguous() for t in arg]
@@ -155,7 +159,6 @@ def _run_native(spec: OpSpec, args: Args):
         else arg
         for name, arg in zip(spec.argument_names, args, strict=True)
     ]
-    return _native_op(spec.name)(*plain)
 
 
 # triton ---------------------------------------------------------------------------------------------------------
@@ -281,3 +284,16 @@ def run(spec: OpSpec, args: Args):
     backend = choose(spec, args)
     calls[spec.name, backend.name] += 1
     return backend.run(spec, args)
+
+
+def run_with_gradient(spec: OpSpec, args: Args, needs: int):
+    """The outputs and the gradients of the first one's mean in one pass; None where no kernel has that."""
+    if next(_tensors(args)).device.type != "cpu" or choose(spec, args).name != "cpp":
+        return None
+    if spec.check is not None:
+        spec.check(*args)
+    calls[spec.name, "cpp"] += 1
+    tasks = leading_size(_tensors(args))
+    found = _native_op(f"{spec.name}_with_gradient")(*_native_arguments(spec, args), 1 / max(tasks, 1), needs)
+    outputs = len(found) - len(spec.differentiable)
+    return tuple(found[:outputs]), found[outputs:]

@@ -205,14 +205,20 @@ def derive_backward(spec: OpSpec) -> dict:
 
 def _gradients(spec: OpSpec, args: Args, grads, needs_input_grad):
     """(position, gradient) of each differentiable argument that needs one."""
-    needs = 0
-    for bit, position in enumerate(spec.differentiable_positions):
-        needed = needs_input_grad[position]
-        needs |= (any(needed) if _is_list(needed) else bool(needed)) << bit
+    needs = _needs(spec, needs_input_grad)
     gradients = spec.backward(args, grads, needs)
     for bit, position in enumerate(spec.differentiable_positions):
         if needs >> bit & 1:
             yield position, gradients[bit]
+
+
+def _needs(spec: OpSpec, needs_input_grad) -> int:
+    """The bit mask of the differentiable arguments that need a gradient."""
+    needs = 0
+    for bit, position in enumerate(spec.differentiable_positions):
+        needed = needs_input_grad[position]
+        needs |= (any(needed) if _is_list(needed) else bool(needed)) << bit
+    return needs
 
 
 class _Structure:
@@ -287,6 +293,14 @@ def _make_plain_function(spec: OpSpec) -> type[torch.autograd.Function]:
         def forward(ctx, structure, args, *tensors):
             ctx.save_for_backward(*tensors)
             ctx.structure = ctx.output_structure = structure
+            if spec.with_gradient:
+                ctx.known = None
+                ctx.set_materialize_grads(False)
+                needs = _needs(spec, _by_argument(args, ctx.needs_input_grad[2:]))
+                found = _backends.run_with_gradient(spec, args, needs)
+                if found is not None:
+                    outputs, ctx.known = found
+                    return structure.split_outputs(outputs)
             outputs = structure.split_outputs(_backends.run(spec, args))
             if spec.differentiable_outputs is not None:
                 ctx.mark_non_differentiable(*outputs[spec.differentiable_outputs :])
@@ -294,19 +308,51 @@ def _make_plain_function(spec: OpSpec) -> type[torch.autograd.Function]:
 
         @staticmethod
         def backward(ctx, *grads):
-            return None, None, *_flat_gradients(ctx, spec, grads, ctx.needs_input_grad[2:])
+            flat = _known_gradients(ctx, spec, grads) if spec.with_gradient else None
+            if flat is None:
+                flat = _flat_gradients(ctx, spec, grads, ctx.needs_input_grad[2:])
+            return None, None, *flat
 
     Function.__name__ = Function.__qualname__ = f"fastmeta_{spec.name}"
     return Function
 
 
+def _known_gradients(ctx, spec: OpSpec, grads) -> list[Tensor | None] | None:
+    """Those found with the outputs, for the mean of the first; None where it is no multiple of the mean that is
+    differentiated, or where the gradients are to be differentiated again."""
+    first, *others = grads
+    known, ctx.known = ctx.known, None  # once: the caller may write into them
+    if known is None or first is None or torch.is_grad_enabled() or any(g is not None for g in others):
+        return None
+    count = first.numel()
+    if count == 0:
+        return None
+    flat = [t for gradient in known for t in _as_list(gradient)]
+    if not torch.equal(first, first.new_full((), 1 / count).expand_as(first)):
+        factor = float(first.view(-1)[0])
+        if not bool((first == factor).all()):
+            return None
+        flat = torch._foreach_mul(flat, factor * count)
+    found, position_of = iter(flat), set(spec.differentiable_positions)
+    needed = iter(ctx.needs_input_grad[2:])
+    result: list[Tensor | None] = []
+    for position, kind in enumerate(ctx.structure.kinds):
+        for _ in range(1 if kind is None else kind if isinstance(kind, int) else 0):
+            gradient = next(found) if position in position_of else None
+            result.append(gradient if next(needed) else None)
+    return result
+
+
+def _by_argument(args: Args, flags) -> list:
+    """Flags of an op's tensors, nested as its arguments are."""
+    flags = iter(flags)
+    return [[next(flags) for _ in a] if _is_list(a) else next(flags) if isinstance(a, Tensor) else False for a in args]
+
+
 def _flat_gradients(ctx, spec: OpSpec, grads, needs_input_grad) -> list:
     """What an `autograd.Function` of an op returns: a gradient, or None, for each of its tensors."""
     args = _saved(ctx)
-    flags = iter(needs_input_grad)
-    needed = [
-        [next(flags) for _ in a] if _is_list(a) else next(flags) if isinstance(a, Tensor) else False for a in args
-    ]
+    needed = _by_argument(args, needs_input_grad)
     found = dict(_gradients(spec, args, ctx.output_structure.nest(grads), needed))
     flat: list = []
     for position, arg in enumerate(args):

@@ -58,6 +58,7 @@ class OpSpec:
     gradient_of: tuple[str, ...] = ()  # of a backward op: output i is the gradient of this argument
     check: Callable | None = None  # refuses values that only the data tells, such as labels
     workloads: Callable[[Make], Iterable[Workload]] | None = None
+    with_gradient: bool = False  # a native `<name>_with_gradient` gives outputs and gradients in one pass
     autocast: str = "float32"  # under autocast: "lower" as matmul, "float32" as a loss, "widest" as an addition
     source: str = ""
     backends: tuple[str, ...] = ("cuda", "cpp", "triton", "reference")  # those that have it

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
+from fastmeta._backends import use_backend
 from fastmeta.functional import adapt_mlp, functional_mlp, meta_loss_mlp
 
 LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "huber")
@@ -321,3 +322,37 @@ def test_wrong_tensors():
         meta_loss_mlp(support_x, support_y, query_x, query_y * 0 + 2, weights, biases, **run)
     with pytest.raises(TypeError, match="weights\\[0\\] is float32, but support_x is float64"):
         meta_loss_mlp(*data, [w.float() for w in weights], biases, **run)
+
+
+@pytest.mark.parametrize("form", ["lowrank", "onchip"])
+def test_gradients_known_from_the_forward_pass(form):
+    """The C++ kernel finds the gradient of the mean with the loss: any other use of the loss must not take it."""
+    data, weights, biases = problem("cross_entropy", dtype=torch.float64)
+    rate = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64, device=DEVICE).requires_grad_()
+    leaves = [*weights, *biases, rate]
+    uneven = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, device=DEVICE)
+    uses = {
+        "mean": lambda loss, logits: loss.mean(),
+        "sum": lambda loss, logits: loss.sum(),
+        "a multiple": lambda loss, logits: -3 * loss.mean(),
+        "a task": lambda loss, logits: loss[1],
+        "a weighted sum": lambda loss, logits: (uneven * loss).sum(),
+        "logits": lambda loss, logits: logits.square().sum(),
+        "both": lambda loss, logits: loss.mean() + logits.square().sum(),
+    }
+
+    def gradients(use, **options):
+        found = meta_loss_mlp(*data, weights, biases, lr=rate, steps=2, form=form)
+        return torch.autograd.grad(use(*found), leaves, **options)
+
+    for name, use in uses.items():
+        with use_backend("reference"):
+            expected = gradients(use)
+        for options in ({}, {"create_graph": True}):
+            for found, right in zip(gradients(use, **options), expected, strict=True):
+                torch.testing.assert_close(found, right, msg=name)
+    loss = meta_loss_mlp(*data, weights, biases, lr=rate, steps=2, form=form).loss.mean()
+    first = [g.clone().mul_(1) for g in torch.autograd.grad(loss, leaves, retain_graph=True)]
+    again = torch.autograd.grad(loss, leaves)
+    for left, right in zip(first, again, strict=True):
+        torch.testing.assert_close(left, right)

@@ -49,13 +49,14 @@ struct InnerLoop {
   Operand<T> weight_rates[kMostInnerLayers], bias_rates[kMostInnerLayers];
 
   bool query_pass;  // meta_loss_mlp
-  // forward
+  // forward, and with its gradient at once
   T* loss_out;
   T* logits_out;
   Target<T> fast_weights[kMostInnerLayers], fast_biases[kMostInnerLayers], coefficients;
-  // backward: incoming
+  // backward: incoming; null stands for the same number for all tasks, and for none
   const T* grad_loss;
   const T* grad_logits;
+  T every_grad_loss;
   Operand<T> grad_weights[kMostInnerLayers], grad_biases[kMostInnerLayers], grad_coefficients;
   // backward: outgoing
   Target<T> d_support_x, d_query_x, d_gram_support, d_gram_query, d_rates;

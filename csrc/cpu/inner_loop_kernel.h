@@ -35,19 +35,18 @@ struct InnerTask : InnerWorker<T> {
       loss.labels = of_task<T>(p.query.labels, task) + (p.query.labels.base ? begin : 0);
       loss.target = of_task<T>(p.query.target, task) + (p.query.target.base ? begin * outputs : 0);
       loss.weight = of_task<T>(p.query.weight, task) + begin;
-      if (!backward) {
-        this->unpad(logits, n, outputs, p.logits_out + (task * count + begin) * outputs);
-        loss.value = true;
-        total += row_losses<T>(p.loss, p.delta, loss);
-        continue;
+      loss.value = p.loss_out != nullptr;
+      if (loss.value) this->unpad(logits, n, outputs, p.logits_out + (task * count + begin) * outputs);
+      if (backward) {
+        loss.delta = this->query_delta[0];
+        loss.weight_scale = p.grad_loss ? p.grad_loss[task] : p.every_grad_loss;
       }
-      loss.delta = this->query_delta[0];
-      loss.weight_scale = p.grad_loss[task];
-      row_losses<T>(p.loss, p.delta, loss);
-      add_logits_gradient(begin, n, loss.delta);
+      total += row_losses<T>(p.loss, p.delta, loss);
+      if (!backward) continue;
+      if (p.grad_logits) add_logits_gradient(begin, n, loss.delta);
       query_backward(state, values, begin, n, x, ldx, gram);
     }
-    if (!backward) p.loss_out[task] = total;
+    if (p.loss_out) p.loss_out[task] = total;
   }
 
   void add_logits_gradient(int64_t begin, int64_t n, T* delta) const {

@@ -77,6 +77,7 @@ SPEC = register(
         samples=_inner_loop.samples,
         workloads=workloads,
         second_order="loop",
+        with_gradient=True,
         backends=("cuda", "cpp", "reference"),
         source="Finn et al. 2017, equation 1; Pearlmutter 1994",
     )
