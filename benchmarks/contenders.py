@@ -36,6 +36,16 @@ def squared_distance_by_cdist(query: Tensor, prototypes: Tensor) -> Tensor:
     return torch.cdist(query, prototypes).square()
 
 
+def nt_xent(embeddings: Tensor, temperature: float) -> Tensor:
+    """NT-Xent of unit rows by cross entropy over the whole matrix of scores, its diagonal masked."""
+    rows = embeddings.shape[1]
+    scores = torch.bmm(embeddings, embeddings.mT) / temperature
+    scores = scores.masked_fill(torch.eye(rows, dtype=torch.bool, device=scores.device), float("-inf"))
+    partner = torch.arange(rows, device=scores.device).roll(rows // 2).repeat(len(scores))
+    losses = F.cross_entropy(scores.flatten(0, 1), partner, reduction="none")
+    return losses.view(embeddings.shape[:2]).mean(1)
+
+
 def update_by_foreach(params: list[Tensor], grads: list[Tensor], lrs: list[Tensor]) -> list[Tensor]:
     return torch._foreach_sub(params, torch._foreach_mul(grads, lrs))
 

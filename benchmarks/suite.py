@@ -63,6 +63,28 @@ def prototypical_losses(make: Make) -> Iterator[Case]:
         yield Case(f"prototypical_loss fwd+bwd {workload.label}", rows, bars, 4 * workload.flops, 2 * workload.bytes)
 
 
+def contrastive_losses(make: Make) -> Iterator[Case]:
+    for index, label in enumerate(("T1-B512-D64", "T1-B4096-D128")):
+        workload = _workload("contrastive_loss", index, make)
+        embeddings, temperature = workload.args
+        embeddings = embeddings.requires_grad_()
+
+        def with_gradient(loss, embeddings=embeddings, temperature=temperature):
+            def run():
+                total = loss(embeddings, temperature).sum()
+                return total, torch.autograd.grad(total, embeddings)
+
+            return run
+
+        rows = {
+            "fastmeta": with_gradient(REGISTRY["contrastive_loss"]),
+            "matrix": with_gradient(peers.nt_xent),
+            "compiled": with_gradient(compiled(peers.nt_xent)),
+        }
+        # scores once forward and once for the gradient, and the gradient's own product
+        yield Case(f"contrastive_loss fwd+bwd {label}", rows, {}, 3 * workload.flops, 2 * workload.bytes)
+
+
 def distances(make: Make) -> Iterator[Case]:
     for index, bar in enumerate((1.5, 1.0)):
         workload = _workload("pairwise_distance", index, make)
@@ -258,6 +280,7 @@ def protonets(make: Make) -> Iterator[Case]:
 
 GROUPS: dict[str, Callable[[Make], Iterator[Case]]] = {
     "prototypical_loss": prototypical_losses,
+    "contrastive_loss": contrastive_losses,
     "pairwise_distance": distances,
     "fast_weight_update": updates,
     "functional_mlp": mlps,

@@ -24,6 +24,11 @@ STABLE_TORCH_LIBRARY(fastmeta_native, m) {
   m.def(
       "functional_mlp_bwd(Tensor grad, Tensor x, Tensor[] weights, Tensor[] biases, int activation, int needs) "
       "-> (Tensor, Tensor[], Tensor[])");
+  m.def("contrastive_loss(Tensor embeddings, float temperature) -> Tensor");
+  m.def("contrastive_loss_bwd(Tensor grad, Tensor embeddings, float temperature, int needs) -> Tensor");
+  m.def(
+      "contrastive_loss_with_gradient(Tensor embeddings, float temperature, float scale, int needs) "
+      "-> (Tensor, Tensor)");
   m.def(
       "adapt_mlp(Tensor support_x, Tensor support_y, Tensor support_weight, Tensor gram_support, Tensor[] weights, "
       "Tensor[] biases, Tensor rates, Tensor[] element_rates, int loss, int activation, float delta, float momentum, "

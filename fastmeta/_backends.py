@@ -296,4 +296,4 @@ def run_with_gradient(spec: OpSpec, args: Args, needs: int):
     tasks = leading_size(_tensors(args))
     found = _native_op(f"{spec.name}_with_gradient")(*_native_arguments(spec, args), 1 / max(tasks, 1), needs)
     outputs = len(found) - len(spec.differentiable)
-    return tuple(found[:outputs]), found[outputs:]
+    return found[0] if outputs == 1 else tuple(found[:outputs]), found[outputs:]

@@ -308,6 +308,8 @@ def _make_plain_function(spec: OpSpec) -> type[torch.autograd.Function]:
 
         @staticmethod
         def backward(ctx, *grads):
+            if all(grad is None for grad in grads):
+                return None, None, *[None] * len(ctx.saved_tensors)
             flat = _known_gradients(ctx, spec, grads) if spec.with_gradient else None
             if flat is None:
                 flat = _flat_gradients(ctx, spec, grads, ctx.needs_input_grad[2:])

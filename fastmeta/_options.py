@@ -10,7 +10,7 @@ import typer
 
 ALGORITHM_NAMES = (
     "maml", "metasgd", "anil", "boil", "maml++", "cavia", "reptile", "imaml", "protonet", "matching", "relation",
-    "ridge", "hypernetwork", "caml-modulation", "caml-incontext",
+    "ridge", "hypernetwork", "caml-modulation", "caml-incontext", "contrastive",
 )  # fmt: skip
 # kept equal to `training.registry.ALGORITHMS`, which takes too long to import for --help
 AlgorithmName = Enum("AlgorithmName", {name: name for name in ALGORITHM_NAMES}, type=str)
@@ -50,6 +50,12 @@ class MetricName(str, Enum):
 class PartitionName(str, Enum):
     vinyals = "vinyals"
     c1200 = "1200"
+
+
+class LabelsName(str, Enum):
+    true = "true"
+    augment = "augment"
+    cluster = "cluster"
 
 
 class SplitName(str, Enum):
@@ -106,6 +112,30 @@ Partition = _option(
     _TASKS, PartitionName, "--partition", "Omniglot's classes: as Vinyals et al., or 1,200 characters to train on.",
     "vinyals",
 )  # fmt: skip
+Labels = _option(
+    _TASKS, LabelsName, "--labels",
+    "Classes of training tasks: the true ones, augmentations of images, or clusters; validation has true ones.",
+    "true; contrastive augment",
+)  # fmt: skip
+Augment = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--augment", metavar="NAME=VALUE", rich_help_panel=_TASKS,
+        help="Of --labels augment: rotate, scale, shift, shear, crop, elastic, thicken or drop; may be given often.",
+    ),
+]  # fmt: skip
+AugmentSupport = _option(
+    _TASKS, bool, "--augment-support/--plain-support", "Of --labels augment: augment the support images too.",
+    "plain; contrastive augmented",
+)  # fmt: skip
+ClusterCheckpoint = _option(
+    _TASKS, Path, "--cluster-checkpoint", "Of --labels cluster: whose encoder sees the images.", "none: pixels",
+    metavar="PATH",
+)  # fmt: skip
+Clusters = _option(_TASKS, int, "--clusters", "Of --labels cluster: k.", "500", min=1)
+ClusterPartitions = _option(
+    _TASKS, int, "--cluster-partitions", "Of --labels cluster: how many times to cluster.", "1", min=1
+)
 DataRoot = _option(
     _TASKS, Path, "--data-root", "Folder with real data.", "FASTMETA_DATA, else a download", metavar="DIR"
 )

@@ -43,6 +43,12 @@ def train(
     train_shots: options.TrainShots = None,
     train_query_shots: options.TrainQueryShots = None,
     partition: options.Partition = None,
+    labels: options.Labels = None,
+    augment: options.Augment = None,
+    augment_support: options.AugmentSupport = None,
+    cluster_checkpoint: options.ClusterCheckpoint = None,
+    clusters: options.Clusters = None,
+    cluster_partitions: options.ClusterPartitions = None,
     data_root: options.DataRoot = None,
     model: options.Model = None,
     hidden: options.Hidden = None,
@@ -85,7 +91,9 @@ def train(
         engine=engine, task_chunk=task_chunk, outer_lr=outer_lr, lr_schedule=lr_schedule,
         lr_halve_every=lr_halve_every, task_batch=task_batch, iterations=iterations, minutes=minutes, seed=seed,
         device=device, threads=threads, eval_every=eval_every, eval_tasks=eval_tasks, save_every=save_every,
-        settings=_settings(settings),
+        labels=labels, augmentation=_settings(augment, "--augment", "rotate=15"), augment_support=augment_support,
+        cluster_checkpoint=str(cluster_checkpoint) if cluster_checkpoint else None, clusters=clusters,
+        cluster_partitions=cluster_partitions, settings=_settings(settings, "--set", "full_context=true"),
     )  # fmt: skip
     given = {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
     from .training import CheckpointFolder, run_config
@@ -261,13 +269,13 @@ def _warn(text: str) -> None:
     err.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-def _settings(given: list[str] | None) -> tuple[tuple[str, object], ...] | None:
+def _settings(given: list[str] | None, flag: str, example: str) -> tuple[tuple[str, object], ...] | None:
     """`NAME=VALUE` with a JSON value; what is no JSON is a word."""
     found = {}
     for text in given or ():
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise ValueError(f"--set must be NAME=VALUE, such as full_context=true; got {text!r}")
+            raise ValueError(f"{flag} must be NAME=VALUE, such as {example}; got {text!r}")
         try:
             found[name] = json.loads(value)
         except json.JSONDecodeError:

@@ -22,6 +22,7 @@ from fastmeta._spec import leading_size
 from fastmeta.fast_weights import MLPFastWeights
 from fastmeta.inner_loops import adapt_mlp, meta_loss_mlp
 from fastmeta.ops import class_prototypes as _class_prototypes
+from fastmeta.ops import contrastive_loss as _contrastive_loss
 from fastmeta.ops import fast_weight_update as _fast_weight_update
 from fastmeta.ops import functional_mlp as _functional_mlp
 from fastmeta.ops import pairwise_distance as _pairwise_distance
@@ -30,6 +31,7 @@ from fastmeta.ops import prototypical_loss as _prototypical_loss
 __all__ = [
     "adapt_mlp",
     "class_prototypes",
+    "contrastive_loss",
     "fast_weight_update",
     "functional_mlp",
     "meta_loss_mlp",
@@ -140,6 +142,41 @@ def prototypical_loss(
         _checks.same_kind("support", support, query=query)
         _checks.remember(key)
     return _prototypical_loss.SPEC(support, support_labels, query, query_labels, num_classes, metric)
+
+
+def contrastive_loss(first: Tensor, second: Tensor, temperature: float = 0.5, *, normalise: bool = True) -> Tensor:
+    """NT-Xent (Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", equation 1):
+    every embedding is to find the other view of its example among all embeddings of the batch.
+
+    The mean over the 2 B embeddings of `logsumexp(s_ij, j != i) - s_i,partner`, where `s` is the cosine similarity over
+    `temperature`, and nothing of size `[T, 2 B, 2 B]` is kept for the backward.
+
+    Args:
+        first: `[T, B, D]`, floating: one view of the B examples of T independent batches.
+        second: `[T, B, D]`, same dtype and device: the other view of the same examples, in the same order.
+        temperature: above 0. The paper's section 5.1 tries 0.05 to 1; 0.5 is its default for small images.
+        normalise: divide embeddings by their Euclidean norm (of 1e-8 at least); False takes them as they come, and so
+            dot products in place of cosines.
+
+    Returns:
+        loss `[T]`; 0 where B = 1, and NaN where B = 0.
+
+    Raises:
+        TypeError: a dtype that is not allowed or differs.
+        ValueError: a shape or device that does not fit, a temperature that is not above 0.
+    """
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")
+    _checks.tensor("first", first, "[T, B, D]")
+    _checks.tensor("second", second, "[T, B, D]")
+    for axis, name in enumerate("TBD"):
+        _checks.same_size("second", second, axis, name, "first", first.shape[axis])
+    first, second = _cast(_contrastive_loss.SPEC.autocast, first, second)
+    _checks.same_kind("first", first, second=second)
+    embeddings = torch.cat([first, second], 1)
+    if normalise:
+        embeddings = torch.nn.functional.normalize(embeddings, dim=-1, eps=1e-8)
+    return _contrastive_loss.SPEC(embeddings, float(temperature))
 
 
 def functional_mlp(

@@ -80,6 +80,7 @@ RIGHT = {
         "query_labels": labels(T, Q),
         "num_classes": N,
     },
+    "contrastive_loss": lambda: {"first": x(T, S, D), "second": x(T, S, D), "temperature": 0.5},
     "functional_mlp": lambda: {
         "x": x(T, S, D),
         "weights": [x(4, D), x(T, 3, 4)],
@@ -129,6 +130,22 @@ WRONG = {
             "query is float16, but support is float32: they must agree",
         ),
         ({"metric": "Euclidean"}, ValueError, METRIC.format("Euclidean")),
+    ],
+    "contrastive_loss": [
+        *of_tensor("first", "[T, B, D]", (T, S, D)),
+        *of_tensor("second", "[T, B, D]", (T, S, D)),
+        ({"second": x(3, S, D)}, ValueError, f"second has T = 3 (shape [3, {S}, {D}]), but first has {T}"),
+        ({"second": x(T, 1, D)}, ValueError, f"second has B = 1 (shape [{T}, 1, {D}]), but first has {S}"),
+        ({"second": x(T, S, 1)}, ValueError, f"second has D = 1 (shape [{T}, {S}, 1]), but first has {D}"),
+        (
+            {"second": x(T, S, D, dtype=torch.float64)},
+            TypeError,
+            "second is float64, but first is float32: they must agree",
+        ),
+        ({"temperature": 0.0}, ValueError, "temperature must be a finite number above 0, got 0.0"),
+        ({"temperature": -1}, ValueError, "temperature must be a finite number above 0, got -1"),
+        ({"temperature": float("inf")}, ValueError, "temperature must be a finite number above 0, got inf"),
+        ({"temperature": None}, ValueError, "temperature must be a finite number above 0, got None"),
     ],
     "functional_mlp": [
         *of_tensor("x", "[T, B, I]", (T, S, D)),

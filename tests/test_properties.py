@@ -79,6 +79,12 @@ def prototypical_loss_args(draw, make):
 
 
 @st.composite
+def contrastive_loss_args(draw, make):
+    t, b, d = draw(tasks), draw(size), draw(size)
+    return make.normal(t, 2 * b, d, scale=max(d, 1) ** -0.5), draw(st.sampled_from([0.1, 0.5, 3.0]))
+
+
+@st.composite
 def functional_mlp_args(draw, make):
     t, b = draw(tasks), draw(size)
     widths = draw(st.lists(size, min_size=2, max_size=4))
@@ -109,6 +115,7 @@ ARGUMENTS = {
     "class_prototypes": class_prototypes_args,
     "pairwise_distance": pairwise_distance_args,
     "prototypical_loss": prototypical_loss_args,
+    "contrastive_loss": contrastive_loss_args,
     "functional_mlp": functional_mlp_args,
     "fast_weight_update": fast_weight_update_args,
 }

@@ -184,6 +184,10 @@ def public_calls():
             lambda s, q: functional.prototypical_loss(s, labels, q, labels, 3)[0],
             [normal(2, 4, 3), normal(2, 4, 3)],
         ),
+        "contrastive_loss": (
+            lambda a, b: functional.contrastive_loss(a, b, 0.2),
+            [normal(2, 4, 3), normal(2, 4, 3)],
+        ),
         "functional_mlp": (
             lambda x, w0, w1, b0, b1: functional.functional_mlp(x, [w0, w1], [b0, b1], "gelu"),
             [normal(2, 5, 3), normal(4, 3), normal(2, 1, 4), normal(4), normal(2, 1)],

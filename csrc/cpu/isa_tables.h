@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "class_prototypes_kernel.h"
+#include "contrastive_loss_kernel.h"
 #include "fast_weight_update_kernel.h"
 #include "functional_mlp_kernel.h"
 #include "inner_loop_kernel.h"
@@ -25,9 +26,22 @@ void sum_partials(const T* from, int64_t parts, int64_t part_stride, T* to, int6
 
 template <class T>
 constexpr cpu::Kernels<T> table() {
-  return {update<T>,    update_gradient<T>, prototypes<T>,    prototypes_gradient<T>, distances<T>, distances_gradient<T>,
-          loss<T>,      loss_gradient<T>,   mlp<T>,           mlp_gradient<T>,        sum_partials<T>,
-          inner_loop<T>, inner_loop_gradient<T>};
+  return {update<T>,
+          update_gradient<T>,
+          prototypes<T>,
+          prototypes_gradient<T>,
+          distances<T>,
+          distances_gradient<T>,
+          loss<T>,
+          loss_gradient<T>,
+          mlp<T>,
+          mlp_gradient<T>,
+          contrast<T>,
+          contrast_gradient<T>,
+          pack_transposed<T>,
+          sum_partials<T>,
+          inner_loop<T>,
+          inner_loop_gradient<T>};
 }
 
 }  // namespace FASTMETA_ISA

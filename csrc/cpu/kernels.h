@@ -87,6 +87,21 @@ struct LossItem {
   T* d_support;
 };
 
+constexpr int64_t kContrastColumns = 240;  // of a tile of scores: whole panels of every vector width
+
+// Rows [begin, end) of one task's embeddings [count, width] against all of them.
+template <class T>
+struct ContrastItem {
+  const T* embeddings;
+  const T* packed;  // transposed in panels, kContrastColumns at a time
+  int64_t count, width, begin, end;
+  T scale;      // of the products: 1 / temperature
+  T* log_sums;  // [count]: written forward, read backward
+  T* loss;      // sum over these rows
+  T factor;     // backward: of the sum of losses, times scale
+  T* d_embeddings;
+};
+
 constexpr int64_t kMaxLayers = 64;
 
 // Rows [first_row, first_row + rows) of one task through a net. Pointers are of this task.
@@ -121,6 +136,9 @@ struct Kernels {
   void (*loss_gradient)(const LossItem<T>&);
   void (*mlp)(const MlpItem<T>&);
   void (*mlp_gradient)(const MlpItem<T>&);
+  void (*contrast)(const ContrastItem<T>&);
+  void (*contrast_gradient)(const ContrastItem<T>&);
+  void (*pack)(int64_t columns, int64_t depth, const T* from, int64_t ld, T* to);
   void (*sum_partials)(const T* from, int64_t parts, int64_t part_stride, T* to, int64_t n);
   void (*inner_loop)(const InnerLoop<T>&, int64_t begin, int64_t end, int64_t group);
   void (*inner_loop_gradient)(const InnerLoop<T>&, int64_t begin, int64_t end, int64_t group);

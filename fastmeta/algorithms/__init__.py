@@ -4,6 +4,7 @@ from .anil import ANIL, BOIL
 from .caml_incontext import InContextCAML
 from .caml_modulation import FiLM, FiLMConv4, FiLMMLP, ModulationCAML
 from .cavia import CAVIA
+from .contrastive import Contrastive
 from .hypernetwork import Hypernetwork
 from .imaml import ImplicitMAML
 from .maml import MAML, FastWeights
@@ -22,6 +23,7 @@ __all__ = [
     "BOIL",
     "CAVIA",
     "MAML",
+    "Contrastive",
     "FastWeights",
     "FiLM",
     "FiLMConv4",

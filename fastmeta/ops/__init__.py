@@ -3,6 +3,7 @@
 from fastmeta.ops import (  # noqa: F401  (importing an op registers it)
     adapt_mlp,
     class_prototypes,
+    contrastive_loss,
     fast_weight_update,
     functional_mlp,
     meta_loss_mlp,

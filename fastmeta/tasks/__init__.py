@@ -4,13 +4,32 @@ from __future__ import annotations
 
 from os import PathLike
 
+from torch import Tensor
+
+from fastmeta.tasks.augment import Augmentation
 from fastmeta.tasks.batch import TaskBatch
 from fastmeta.tasks.episodes import EpisodeSampler
 from fastmeta.tasks.glyphs import glyphs
 from fastmeta.tasks.omniglot import PARTITIONS, omniglot
 from fastmeta.tasks.sinusoid import SinusoidTasks
+from fastmeta.tasks.unlabelled import AugmentedTasks, ClusterTasks, embed_images, kmeans_partitions
 
-__all__ = ["NAMES", "SPLITS", "EpisodeSampler", "SinusoidTasks", "TaskBatch", "glyphs", "make_tasks", "omniglot"]
+__all__ = [
+    "NAMES",
+    "SPLITS",
+    "AugmentedTasks",
+    "Augmentation",
+    "ClusterTasks",
+    "EpisodeSampler",
+    "SinusoidTasks",
+    "TaskBatch",
+    "embed_images",
+    "glyphs",
+    "kmeans_partitions",
+    "load_images",
+    "make_tasks",
+    "omniglot",
+]
 
 NAMES = ("sinusoid", "glyphs", "omniglot")
 SPLITS = ("train", "val", "test")
@@ -51,11 +70,7 @@ def make_tasks(
     _choice("split", split, SPLITS)
     if name == "sinusoid":
         return SinusoidTasks(shots=_or(shots, 10), query_shots=_or(query_shots, 10), device=device)
-    if name == "glyphs":
-        images = glyphs(split, seed)
-    else:
-        _choice("partition", partition, PARTITIONS)
-        images = omniglot(split, partition, data_root)
+    images = load_images(name, split, data_root=data_root, seed=seed, partition=partition)
     return EpisodeSampler(
         images.to(device),
         ways=_or(ways, 5),
@@ -64,6 +79,24 @@ def make_tasks(
         rotations=True,
         name=f"{name}/{split}",
     )
+
+
+def load_images(
+    name: str,
+    split: str = "train",
+    *,
+    data_root: str | PathLike | None = None,
+    seed: int = 0,
+    partition: str = "vinyals",
+) -> Tensor:
+    """The images of a split by name, uint8 `[classes, instances, C, H, W]`, without rotations. Arguments and errors as
+    of `make_tasks`, but a name must be one of images."""
+    _choice("name", name, NAMES[1:])
+    _choice("split", split, SPLITS)
+    if name == "glyphs":
+        return glyphs(split, seed)
+    _choice("partition", partition, PARTITIONS)
+    return omniglot(split, partition, data_root)
 
 
 def _or(value, default):

@@ -8,11 +8,13 @@ from typing import Any
 
 from ..nn import NORMS
 from ..tasks import NAMES as DATA
+from ..tasks.augment import HANDWRITING, Augmentation
 from ..tasks.omniglot import PARTITIONS
 from .registry import ALGORITHMS
 from .schedule import SCHEDULES
 
 MODELS = ("mlp", "conv4")
+LABELS = ("true", "augment", "cluster")
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,11 @@ class RunConfig:
     `ways`, `shots` and `query_shots` describe validation and test tasks (support `[T, ways * shots, ...]`,
     query `[T, ways * query_shots, ...]`), their `train_` namesakes the training tasks. Regression has `ways`
     1.
+
+    `labels` says what the training tasks' classes are: `"true"` the data's own; `"augment"` augmentations of single
+    images (`~fastmeta.tasks.AugmentedTasks`, with `augmentation` and `augment_support`); `"cluster"` clusters
+    (`~fastmeta.tasks.ClusterTasks`) of what the encoder of `cluster_checkpoint` makes of the images, or of pixels.
+    Validation and test tasks always have the data's own.
     """
 
     algorithm: str
@@ -50,6 +57,12 @@ class RunConfig:
     device: str = "auto"
     partition: str = "vinyals"
     data_root: str | None = None
+    labels: str = "true"
+    augmentation: tuple[tuple[str, float], ...] = ()
+    augment_support: bool = False
+    cluster_checkpoint: str | None = None
+    clusters: int = 500
+    cluster_partitions: int = 1
     engine: str = "auto"
     task_chunk: int | None = None
     threads: int | None = None
@@ -65,9 +78,10 @@ class RunConfig:
         _one_of("model", self.model, MODELS)
         _one_of("norm", self.norm, NORMS)
         _one_of("partition", self.partition, PARTITIONS)
+        _one_of("labels", self.labels, LABELS)
         _one_of("lr_schedule", self.lr_schedule, SCHEDULES)
         counts = ("ways", "shots", "query_shots", "train_ways", "train_shots", "train_query_shots", "task_batch")
-        for name in (*counts, "eval_tasks", "task_chunk", "threads"):
+        for name in (*counts, "eval_tasks", "task_chunk", "threads", "clusters", "cluster_partitions"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -102,6 +116,7 @@ class RunConfig:
                 raise ValueError("conv4 needs images, and sinusoid has numbers: use model mlp")
             if self.ways != 1 or self.train_ways != 1:
                 raise ValueError("sinusoid is regression, it has no ways: leave ways out")
+        self._check_labels()
         own = ALGORITHMS[self.algorithm].settings
         for name, value in self.settings:
             if name not in own:
@@ -114,6 +129,29 @@ class RunConfig:
                 f"got {self.train_ways} and {self.ways}"
             )
 
+    def _check_labels(self) -> None:
+        if self.data == "sinusoid" and self.labels != "true":
+            raise ValueError(f"labels {self.labels!r} needs images, and sinusoid has numbers: leave labels out")
+        if self.labels != "augment" and (self.augmentation or self.augment_support):
+            raise ValueError(f"augmentation and augment_support are of labels 'augment'; labels is {self.labels!r}")
+        if self.labels != "cluster" and self.cluster_checkpoint is not None:
+            raise ValueError(f"cluster_checkpoint is of labels 'cluster'; labels is {self.labels!r}")
+        self.augment()
+        views = (self.train_shots, self.train_query_shots)
+        if self.algorithm == "contrastive" and views != (1, 1):
+            raise ValueError(
+                "train_shots and train_query_shots must be 1 for contrastive, whose tasks are two views of each image: "
+                f"got {views[0]} and {views[1]}"
+            )
+
+    def augment(self) -> Augmentation:
+        """The augmentation of `labels` "augment"."""
+        allowed = tuple(field.name for field in dataclasses.fields(Augmentation))
+        for name, _ in self.augmentation:
+            if name not in allowed:
+                raise ValueError(f"augmentation has {', '.join(allowed)}; got {name!r}")
+        return dataclasses.replace(HANDWRITING, **dict(self.augmentation))
+
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -123,8 +161,10 @@ class RunConfig:
         unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"unknown settings {', '.join(sorted(unknown))}: written by another version of fastmeta")
-        settings = tuple((name, value) for name, value in values.get("settings", ()))
-        return cls(**{**values, "hidden": tuple(values["hidden"]), "settings": settings})
+        named = {
+            key: tuple((name, value) for name, value in values.get(key, ())) for key in ("settings", "augmentation")
+        }
+        return cls(**{**values, "hidden": tuple(values["hidden"]), **named})
 
 
 def run_config(algorithm: str, data: str, **given: Any) -> RunConfig:
@@ -147,6 +187,12 @@ def run_config(algorithm: str, data: str, **given: Any) -> RunConfig:
     values.update(given)
     for name in ("ways", "shots", "query_shots"):
         values.setdefault(f"train_{name}", values[name])
+    if values.get("labels") == "augment":  # all of it, so that a run that goes on does not depend on later defaults
+        values["augmentation"] = tuple(
+            (dataclasses.asdict(HANDWRITING) | dict(values.get("augmentation", ()))).items()
+        )
+    elif "augment_support" not in given:
+        values.pop("augment_support", None)
     values.setdefault("save_every", values.get("eval_every") or RunConfig.save_every)
     if "hidden" in values:
         values["hidden"] = tuple(values["hidden"])

@@ -189,6 +189,13 @@ def _caml_incontext(config, tasks, settings):
     return algorithms.InContextCAML(body, features(body, tasks), ways=config.train_ways, **settings)
 
 
+def _contrastive(config, tasks, settings):
+    body = encoder(config, tasks)
+    width, projected = features(body, tasks), settings.pop("projection", 64)
+    projection = mlp([width, projected, projected]) if projected else None
+    return algorithms.Contrastive(body, projection, ways=config.ways, **settings)
+
+
 _BOTH = ("classification", "regression")
 # found on Omniglot, for a few minutes on one core
 _SOME_WAYS = {"train_ways": 20, "train_query_shots": 3, "task_batch": 2, "outer_lr": 2e-3}
@@ -250,5 +257,16 @@ ALGORITHMS: dict[str, Algorithm] = {
     "caml-incontext": Algorithm(
         _caml_incontext, "CAML of 2024: in-context learning by a transformer",
         settings={"code_width": 64, "layers": 2, "heads": 8, "feedforward": 256}, images=_FEW_WAYS,
+    ),
+    "contrastive": Algorithm(
+        _contrastive, "SimCLR: two views of images without labels, a linear head on the frozen encoder",
+        settings={
+            "projection": 64, "temperature": 0.5, "head": "mean", "centre": "none", "ridge": 0.1, "fine_tune_steps": 0,
+            "fine_tune_lr": 0.1,
+        },
+        images={
+            "labels": "augment", "augment_support": True, "train_ways": 128, "train_shots": 1, "train_query_shots": 1,
+            "outer_lr": 2e-3,
+        },
     ),
 }  # fmt: skip

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from ..tasks import make_tasks
+from ..tasks import AugmentedTasks, ClusterTasks, embed_images, kmeans_partitions, load_images, make_tasks
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load_checkpoint
 from .config import RunConfig
 from .evaluate import Evaluation, evaluate
@@ -50,8 +51,8 @@ def prepare(config: RunConfig) -> torch.device:
 
 
 def build_tasks(config: RunConfig, split: str, device: torch.device, **changed: int | None) -> TaskSource:
-    """The config's tasks of one split (`"train"`, `"val"` or `"test"`); `changed` replaces ways, shots or
-    query_shots."""
+    """The config's tasks of one split (`"train"`, `"val"` or `"test"`), with true labels; `changed` replaces ways,
+    shots or query_shots."""
     prefix = "train_" if split == "train" else ""
     sizes = {name: getattr(config, prefix + name) for name in ("ways", "shots", "query_shots")}
     sizes |= {name: value for name, value in changed.items() if value is not None}
@@ -60,6 +61,38 @@ def build_tasks(config: RunConfig, split: str, device: torch.device, **changed: 
     return make_tasks(
         config.data, split, **sizes, device=device, data_root=config.data_root, partition=config.partition
     )
+
+
+def build_training_tasks(config: RunConfig, device: torch.device) -> TaskSource:
+    """What the config trains on: tasks of the split "train", with true labels or, from its images alone, made ones.
+
+    Raises ValueError; ImportError where clusters need scikit-learn and there is none.
+    """
+    if config.labels == "true":
+        return build_tasks(config, "train", device)
+    images = load_images(config.data, "train", data_root=config.data_root, partition=config.partition).to(device)
+    options: dict[str, Any] = {name: getattr(config, f"train_{name}") for name in ("ways", "shots", "query_shots")}
+    options |= {"rotations": True, "name": f"{config.data}/train"}
+    if config.labels == "augment":
+        return AugmentedTasks(
+            images, augmentation=config.augment(), augment_support=config.augment_support, **options
+        )
+    embeddings = images.flatten(0, 1)
+    if config.cluster_checkpoint is not None:
+        embeddings = F.normalize(embed_images(_encoder(config, device), images), dim=1)
+    partitions = kmeans_partitions(embeddings, config.clusters, config.cluster_partitions, seed=config.seed)
+    return ClusterTasks(images, partitions, **options)
+
+
+def _encoder(config: RunConfig, device: torch.device) -> nn.Module:
+    found = find_checkpoint(config.cluster_checkpoint)
+    source, algorithm, tasks = load_for_evaluation(
+        found, "val", device=str(device), threads=config.threads, data_root=config.data_root
+    )
+    encoder = getattr(algorithm, "encoder", None)
+    if encoder is None:
+        raise ValueError(f"cluster_checkpoint must be of an algorithm with an encoder, got one of {source.algorithm}")
+    return encoder
 
 
 def build_algorithm(config: RunConfig, tasks: TaskSource, device: torch.device) -> nn.Module:
@@ -83,7 +116,7 @@ def validator(config: RunConfig, algorithm: nn.Module, device: torch.device) -> 
 def build_trainer(config: RunConfig, folder: str | Path | None, reporters: tuple[Reporter, ...] = ()) -> Trainer:
     """A trainer at step 0 that saves into `folder` (None: nowhere)."""
     device = prepare(config)
-    tasks = build_tasks(config, "train", device)
+    tasks = build_training_tasks(config, device)
     algorithm = build_algorithm(config, tasks, device)
     torch.manual_seed(config.seed)  # for what draws from the global generators while training, such as dropout
     return Trainer(
@@ -117,6 +150,8 @@ def resumed_config(checkpoint: Checkpoint, given: dict[str, Any]) -> RunConfig:
     """The run's own settings with what is `given` anew. Raises ValueError for a change that would make it
     another run."""
     config = config_of(checkpoint)
+    if given.get("augmentation") is not None:  # a part of it may be given
+        given = {**given, "augmentation": tuple((dict(config.augmentation) | dict(given["augmentation"])).items())}
     changed = {key: value for key, value in given.items() if value is not None and value != getattr(config, key)}
     refused = [f"{key} {getattr(config, key)!r} to {changed[key]!r}" for key in changed if key not in MAY_CHANGE]
     if refused:

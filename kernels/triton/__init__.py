@@ -11,7 +11,10 @@ from torch import Tensor
 
 from fastmeta.kernels._common import DTYPES, MAX_PROGRAMS
 
-OPS = ("fast_weight_update", "class_prototypes", "pairwise_distance", "prototypical_loss", "functional_mlp")
+OPS = (
+    "fast_weight_update", "class_prototypes", "pairwise_distance", "prototypical_loss", "functional_mlp",
+    "contrastive_loss",
+)  # fmt: skip
 
 
 def _tensors(args):

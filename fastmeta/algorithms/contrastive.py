@@ -1,0 +1,151 @@
+"""Contrastive learning without labels, and a linear head on the frozen encoder for every few-shot task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastmeta import _checks, functional
+
+from ._embedding import EmbeddingLearner, one_hot
+from .output import MetaOutput
+from .ridge import ridge_weights
+
+if TYPE_CHECKING:
+    from ..tasks import TaskBatch
+
+HEADS = ("mean", "ridge")
+CENTRES = ("none", "support")
+
+
+class LinearHead(NamedTuple):
+    """What `Contrastive.adapt` returns: a linear layer per task, `[T, D, N]` and `[T, 1, N]`, and the mean subtracted
+    from features before it, `[T, 1, D]` (None without centring)."""
+
+    weights: Tensor
+    bias: Tensor
+    centre: Tensor | None
+
+
+class Contrastive(EmbeddingLearner):
+    """SimCLR for few-shot tasks (Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual
+    Representations"; what Medina et al. 2020, "Self-Supervised Prototypical Transfer Learning for Few-Shot
+    Classification", do with prototypes in place of pairs).
+
+    In train mode `forward` takes the support set and the query set of a task for two views of the same B images in the
+    same order, as `fastmeta.tasks.AugmentedTasks` with one shot, one query shot and `augment_support=True` draws them,
+    and its loss is NT-Xent (equation 1) of their projections: labels are not looked at. In eval mode, and in `adapt`
+    and `predict`, the encoder is frozen: embeddings are divided by their norm, a linear head is fitted to the support
+    set, and the projection is left out, as in the paper.
+
+    Args:
+        encoder: any module from examples `[B, ...]` to embeddings `[B, D]`.
+        projection: from embeddings `[B, D]` to what the loss compares, `[B, P]`; None compares the embeddings.
+        temperature: of the loss, and of the logits.
+        head: where the linear head starts: `"mean"` (the nearest class mean, written as a linear layer, Snell et al.
+            2017, section 2.4) or `"ridge"` (ridge regression on one-hot labels).
+        centre: what is subtracted before embeddings are divided by their norm: `"none"` or `"support"` (the mean of
+            the task's support embeddings).
+        ridge: the penalty of `"ridge"`.
+        fine_tune_steps: gradient steps of the head on the support set's cross entropy (the paper of Medina et al.
+            calls it ProtoTune, and moves the encoder too); 0 leaves it where it starts.
+        fine_tune_lr: their size.
+        ways: the number of classes `N` of every task in eval mode. None takes the largest support label of the batch
+            plus one.
+
+    The encoder runs once over both views of all tasks: batch norm in train mode has the statistics of all of them, in
+    eval mode its running statistics. In train mode the output has no accuracy and no logits.
+
+    Raises:
+        ValueError: an unknown head or centre, numbers out of range, an encoder that does not return `[B, D]`, views of
+            different sizes, labels that do not fit. TypeError: labels that are not int64.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        projection: nn.Module | None = None,
+        *,
+        temperature: float = 0.5,
+        head: str = "mean",
+        centre: str = "none",
+        ridge: float = 0.1,
+        fine_tune_steps: int = 0,
+        fine_tune_lr: float = 0.1,
+        ways: int | None = None,
+    ):
+        super().__init__(encoder, ways)
+        _checks.choice("head", head, HEADS)
+        _checks.choice("centre", centre, CENTRES)
+        for name, value in (("temperature", temperature), ("ridge", ridge), ("fine_tune_lr", fine_tune_lr)):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {value!r}")
+        if isinstance(fine_tune_steps, bool) or not isinstance(fine_tune_steps, int) or fine_tune_steps < 0:
+            raise ValueError(f"fine_tune_steps must be an int of at least 0, got {fine_tune_steps!r}")
+        self.projection = projection if projection is not None else nn.Identity()
+        self.temperature, self.head, self.centre, self.ridge = float(temperature), head, centre, float(ridge)
+        self.fine_tune_steps, self.fine_tune_lr = fine_tune_steps, float(fine_tune_lr)
+
+    @torch.no_grad()
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> LinearHead:
+        """The linear heads of support sets `[T, S, ...]` with labels int64 `[T, S]`."""
+        return super().adapt(support_x, support_y)
+
+    @torch.no_grad()
+    def predict(self, state: LinearHead, query_x: Tensor) -> Tensor:
+        """Logits `[T, Q, N]`."""
+        return super().predict(state, query_x)
+
+    def forward(self, batch: TaskBatch) -> MetaOutput:
+        """Train mode: NT-Xent of two views, differentiable. Eval mode: loss and accuracy of the query sets, without
+        gradient."""
+        if not self.training:
+            with torch.no_grad():
+                return super().forward(batch)
+        first, second = batch.support_x, batch.query_x
+        if first.shape != second.shape:
+            raise ValueError(
+                "support_x and query_x must be two views of the same images, of one shape [T, B, ...], got "
+                f"{tuple(first.shape)} and {tuple(second.shape)}: train with one shot and one query shot"
+            )
+        views = self.projection(self._encode("support_x", torch.cat([first, second], 1)).flatten(0, 1))
+        if views.dim() != 2:
+            raise ValueError(f"projection must return [B, P], got shape {tuple(views.shape)}")
+        views = views.unflatten(0, (len(first), -1))
+        task_loss = functional.contrastive_loss(*views.chunk(2, 1), self.temperature)
+        return MetaOutput(task_loss.mean(), task_loss, None, None)
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, head={self.head!r}, centre={self.centre!r}, "
+            f"fine_tune_steps={self.fine_tune_steps}, ways={self.ways}"
+        )
+
+    def _fit(self, features: Tensor, labels: Tensor) -> LinearHead:
+        num_classes = self._num_classes(labels, features)
+        centre = features.mean(1, keepdim=True) if self.centre == "support" else None
+        features = self._transform(features, centre)
+        targets = one_hot(labels, num_classes, features.dtype)
+        if self.head == "ridge":
+            weights = ridge_weights(features, targets, features.new_tensor(self.ridge)) / self.temperature
+            bias = features.new_zeros(len(features), 1, num_classes)
+        else:
+            means = functional.class_prototypes(features, labels, num_classes)
+            # -|x - m|^2 / (2 temperature) but for |x|^2, which is the same for all classes
+            weights = means.transpose(1, 2) / self.temperature
+            bias = means.square().sum(2).unsqueeze(1) / (-2 * self.temperature)
+        for _ in range(self.fine_tune_steps):
+            error = (torch.softmax(features @ weights + bias, 2) - targets) / features.shape[1]
+            weights = weights - self.fine_tune_lr * (features.transpose(1, 2) @ error)
+            bias = bias - self.fine_tune_lr * error.sum(1, keepdim=True)
+        return LinearHead(weights, bias, centre)
+
+    def _score(self, state: LinearHead, features: Tensor) -> Tensor:
+        return self._transform(features, state.centre) @ state.weights + state.bias
+
+    @staticmethod
+    def _transform(features: Tensor, centre: Tensor | None) -> Tensor:
+        return F.normalize(features if centre is None else features - centre, dim=-1)

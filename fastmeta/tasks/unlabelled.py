@@ -1,0 +1,266 @@
+"""Tasks made from images without labels: augmentations of one image as a class (UMTRA), or a cluster (CACTUs)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.tasks.augment import HANDWRITING
+from fastmeta.tasks.batch import TaskBatch
+from fastmeta.tasks.episodes import subsets
+
+_AT_ONCE = 1024  # images through an encoder
+
+
+class AugmentedTasks:
+    """N random images are N classes, and augmentations of an image are the examples of its class (Khodadadeh et al.
+    2019, "Unsupervised Meta-Learning for Few-Shot Image Classification" (UMTRA), algorithm 1).
+
+    Two images of a task may show the same thing; the more classes the data has, the rarer (their section 3.1).
+
+    Args:
+        images: `[..., C, H, W]` uint8, of which 255 is 1.0, or floating. What stands before the last three dimensions
+            is flattened: of `[classes, instances, C, H, W]` the classes are thrown away.
+        ways: N, images per task.
+        shots: support examples per image; S = N * shots, ordered by class.
+        query_shots: query examples per image, all of them augmentations; Q = N * query_shots, ordered by class.
+        augmentation: `(images [B, C, H, W], generator) -> [B, C, H, W]`, every image changed by itself; an
+            `~fastmeta.tasks.augment.Augmentation`, by default one that suits handwriting.
+        augment_support: False (the paper's) leaves the first support example of a class as it is; True augments it
+            too, so that support and query are two views of one image, as contrastive learning has them.
+        rotations: an image turned by 90, 180 or 270 degrees is an image of its own.
+        name: for messages.
+
+    `sample` gives inputs float32 `[T, S, C, H, W]` and `[T, Q, C, H, W]` and labels int64 in [0, N).
+
+    Raises:
+        ValueError: images of another shape, a size below 1, more ways than images.
+    """
+
+    kind = "classification"
+
+    def __init__(
+        self,
+        images: Tensor,
+        *,
+        ways: int,
+        shots: int = 1,
+        query_shots: int = 1,
+        augmentation: Callable[[Tensor, torch.Generator | None], Tensor] = HANDWRITING,
+        augment_support: bool = False,
+        rotations: bool = False,
+        name: str = "images",
+    ):
+        self.images, self.name = _pool(images, rotations), name
+        _sizes(ways=ways, shots=shots, query_shots=query_shots)
+        if ways > len(self.images):
+            raise ValueError(f"ways must be at most {len(self.images)}, the images of {name}, got {ways}")
+        self.ways, self.shots, self.query_shots = ways, shots, query_shots
+        self.augmentation, self.augment_support = augmentation, augment_support
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return tuple(self.images.shape[1:])
+
+    @property
+    def output_size(self) -> int:
+        return self.ways
+
+    def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
+        """`num_tasks` tasks, drawn with `generator` (of the images' device) or the global one."""
+        device, plain = self.images.device, 0 if self.augment_support else 1
+        chosen = subsets(num_tasks, len(self.images), self.ways, device=device, generator=generator)
+        images = _floating(self.images[chosen.flatten()])
+        each = self.shots + self.query_shots
+        views = self.augmentation(images.repeat_interleave(each - plain, 0), generator)
+        views = views.unflatten(0, (num_tasks, self.ways, each - plain))
+        if plain:
+            views = torch.cat([images.unflatten(0, (num_tasks, self.ways, 1)), views], 2)
+        return _batch(views, self.shots)
+
+
+class ClusterTasks:
+    """Clusters are classes (Hsu, Levine and Finn 2019, "Unsupervised Learning via Meta-Learning", CACTUs, algorithm 1).
+
+    A task takes one of the partitions, N of its clusters, and of each cluster disjoint support and query images.
+    Clusters with fewer than `shots + query_shots` images are dropped.
+
+    Args:
+        images: as of `AugmentedTasks`: M images, without classes.
+        partitions: int64 `[P, M]` or `[M]`, the cluster of each image in each partition, such as from
+            `kmeans_partitions`; negative where it has none.
+        ways: N, clusters per task.
+        shots: support examples per class; S = N * shots, ordered by class.
+        query_shots: query examples per class; Q = N * query_shots, ordered by class.
+        rotations: a cluster turned by 90, 180 or 270 degrees is a cluster of its own.
+        name: for messages.
+
+    `sample` gives inputs float32 `[T, S, C, H, W]` and `[T, Q, C, H, W]` and labels int64 in [0, N).
+
+    Raises:
+        ValueError: shapes that do not fit, a size below 1, a partition with fewer than `ways` clusters that are large
+            enough. TypeError: partitions that are not int64.
+    """
+
+    kind = "classification"
+
+    def __init__(
+        self,
+        images: Tensor,
+        partitions: Tensor,
+        *,
+        ways: int,
+        shots: int = 1,
+        query_shots: int = 1,
+        rotations: bool = False,
+        name: str = "images",
+    ):
+        _sizes(ways=ways, shots=shots, query_shots=query_shots)
+        self.images, self.name = _pool(images, rotations), name
+        turns = 4 if rotations else 1
+        count = len(self.images) // turns
+        if partitions.dtype != torch.int64:
+            raise TypeError(f"partitions must be int64, got {partitions.dtype}")
+        partitions = partitions.to(self.images.device)
+        if partitions.dim() == 1:
+            partitions = partitions.unsqueeze(0)
+        if partitions.dim() != 2 or partitions.shape[1] != count:
+            raise ValueError(f"partitions must have shape [P, M] or [M] with M = {count}, got {list(partitions.shape)}")
+        self.ways, self.shots, self.query_shots = ways, shots, query_shots
+        self._members, self._start, self._size, self._first, self._clusters = self._index(partitions, turns)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return tuple(self.images.shape[1:])
+
+    @property
+    def output_size(self) -> int:
+        return self.ways
+
+    def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
+        """`num_tasks` tasks, drawn with `generator` (of the images' device) or the global one."""
+        device, each = self.images.device, self.shots + self.query_shots
+        partition = torch.randint(len(self._first), (num_tasks,), device=device, generator=generator)
+        cluster = _ragged_subsets(self._clusters[partition], self.ways, generator) + self._first[partition].unsqueeze(1)
+        cluster = cluster.flatten()
+        member = _ragged_subsets(self._size[cluster], each, generator) + self._start[cluster].unsqueeze(1)
+        images = _floating(self.images[self._members[member.flatten()]])
+        return _batch(images.unflatten(0, (num_tasks, self.ways, each)), self.shots)
+
+    def _index(self, partitions: Tensor, turns: int) -> tuple[Tensor, ...]:
+        """All partitions' clusters one after the other: their members, where each begins and how long it is; and of
+        each partition its first cluster and how many it has."""
+        members, start, size, number = [], [], [], []
+        begin, least, count = 0, self.shots + self.query_shots, partitions.shape[1]
+        for row in partitions:
+            order = row.argsort(stable=True)
+            _, sizes = row[order].unique_consecutive(return_counts=True)
+            starts = sizes.cumsum(0) - sizes
+            kept = (sizes >= least) & (row[order][starts] >= 0) if count else sizes.bool()
+            if int(kept.sum()) * turns < self.ways:
+                raise ValueError(
+                    f"ways must be at most {int(kept.sum()) * turns}, the clusters of {self.name} with at least "
+                    f"shots + query_shots = {least} images, got {self.ways}"
+                )
+            for turn in range(turns):
+                members.append(order + turn * count)
+                start.append(starts[kept] + begin)
+                size.append(sizes[kept])
+                begin += count
+            number.append(int(kept.sum()) * turns)
+        clusters = torch.tensor(number, device=partitions.device)
+        return torch.cat(members), torch.cat(start), torch.cat(size), clusters.cumsum(0) - clusters, clusters
+
+
+def kmeans_partitions(embeddings: Tensor, clusters: int = 500, partitions: int = 1, *, seed: int = 0) -> Tensor:
+    """Partitions by k-means, for `ClusterTasks`: int64 `[partitions, M]` on the CPU, with numbers in [0, clusters).
+
+    The first is of the embeddings as they are; for the others every dimension is multiplied by a random number from
+    N(0, 1) first, so that they differ (CACTUs, section 2.2 and its appendix on random scaling).
+
+    Args:
+        embeddings: `[M, ...]`, flattened: of an encoder (`embed_images`), or images, as pixels.
+        clusters: k; at most M.
+        partitions: P, at least 1.
+        seed: of scikit-learn's MiniBatchKMeans and of the scaling.
+
+    Raises:
+        ValueError: sizes that do not fit, embeddings that are not finite. ImportError: scikit-learn is absent.
+    """
+    _sizes(clusters=clusters, partitions=partitions)
+    if embeddings.dim() < 2 or len(embeddings) < clusters:
+        raise ValueError(
+            f"embeddings must have shape [M, D] with M >= clusters = {clusters}, got {list(embeddings.shape)}"
+        )
+    try:
+        from sklearn.cluster import MiniBatchKMeans
+    except ImportError as error:
+        raise ImportError("clusters need scikit-learn: pip install scikit-learn") from error
+    points = embeddings.detach().flatten(1).float().cpu()
+    if not points.isfinite().all():
+        raise ValueError("embeddings must be finite")
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for index in range(partitions):
+        scaled = points if index == 0 else points * torch.randn(points.shape[1], generator=generator)
+        means = MiniBatchKMeans(clusters, batch_size=4096, n_init=3, max_iter=50, random_state=seed + index)
+        found.append(torch.from_numpy(means.fit_predict(scaled.numpy())).long())
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def embed_images(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Embeddings `[M, D]` of images `[..., C, H, W]`, flattened to M, by `encoder` in eval mode."""
+    was_training = encoder.training
+    encoder.eval()
+    embeddings = [encoder(_floating(part)) for part in _pool(images, False).split(_AT_ONCE)]
+    encoder.train(was_training)
+    return torch.cat(embeddings)
+
+
+def _ragged_subsets(population: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
+    """Row i is a uniform random subset of `size` of `range(population[i])`, in random order, int64 `[rows, size]`.
+
+    As `~fastmeta.tasks.episodes.subsets`, for populations that differ.
+    """
+    rows, device = len(population), population.device
+    chosen = torch.empty(rows, size, dtype=torch.int64, device=device)
+    for i in range(size):
+        last = population - size + i
+        # in float64 a number below 1 times a whole number below 2^53 stays below it
+        draw = (torch.rand(rows, device=device, dtype=torch.float64, generator=generator) * (last + 1)).long()
+        taken = (chosen[:, :i] == draw.unsqueeze(1)).any(1)
+        chosen[:, i] = torch.where(taken, last, draw)
+    order = torch.rand(rows, size, device=device, generator=generator).argsort(1)
+    return chosen.gather(1, order)
+
+
+def _pool(images: Tensor, rotations: bool) -> Tensor:
+    if images.dim() < 4:
+        raise ValueError(f"images must have shape [M, C, H, W] or [..., C, H, W], got {list(images.shape)}")
+    images = images.flatten(0, -4)
+    if rotations:
+        images = torch.cat([torch.rot90(images, turns, (-2, -1)) for turns in range(4)])
+    return images.contiguous()
+
+
+def _floating(images: Tensor) -> Tensor:
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def _batch(examples: Tensor, shots: int) -> TaskBatch:
+    """From examples `[T, N, shots + query_shots, C, H, W]`."""
+    tasks, ways, each = examples.shape[:3]
+    labels = torch.arange(ways, device=examples.device)
+    return TaskBatch(
+        examples[:, :, :shots].flatten(1, 2), labels.repeat_interleave(shots).repeat(tasks, 1),
+        examples[:, :, shots:].flatten(1, 2), labels.repeat_interleave(each - shots).repeat(tasks, 1),
+    )  # fmt: skip
+
+
+def _sizes(**values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
