@@ -20,6 +20,9 @@ STABLE_TORCH_LIBRARY(fastmeta_native, m) {
   m.def(
       "prototypical_loss_bwd(Tensor grad_loss, Tensor support, Tensor support_labels, Tensor query, "
       "Tensor query_labels, int num_classes, int metric, int needs) -> (Tensor, Tensor)");
+  m.def(
+      "prototypical_loss_with_gradient(Tensor support, Tensor support_labels, Tensor query, Tensor query_labels, "
+      "int num_classes, int metric, float scale, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("functional_mlp(Tensor x, Tensor[] weights, Tensor[] biases, int activation) -> Tensor");
   m.def(
       "functional_mlp_bwd(Tensor grad, Tensor x, Tensor[] weights, Tensor[] biases, int activation, int needs) "

@@ -293,15 +293,13 @@ def _make_plain_function(spec: OpSpec) -> type[torch.autograd.Function]:
         def forward(ctx, structure, args, *tensors):
             ctx.save_for_backward(*tensors)
             ctx.structure = ctx.output_structure = structure
+            found = None
             if spec.with_gradient:
-                ctx.known = None
                 ctx.set_materialize_grads(False)
                 needs = _needs(spec, _by_argument(args, ctx.needs_input_grad[2:]))
                 found = _backends.run_with_gradient(spec, args, needs)
-                if found is not None:
-                    outputs, ctx.known = found
-                    return structure.split_outputs(outputs)
-            outputs = structure.split_outputs(_backends.run(spec, args))
+            outputs, ctx.known = found or (_backends.run(spec, args), None)
+            outputs = structure.split_outputs(outputs)
             if spec.differentiable_outputs is not None:
                 ctx.mark_non_differentiable(*outputs[spec.differentiable_outputs :])
             return outputs

@@ -79,7 +79,7 @@ struct LossItem {
   const int64_t* query_labels;
   int64_t support_rows, query_rows, classes, width;
   int64_t metric;
-  T* loss;      // sums over this item's queries
+  T* loss;      // sums over this item's queries; backward: null where not wanted
   T* accuracy;
   T grad;  // backward: of the sum of losses
   T* d_query;

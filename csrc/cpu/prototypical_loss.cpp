@@ -51,30 +51,71 @@ struct Problem {
   }
 };
 
+template <class T>
+void write_means(const Problem& problem, const std::vector<T>& sums, const Tensor& loss, const Tensor& accuracy) {
+  T* means[2] = {mutable_data<T>(loss), mutable_data<T>(accuracy)};
+  for (int64_t t = 0; t < problem.tasks; ++t) {
+    for (int which = 0; which < 2; ++which) {
+      T sum = 0;
+      for (int64_t i = t * problem.parts; i < (t + 1) * problem.parts; ++i) sum += sums[size_t(2 * i + which)];
+      means[which][t] = problem.queries ? sum / T(problem.queries) : std::numeric_limits<T>::quiet_NaN();
+    }
+  }
+}
+
 std::tuple<Tensor, Tensor> prototypical_loss(Tensor support, Tensor support_labels, Tensor query, Tensor query_labels,
                                              int64_t num_classes, int64_t metric) {
   const Problem problem(support, support_labels, query, query_labels, num_classes, metric);
   Tensor loss = new_tensor(support, {problem.tasks}), accuracy = new_tensor(support, {problem.tasks});
   by_dtype(kOp, support, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t parts = problem.parts;
-    std::vector<T> sums(size_t(2 * problem.tasks * parts));
-    parallel(problem.tasks * parts, problem.cost(), [&](int64_t i) {
+    std::vector<T> sums(size_t(2 * problem.tasks * problem.parts));
+    parallel(problem.tasks * problem.parts, problem.cost(), [&](int64_t i) {
       LossItem<T> item = problem.item<T>(i, support, support_labels, query, query_labels);
       item.loss = &sums[size_t(2 * i)];
       item.accuracy = &sums[size_t(2 * i + 1)];
       kernels<T>().loss(item);
     });
-    T* means[2] = {mutable_data<T>(loss), mutable_data<T>(accuracy)};
-    for (int64_t t = 0; t < problem.tasks; ++t) {
-      for (int which = 0; which < 2; ++which) {
-        T sum = 0;
-        for (int64_t i = t * parts; i < (t + 1) * parts; ++i) sum += sums[size_t(2 * i + which)];
-        means[which][t] = problem.queries ? sum / T(problem.queries) : std::numeric_limits<T>::quiet_NaN();
-      }
-    }
+    write_means(problem, sums, loss, accuracy);
   });
   return {loss, accuracy};
+}
+
+// d_support and d_query for the incoming gradient of each task, or `every` for all; with the sums of losses and hits
+// of each part, if wanted
+template <class T>
+void run_gradient(const Problem& problem, const T* g, T every, const Tensor& support, const Tensor& support_labels,
+                  const Tensor& query, const Tensor& query_labels, int64_t needs, const Tensor& d_support,
+                  const Tensor& d_query, std::vector<T>* sums) {
+  const int64_t parts = problem.parts, size = problem.classes * problem.width;
+  const int64_t support_size = problem.support * problem.width;
+  T* ds = mutable_data<T>(d_support);
+  T* dq = mutable_data<T>(d_query);
+  const bool split = (needs & 1) && parts > 1;
+  Tensor partials = new_tensor(support, {split ? problem.tasks * (parts + 1) * size : 0});
+  T* partial = mutable_data<T>(partials);
+  parallel(problem.tasks * parts, 3 * problem.cost(), [&](int64_t i) {
+    const int64_t t = i / parts;
+    LossItem<T> item = problem.item<T>(i, support, support_labels, query, query_labels);
+    item.grad = (g ? g[t] : every) / T(problem.queries ? problem.queries : 1);
+    if (sums) {
+      item.loss = &(*sums)[size_t(2 * i)];
+      item.accuracy = &(*sums)[size_t(2 * i + 1)];
+    }
+    if (needs & 2) item.d_query = dq + (item.query - data<T>(query));
+    if (split)
+      item.d_prototypes = partial + i * size;
+    else if (needs & 1)
+      item.d_support = ds + t * support_size;
+    kernels<T>().loss_gradient(item);
+  });
+  if (split)
+    parallel(problem.tasks, parts * size + support_size, [&](int64_t t) {
+      T* whole = partial + (problem.tasks * parts + t) * size;
+      kernels<T>().sum_partials(partial + t * parts * size, parts, size, whole, size);
+      kernels<T>().prototypes_gradient({whole, data<int64_t>(support_labels) + t * problem.support, problem.support,
+                                        problem.classes, problem.width, problem.width, ds + t * support_size});
+    });
 }
 
 std::tuple<Tensor, Tensor> prototypical_loss_bwd(Tensor grad_loss, Tensor support, Tensor support_labels, Tensor query,
@@ -85,34 +126,28 @@ std::tuple<Tensor, Tensor> prototypical_loss_bwd(Tensor grad_loss, Tensor suppor
   Tensor d_support = new_like(support, needs & 1), d_query = new_like(query, needs & 2);
   by_dtype(kOp, support, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t parts = problem.parts, size = problem.classes * problem.width;
-    const int64_t support_size = problem.support * problem.width;
-    const T* g = data<T>(grad_loss);
-    T* ds = mutable_data<T>(d_support);
-    T* dq = mutable_data<T>(d_query);
-    const bool split = (needs & 1) && parts > 1;
-    Tensor partials = new_tensor(support, {split ? problem.tasks * (parts + 1) * size : 0});
-    T* partial = mutable_data<T>(partials);
-    parallel(problem.tasks * parts, 3 * problem.cost(), [&](int64_t i) {
-      const int64_t t = i / parts;
-      LossItem<T> item = problem.item<T>(i, support, support_labels, query, query_labels);
-      item.grad = g[t] / T(problem.queries ? problem.queries : 1);
-      if (needs & 2) item.d_query = dq + (item.query - data<T>(query));
-      if (split)
-        item.d_prototypes = partial + i * size;
-      else if (needs & 1)
-        item.d_support = ds + t * support_size;
-      kernels<T>().loss_gradient(item);
-    });
-    if (split)
-      parallel(problem.tasks, parts * size + support_size, [&](int64_t t) {
-        T* whole = partial + (problem.tasks * parts + t) * size;
-        kernels<T>().sum_partials(partial + t * parts * size, parts, size, whole, size);
-        kernels<T>().prototypes_gradient({whole, data<int64_t>(support_labels) + t * problem.support, problem.support,
-                                          problem.classes, problem.width, problem.width, ds + t * support_size});
-      });
+    run_gradient<T>(problem, data<T>(grad_loss), 0, support, support_labels, query, query_labels, needs, d_support,
+                    d_query, nullptr);
   });
   return {d_support, d_query};
+}
+
+// Outputs, and the gradients of `scale` times the losses' sum: the distances once instead of twice.
+std::tuple<Tensor, Tensor, Tensor, Tensor> prototypical_loss_with_gradient(Tensor support, Tensor support_labels,
+                                                                           Tensor query, Tensor query_labels,
+                                                                           int64_t num_classes, int64_t metric,
+                                                                           double scale, int64_t needs) {
+  const Problem problem(support, support_labels, query, query_labels, num_classes, metric);
+  Tensor loss = new_tensor(support, {problem.tasks}), accuracy = new_tensor(support, {problem.tasks});
+  Tensor d_support = new_like(support, needs & 1), d_query = new_like(query, needs & 2);
+  by_dtype(kOp, support, [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<T> sums(size_t(2 * problem.tasks * problem.parts));
+    run_gradient<T>(problem, nullptr, T(scale), support, support_labels, query, query_labels, needs, d_support, d_query,
+                    &sums);
+    write_means(problem, sums, loss, accuracy);
+  });
+  return {loss, accuracy, d_support, d_query};
 }
 
 }  // namespace
@@ -120,6 +155,7 @@ std::tuple<Tensor, Tensor> prototypical_loss_bwd(Tensor grad_loss, Tensor suppor
 STABLE_TORCH_LIBRARY_IMPL(fastmeta_native, CPU, m) {
   m.impl("prototypical_loss", TORCH_BOX(&prototypical_loss));
   m.impl("prototypical_loss_bwd", TORCH_BOX(&prototypical_loss_bwd));
+  m.impl("prototypical_loss_with_gradient", TORCH_BOX(&prototypical_loss_with_gradient));
 }
 
 }  // namespace fastmeta::cpu

@@ -85,46 +85,59 @@ struct LossBlock {
   }
 };
 
+// Sums over queries in the lanes, from their distances [classes, ld].
+template <class T>
+struct LossSums {
+  Vec<T> total = {};
+  int64_t right = 0;
+
+  // `least` of a query's distances, `sum` of exp(least - distance)
+  void add(const T* d, int64_t ld, int64_t classes, int64_t lanes, const int64_t* labels, Vec<T> least, Vec<T> sum) {
+    constexpr int W = kWidth<T>;
+    IntVec<T> nearest = {};
+    for (int64_t n = classes - 1; n > 0; --n)
+      nearest = load(d + n * ld) == least ? broadcast_integer<T>(Lane<T>(n)) : nearest;
+    nearest = load(d) == least ? IntVec<T>{} : nearest;
+    // single lanes by way of memory: a vector that is changed lane by lane is stored and read each time
+    alignas(64) T own[W] = {}, counted[W] = {};
+    alignas(64) Lane<T> guess[W];
+    memcpy(guess, &nearest, sizeof(guess));
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t label = labels[lane];
+      if (!is_class(label, classes)) continue;
+      own[lane] = d[label * ld + lane];
+      counted[lane] = 1;
+      right += guess[lane] == label;
+    }
+    const Vec<T> each = load(own) - least + logarithm(sum);
+    total += load(counted) == 0 ? Vec<T>{} : each;
+  }
+  void write(const cpu::LossItem<T>& item) const {
+    *item.loss = sum_of_lanes<T>(total);
+    *item.accuracy = T(right);
+  }
+};
+
 template <class T>
 void loss(const cpu::LossItem<T>& item) {
   constexpr int W = kWidth<T>;
   LossBlock<T> scratch(item, false);
   QueryBlock<T>& block = scratch.block;
   const int64_t ld = block.most;
-  Vec<T> total = {};
-  int64_t right = 0;
+  LossSums<T> sums;
   for (int64_t start = 0; start < item.query_rows && item.classes > 0; start += ld) {
     const int64_t rows = smaller(ld, item.query_rows - start);
     scratch.distances(item.query + start * item.width, rows);
     for (int64_t q = 0; q < rows; q += W) {
       const T* d = block.distance + q;
       Vec<T> least = load(d);
-      IntVec<T> nearest = {};
-      for (int64_t n = 1; n < item.classes; ++n) {
-        const Vec<T> x = load(d + n * ld);
-        const auto nearer = x < least;
-        least = nearer ? x : least;
-        nearest = nearer ? broadcast_integer<T>(Lane<T>(n)) : nearest;
-      }
+      for (int64_t n = 1; n < item.classes; ++n) least = minimum(load(d + n * ld), least);
       Vec<T> sum = {};
       for (int64_t n = 0; n < item.classes; ++n) sum += exponential<T>(least - load(d + n * ld));
-      // single lanes by way of memory: a vector that is changed lane by lane is stored and read each time
-      alignas(64) T own[W] = {}, counted[W] = {};
-      alignas(64) Lane<T> guess[W];
-      memcpy(guess, &nearest, sizeof(guess));
-      for (int64_t lane = 0; lane < smaller(W, rows - q); ++lane) {
-        const int64_t label = item.query_labels[start + q + lane];
-        if (!is_class(label, item.classes)) continue;
-        own[lane] = d[label * ld + lane];
-        counted[lane] = 1;
-        right += guess[lane] == label;
-      }
-      const Vec<T> each = load(own) - least + logarithm(sum);
-      total += load(counted) == 0 ? Vec<T>{} : each;
+      sums.add(d, ld, item.classes, smaller(W, rows - q), item.query_labels + start + q, least, sum);
     }
   }
-  *item.loss = sum_of_lanes<T>(total);
-  *item.accuracy = T(right);
+  sums.write(item);
 }
 
 template <class T>
@@ -136,6 +149,7 @@ void loss_gradient(const cpu::LossItem<T>& item) {
   T* d_prototypes = item.d_prototypes ? item.d_prototypes : scratch.d_prototypes;
   const bool prototypes_needed = item.d_prototypes || item.d_support;
   if (prototypes_needed) fill_zero(d_prototypes, item.classes * item.width);
+  LossSums<T> sums;
   for (int64_t start = 0; start < item.query_rows; start += ld) {
     const int64_t rows = smaller(ld, item.query_rows - start);
     const T* query = item.query + start * item.width;
@@ -153,6 +167,7 @@ void loss_gradient(const cpu::LossItem<T>& item) {
       }
       alignas(64) T grads[W] = {};
       const int64_t lanes = smaller(W, rows - q);
+      if (item.loss) sums.add(d, ld, item.classes, lanes, item.query_labels + start + q, least, sum);
       for (int64_t lane = 0; lane < lanes; ++lane)
         if (is_class(item.query_labels[start + q + lane], item.classes)) grads[lane] = item.grad;
       const Vec<T> counted = load(grads);
@@ -167,6 +182,7 @@ void loss_gradient(const cpu::LossItem<T>& item) {
     scratch.gradients(query, rows, item.d_query ? item.d_query + start * item.width : nullptr,
                       prototypes_needed ? d_prototypes : nullptr);
   }
+  if (item.loss) sums.write(item);
   if (prototypes_needed) scratch.finish(d_prototypes);
   if (item.d_support)
     spread_to_members(d_prototypes, item.width, item.support_labels, scratch.inverse, item.support_rows, item.classes,

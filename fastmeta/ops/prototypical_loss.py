@@ -116,6 +116,7 @@ SPEC = register(
         fake=fake,
         differentiable=("support", "query"),
         differentiable_outputs=1,
+        with_gradient=True,
         backward=backward,
         samples=samples,
         workloads=workloads,

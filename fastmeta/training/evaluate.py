@@ -95,7 +95,7 @@ def evaluate(
             embedded = embed(algorithm.encoder, tasks, stop)
             if embedded is None:
                 return None
-            judged, tasks = ProtoNet(nn.Flatten(), metric=algorithm.metric, ways=algorithm.ways), embedded
+            judged, tasks = ProtoNet(nn.Flatten(), metric=algorithm.metric, ways=algorithm.ways).eval(), embedded
         for batch in _batches(tasks, episodes, torch.Generator(device).manual_seed(_STREAM + seed)):
             if stop is not None and stop():
                 return None

@@ -236,7 +236,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         _imaml, "implicit MAML: conjugate gradients in place of a graph", _BOTH, fixed_ways=True, group="inner",
         sinusoid={"inner_lr": 0.01, "inner_steps": 16, "eval_inner_steps": 16},
         images={"inner_lr": 0.1, "inner_steps": 16, "eval_inner_steps": 16},
-        settings={"regularization": 2.0, "cg_steps": 5, "cg_damping": 0.0},
+        # the inner problem is not convex: conjugate gradients need few steps, and damping
+        settings={"regularization": 2.0, "cg_steps": 2, "cg_damping": 5.0},
     ),
     "protonet": Algorithm(_protonet, "Prototypical Networks"),
     "matching": Algorithm(
