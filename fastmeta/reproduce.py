@@ -81,7 +81,7 @@ def _quick(images: str) -> tuple[Row, ...]:
              "settings": (("code_width", 32), ("feedforward", 128), ("heads", 4))},
         ),
         Row("maml", images, {**_QUICK_MLP, "iterations": 7_500}, "89.7 (Finn et al. 2017, table 1)", "maml-mlp"),
-        Row("anil", images, {**_CONV, "task_batch": 4, "iterations": 3_000}, label="anil-conv"),
+        Row("anil", images, {**_CONV, "task_batch": 8, "iterations": 2_500}, label="anil-conv"),
     )  # fmt: skip
 
 

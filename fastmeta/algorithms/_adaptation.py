@@ -70,7 +70,7 @@ class InnerLoopAlgorithm(nn.Module):
         _check_pair("support_x", support_x, "support_y", support_y)
         inner, rates = self._inner(support_y), self._rates()
         encoder, tail = split(self.model, rates)
-        support_x = encode(encoder, support_x)
+        (support_x,) = encode(encoder, support_x)
         if inner.first_order:
             support_x = support_x.detach()
         fast = adapted(tail, inner, rates, support_x, support_y)
@@ -107,7 +107,7 @@ class InnerLoopAlgorithm(nn.Module):
     def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
         inner, rates = self._inner(support_y, query_y), self._rates()
         encoder, tail = split(self.model, rates)
-        support_x, query_x = encode(encoder, support_x), encode(encoder, query_x)
+        support_x, query_x = encode(encoder, support_x, query_x)
         if inner.first_order:  # support rows reach the query loss through inner gradients alone
             support_x = support_x.detach()
         spec, lr = fused(tail, inner, rates, support_x)
@@ -176,13 +176,24 @@ def split(model: nn.Module, adapting: Collection[str]) -> tuple[nn.Module | None
     return known[1], known[2]
 
 
-def encode(encoder: nn.Module | None, x: Tensor) -> Tensor:
-    """`[T, B, ...]` through a part that the tasks share; batch norms see one task's rows, as in the inner loop."""
+def encode(encoder: nn.Module | None, *parts: Tensor) -> list[Tensor]:
+    """Rows `[T, B, ...]` through a part that the tasks share.
+
+    Its batch norms see one task's rows, as in the inner loop, unless they have running statistics: then all rows of all
+    tasks together in train mode, and those statistics in eval mode, as in a prototypical network.
+    """
     if encoder is None:
-        return x
-    if isinstance(mlp_spec(encoder), MLPSpec):  # row by row: the tasks need not be told apart
-        return encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-    return _VMAP.predict(encoder, dict(encoder.named_parameters()), x)
+        return list(parts)
+    if isinstance(mlp_spec(encoder), MLPSpec) or _has_running_statistics(encoder):
+        rows = torch.cat(parts, 1)
+        features = encoder(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
+        return list(features.split([part.shape[1] for part in parts], 1))
+    return [_VMAP.predict(encoder, dict(encoder.named_parameters()), part) for part in parts]
+
+
+def _has_running_statistics(encoder: nn.Module) -> bool:
+    norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    return bool(norms) and all(norm.running_mean is not None for norm in norms)
 
 
 def fused(model: nn.Module, inner: InnerLoop, rates: Rates, x: Tensor):

@@ -24,7 +24,9 @@ class ANIL(InnerLoopAlgorithm):
         model: any module from examples `[B, ...]` to predictions `[B, C]`. Where it is an `nn.Sequential` that begins
             with layers of which none adapts, these encode every example once, whatever the number of steps; a head that
             is a multi-layer perceptron then adapts in the fused inner loops. Batch norms see one task's rows, support
-            and query apart, as in `MAML`. Parameters with `requires_grad=False` are neither adapted nor trained.
+            and query apart, as in `MAML`; those in such first layers that have running statistics see the whole task
+            batch in train mode and use the statistics in eval mode. Parameters with `requires_grad=False` are neither
+            adapted nor trained.
         adapts: `"head"` (default): the last module that has parameters; `"body"`: all others; or a callable that
             takes a parameter's name and says whether it adapts.
         inner_lr: step size in the inner loop, 0.1 by default.
