@@ -22,6 +22,11 @@ class DataName(str, Enum):
     omniglot = "omniglot"
 
 
+class WorldName(str, Enum):
+    gridworld = "gridworld"
+    pointmass = "pointmass"
+
+
 class ModelName(str, Enum):
     mlp = "mlp"
     conv4 = "conv4"
@@ -233,6 +238,11 @@ Suite = Annotated[
 ]
 ReproduceFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the runs and the table go.")]
 Only = Annotated[list[str] | None, typer.Option("--only", metavar="ROW", help="Run this row; may be given often.")]
+
+World = Annotated[WorldName, typer.Argument(help="The distribution of tasks.")]
+IrlIterations = Annotated[int, typer.Option("--iterations", min=1, help="Outer steps.")]
+IrlTasks = Annotated[int, typer.Option("--tasks", min=2, help="New tasks that each line is judged on.")]
+IrlSeed = Annotated[int, typer.Option("--seed", help="Of the weights and of the tasks drawn.")]
 
 DemoFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the picture goes.")]
 Quick = Annotated[bool, typer.Option("--quick", hidden=True, help="A few seconds, to see that it runs.")]

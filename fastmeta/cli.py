@@ -208,6 +208,44 @@ def reproduce(
 
 
 @app.command()
+def irl(
+    world: options.World,
+    iterations: options.IrlIterations = 600,
+    tasks: options.IrlTasks = 200,
+    seed: options.IrlSeed = 0,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Learn rewards from 1, 5 and 10 demonstrations: meta-learned, averaged over tasks, and from scratch."""
+    import torch
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from .irl.experiment import experiment
+
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = device if device not in (None, "auto") else "cuda" if torch.cuda.is_available() else "cpu"
+    with Progress(console=err, transient=True) as bar:
+        bars = {name: bar.add_task(name, total=iterations) for name in ("meta", "averaged")}
+        rows = experiment(
+            world.value, iterations=iterations, num_tasks=tasks, seed=seed, device=chosen,
+            progress=lambda method, step: bar.update(bars[method], completed=step),
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(rows, indent=1, allow_nan=False))
+        return
+    title = f"{world.value}: 0 is the best policy, 1 chance"
+    table = Table("method", "demonstrations", "value difference", title=title)
+    for row in rows:
+        found = row["value_difference"]
+        table.add_row(row["method"], str(row["demonstrations"]), f"{found['mean']:.3f} ± {found['ci95']:.3f}")
+    out.print(table)
+
+
+@app.command()
 def demo(
     out_dir: options.DemoFolder = Path("demo"),
     data_root: options.DataRoot = None,

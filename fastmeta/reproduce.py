@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import nn
 
 from .algorithms import NearestNeighbour
+from .irl.experiment import WORLDS, experiment
 from .training import CheckpointFolder, evaluate, run_config
 from .training.registry import ALGORITHMS
 from .training.reporting import ConsoleReporter
@@ -82,22 +83,34 @@ def _quick(images: str) -> tuple[Row, ...]:
         ),
         Row("maml", images, {**_QUICK_MLP, "iterations": 7_500}, "89.7 (Finn et al. 2017, table 1)", "maml-mlp"),
         Row("anil", images, {**_CONV, "task_batch": 8, "iterations": 2_500}, label="anil-conv"),
+        Row(
+            "contrastive", images, {**_QUICK, "hidden": (32,), "outer_lr": 3e-3, "iterations": 1_200},
+            "88.0 (ProtoTransfer, Medina et al. 2020)",
+        ),
+        Row(
+            "protonet", images,
+            {**_WAYS, "iterations": 1_200, "labels": "cluster", "cluster_checkpoint": "contrastive"},
+            "68.1 (CACTUs-ProtoNets, Hsu et al. 2019)", "cactus-protonet",
+        ),
+        Row(
+            "maml", images, {**_QUICK_MLP, "iterations": 3_000, "labels": "augment"},
+            "83.8 (UMTRA, Khodadadeh et al. 2019)", "umtra-maml-mlp",
+        ),
     )  # fmt: skip
 
 
 def _paper(images: str) -> tuple[Row, ...]:
     """What differs from the defaults of `fastmeta train`, which are the papers' settings."""
-    alone = {"maml-mlp": _MLP, "anil-conv": {}}
+    kept = ("model", "norm", "partition", "labels", "cluster_checkpoint")
     return tuple(
-        Row(row.algorithm, row.data, alone.get(row.label, {}), row.published, row.label) for row in _quick(images)
+        dataclasses.replace(row, options={name: row.options[name] for name in kept if name in row.options})
+        for row in _quick(images)
     )
 
 
 def _smoke(images: str) -> tuple[Row, ...]:
     small = {"task_batch": 2, "iterations": 3, "eval_tasks": 4}
-    return tuple(
-        Row(row.algorithm, row.data, {**row.options, **small}, row.published, row.label) for row in _quick(images)
-    )
+    return tuple(dataclasses.replace(row, options={**row.options, **small}) for row in _quick(images))
 
 
 SUITES: Mapping[str, Callable[[str], tuple[Row, ...]]] = {"quick": _quick, "paper": _paper, "smoke": _smoke}
@@ -136,6 +149,8 @@ def reproduce(
             for row in SUITES[suite](images)}  # fmt: skip
     for rule in PIXELS:
         runs[f"{rule}-{images}"] = partial(_pixels, rule, images, episodes=episodes, common=common)
+    for world in WORLDS:
+        runs[f"irl-{world}"] = partial(_irl, world, iterations=IRL_ITERATIONS[suite], episodes=episodes, common=common)
     unknown = set(only or ()) - runs.keys()
     if unknown:
         raise ValueError(f"rows are {', '.join(runs)}; got {', '.join(sorted(unknown))}")
@@ -169,7 +184,10 @@ def _write(path: Path, text: str) -> None:
 
 def _run(row: Row, folder: Path, *, episodes: int, common: dict[str, Any], console: Console) -> dict[str, Any] | None:
     given = {key: value for key, value in common.items() if value is not None}
-    config = run_config(row.algorithm, row.data, **{"eval_tasks": 200, **row.options, **given})
+    options = {"eval_tasks": 200, **row.options, **given}
+    if "cluster_checkpoint" in options:  # names the row whose encoder sees the images
+        options["cluster_checkpoint"] = str(folder.parent / f"{options['cluster_checkpoint']}-{row.data}")
+    config = run_config(row.algorithm, row.data, **options)
     if "eval_every" not in row.options and config.iterations:
         # the best of few checkpoints counts: judging one takes as long as many a step
         config = dataclasses.replace(config, eval_every=-(-config.iterations // 4), save_every=1000)
@@ -197,7 +215,7 @@ def _run(row: Row, folder: Path, *, episodes: int, common: dict[str, Any], conso
         "minutes": trainer.seconds / 60,
         "tasks_per_second": trainer.step * config.task_batch / max(trainer.seconds, 1e-9),
         "published": row.published,
-        "config": config.as_json() | {"data_root": None},
+        "config": config.as_json() | {"data_root": None, "cluster_checkpoint": row.options.get("cluster_checkpoint")},
         **_machine(trainer.device),
     }
 
@@ -223,6 +241,25 @@ def _pixels(rule: str, images: str, folder: Path, *, episodes: int, common: dict
     }  # fmt: skip
 
 
+# outer steps of reward learning, for which no paper has a setting: the tasks are our own
+IRL_ITERATIONS = {"quick": 600, "paper": 10_000, "smoke": 2}
+
+
+def _irl(world: str, folder: Path, *, iterations: int, episodes: int, common: dict[str, Any]) -> dict[str, Any]:
+    if common["threads"]:
+        torch.set_num_threads(common["threads"])
+    named = common["device"]
+    device = torch.device(named if named != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    began = time.perf_counter()
+    rows = experiment(world, iterations=iterations, num_tasks=min(episodes, 200), device=str(device))
+    seconds = time.perf_counter() - began
+    return {
+        "summary": "rewards from demonstrations: value difference, 0 best, 1 chance", "rows": rows,
+        "steps": iterations, "minutes": seconds / 60, "tasks_per_second": 2 * 16 * iterations / seconds,
+        "published": "", **_machine(device),
+    }  # fmt: skip
+
+
 def _machine(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": str(device), "machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -230,6 +267,9 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 def describe(result: dict[str, Any]) -> str:
     """A row's figure with its interval: accuracy in per cent, or mean squared error."""
+    if "rows" in result:
+        few = [r for r in result["rows"] if r["demonstrations"] == 5]
+        return ", ".join(f"{r['method']} {r['value_difference']['mean']:.3f}" for r in few) + " (5 demonstrations)"
     if "accuracy" in result:
         estimate = result["accuracy"]
         return f"{100 * estimate['mean']:.2f} ± {100 * estimate['ci95']:.2f} %"

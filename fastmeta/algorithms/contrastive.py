@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 HEADS = ("mean", "ridge")
 CENTRES = ("none", "support")
+FEATURES = ("encoder", "projection")
 
 
 class LinearHead(NamedTuple):
@@ -38,13 +39,14 @@ class Contrastive(EmbeddingLearner):
     In train mode `forward` takes the support set and the query set of a task for two views of the same B images in the
     same order, as `fastmeta.tasks.AugmentedTasks` with one shot, one query shot and `augment_support=True` draws them,
     and its loss is NT-Xent (equation 1) of their projections: labels are not looked at. In eval mode, and in `adapt`
-    and `predict`, the encoder is frozen: embeddings are divided by their norm, a linear head is fitted to the support
-    set, and the projection is left out, as in the paper.
+    and `predict`, the encoder is frozen: embeddings are divided by their norm, and a linear head is fitted to the
+    support set.
 
     Args:
         encoder: any module from examples `[B, ...]` to embeddings `[B, D]`.
         projection: from embeddings `[B, D]` to what the loss compares, `[B, P]`; None compares the embeddings.
         temperature: of the loss, and of the logits.
+        features: what the head sees, embeddings of the `"encoder"` (the paper's), or their `"projection"`.
         head: where the linear head starts: `"mean"` (the nearest class mean, written as a linear layer, Snell et al.
             2017, section 2.4) or `"ridge"` (ridge regression on one-hot labels).
         centre: what is subtracted before embeddings are divided by their norm: `"none"` or `"support"` (the mean of
@@ -70,6 +72,7 @@ class Contrastive(EmbeddingLearner):
         projection: nn.Module | None = None,
         *,
         temperature: float = 0.5,
+        features: str = "encoder",
         head: str = "mean",
         centre: str = "none",
         ridge: float = 0.1,
@@ -78,6 +81,7 @@ class Contrastive(EmbeddingLearner):
         ways: int | None = None,
     ):
         super().__init__(encoder, ways)
+        _checks.choice("features", features, FEATURES)
         _checks.choice("head", head, HEADS)
         _checks.choice("centre", centre, CENTRES)
         for name, value in (("temperature", temperature), ("ridge", ridge), ("fine_tune_lr", fine_tune_lr)):
@@ -86,6 +90,7 @@ class Contrastive(EmbeddingLearner):
         if isinstance(fine_tune_steps, bool) or not isinstance(fine_tune_steps, int) or fine_tune_steps < 0:
             raise ValueError(f"fine_tune_steps must be an int of at least 0, got {fine_tune_steps!r}")
         self.projection = projection if projection is not None else nn.Identity()
+        self.features = features
         self.temperature, self.head, self.centre, self.ridge = float(temperature), head, centre, float(ridge)
         self.fine_tune_steps, self.fine_tune_lr = fine_tune_steps, float(fine_tune_lr)
 
@@ -111,21 +116,19 @@ class Contrastive(EmbeddingLearner):
                 "support_x and query_x must be two views of the same images, of one shape [T, B, ...], got "
                 f"{tuple(first.shape)} and {tuple(second.shape)}: train with one shot and one query shot"
             )
-        views = self.projection(self._encode("support_x", torch.cat([first, second], 1)).flatten(0, 1))
-        if views.dim() != 2:
-            raise ValueError(f"projection must return [B, P], got shape {tuple(views.shape)}")
-        views = views.unflatten(0, (len(first), -1))
+        views = self._project(self._encode("support_x", torch.cat([first, second], 1)))
         task_loss = functional.contrastive_loss(*views.chunk(2, 1), self.temperature)
         return MetaOutput(task_loss.mean(), task_loss, None, None)
 
     def extra_repr(self) -> str:
         return (
-            f"temperature={self.temperature}, head={self.head!r}, centre={self.centre!r}, "
+            f"temperature={self.temperature}, features={self.features!r}, head={self.head!r}, centre={self.centre!r}, "
             f"fine_tune_steps={self.fine_tune_steps}, ways={self.ways}"
         )
 
     def _fit(self, features: Tensor, labels: Tensor) -> LinearHead:
         num_classes = self._num_classes(labels, features)
+        features = self._seen(features)
         centre = features.mean(1, keepdim=True) if self.centre == "support" else None
         features = self._transform(features, centre)
         targets = one_hot(labels, num_classes, features.dtype)
@@ -144,7 +147,16 @@ class Contrastive(EmbeddingLearner):
         return LinearHead(weights, bias, centre)
 
     def _score(self, state: LinearHead, features: Tensor) -> Tensor:
-        return self._transform(features, state.centre) @ state.weights + state.bias
+        return self._transform(self._seen(features), state.centre) @ state.weights + state.bias
+
+    def _seen(self, features: Tensor) -> Tensor:
+        return self._project(features) if self.features == "projection" else features
+
+    def _project(self, features: Tensor) -> Tensor:
+        projected = self.projection(features.flatten(0, 1))
+        if projected.dim() != 2:
+            raise ValueError(f"projection must return [B, P], got shape {tuple(projected.shape)}")
+        return projected.unflatten(0, features.shape[:2])
 
     @staticmethod
     def _transform(features: Tensor, centre: Tensor | None) -> Tensor:

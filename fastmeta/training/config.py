@@ -188,9 +188,7 @@ def run_config(algorithm: str, data: str, **given: Any) -> RunConfig:
     for name in ("ways", "shots", "query_shots"):
         values.setdefault(f"train_{name}", values[name])
     if values.get("labels") == "augment":  # all of it, so that a run that goes on does not depend on later defaults
-        values["augmentation"] = tuple(
-            (dataclasses.asdict(HANDWRITING) | dict(values.get("augmentation", ()))).items()
-        )
+        values["augmentation"] = tuple((dataclasses.asdict(HANDWRITING) | dict(values.get("augmentation", ()))).items())
     elif "augment_support" not in given:
         values.pop("augment_support", None)
     values.setdefault("save_every", values.get("eval_every") or RunConfig.save_every)

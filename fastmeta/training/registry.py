@@ -61,14 +61,14 @@ def features(body: nn.Module, tasks: TaskSource) -> int:
     return width
 
 
-def classifier(config: RunConfig, tasks: TaskSource) -> nn.Module:
-    """From examples `[B, ...]` to one output per class, or the target's width."""
+def classifier(config: RunConfig, tasks: TaskSource, *, adapts: bool = True) -> nn.Module:
+    """From examples `[B, ...]` to one output per class, or the target's width. `adapts`: whether its body does."""
     size, channels = _size(tasks)
     if config.model == "conv4":
         # Batch statistics in eval mode too: adaptation never updates running ones.
-        body = conv4(channels, config.hidden[0], track_running_stats=False)
+        body = conv4(channels, config.hidden[0], track_running_stats=not adapts)
         return nn.Sequential(*body, nn.Linear(features(body, tasks), tasks.output_size))
-    return mlp([size, *config.hidden, tasks.output_size], norm=config.norm, track_running_stats=False)
+    return mlp([size, *config.hidden, tasks.output_size], norm=config.norm, track_running_stats=not adapts)
 
 
 def loss_of(tasks: TaskSource) -> str:
@@ -91,7 +91,7 @@ def _inner_loop(name: str, *, rate: bool = True, order: bool = True):
             options["inner_lr"] = config.inner_lr
         if order:
             options["first_order"] = config.first_order
-        return getattr(algorithms, name)(classifier(config, tasks), **options, **settings)
+        return getattr(algorithms, name)(classifier(config, tasks, adapts=name != "ANIL"), **options, **settings)
 
     return build
 
@@ -193,6 +193,7 @@ def _contrastive(config, tasks, settings):
     body = encoder(config, tasks)
     width, projected = features(body, tasks), settings.pop("projection", 64)
     projection = mlp([width, projected, projected]) if projected else None
+    settings = {"temperature": 0.1, "features": "projection", **settings}  # better than the class's own, on Omniglot
     return algorithms.Contrastive(body, projection, ways=config.ways, **settings)
 
 
@@ -262,8 +263,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "contrastive": Algorithm(
         _contrastive, "SimCLR: two views of images without labels, a linear head on the frozen encoder",
         settings={
-            "projection": 64, "temperature": 0.5, "head": "mean", "centre": "none", "ridge": 0.1, "fine_tune_steps": 0,
-            "fine_tune_lr": 0.1,
+            "projection": 64, "temperature": 0.1, "features": "projection", "head": "mean", "centre": "none",
+            "ridge": 0.1, "fine_tune_steps": 0, "fine_tune_lr": 0.1,
         },
         images={
             "labels": "augment", "augment_support": True, "train_ways": 128, "train_shots": 1, "train_query_shots": 1,

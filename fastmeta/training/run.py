@@ -74,9 +74,7 @@ def build_training_tasks(config: RunConfig, device: torch.device) -> TaskSource:
     options: dict[str, Any] = {name: getattr(config, f"train_{name}") for name in ("ways", "shots", "query_shots")}
     options |= {"rotations": True, "name": f"{config.data}/train"}
     if config.labels == "augment":
-        return AugmentedTasks(
-            images, augmentation=config.augment(), augment_support=config.augment_support, **options
-        )
+        return AugmentedTasks(images, augmentation=config.augment(), augment_support=config.augment_support, **options)
     embeddings = images.flatten(0, 1)
     if config.cluster_checkpoint is not None:
         embeddings = F.normalize(embed_images(_encoder(config, device), images), dim=1)
