@@ -82,7 +82,7 @@ def _quick(images: str) -> tuple[Row, ...]:
              "settings": (("code_width", 32), ("feedforward", 128), ("heads", 4))},
         ),
         Row("maml", images, {**_QUICK_MLP, "iterations": 7_500}, "89.7 (Finn et al. 2017, table 1)", "maml-mlp"),
-        Row("anil", images, {**_CONV, "task_batch": 8, "iterations": 2_500}, label="anil-conv"),
+        Row("anil", images, {**_CONV, "task_batch": 4, "iterations": 3_000}, label="anil-conv"),
         Row(
             "contrastive", images, {**_QUICK, "hidden": (32,), "outer_lr": 3e-3, "iterations": 1_200},
             "88.0 (ProtoTransfer, Medina et al. 2020)",

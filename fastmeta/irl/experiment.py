@@ -25,7 +25,7 @@ from .point_mass import PointMassTasks
 WORLDS = {"gridworld": GridworldTasks, "pointmass": PointMassTasks}
 DEMONSTRATIONS = (1, 5, 10)
 # inner steps and rate that meta trains with
-INNER = {"gridworld": (1, 0.3), "pointmass": (5, 0.1)}
+INNER = {"gridworld": (1, 0.3), "pointmass": (5, 0.03)}
 # and those to choose from at test time
 _CHOICES = tuple((steps, rate) for steps in (1, 5, 20) for rate in (0.03, 0.1, 0.3))
 

@@ -61,14 +61,14 @@ def features(body: nn.Module, tasks: TaskSource) -> int:
     return width
 
 
-def classifier(config: RunConfig, tasks: TaskSource, *, adapts: bool = True) -> nn.Module:
-    """From examples `[B, ...]` to one output per class, or the target's width. `adapts`: whether its body does."""
+def classifier(config: RunConfig, tasks: TaskSource) -> nn.Module:
+    """From examples `[B, ...]` to one output per class, or the target's width."""
     size, channels = _size(tasks)
     if config.model == "conv4":
         # Batch statistics in eval mode too: adaptation never updates running ones.
-        body = conv4(channels, config.hidden[0], track_running_stats=not adapts)
+        body = conv4(channels, config.hidden[0], track_running_stats=False)
         return nn.Sequential(*body, nn.Linear(features(body, tasks), tasks.output_size))
-    return mlp([size, *config.hidden, tasks.output_size], norm=config.norm, track_running_stats=not adapts)
+    return mlp([size, *config.hidden, tasks.output_size], norm=config.norm, track_running_stats=False)
 
 
 def loss_of(tasks: TaskSource) -> str:
@@ -91,7 +91,7 @@ def _inner_loop(name: str, *, rate: bool = True, order: bool = True):
             options["inner_lr"] = config.inner_lr
         if order:
             options["first_order"] = config.first_order
-        return getattr(algorithms, name)(classifier(config, tasks, adapts=name != "ANIL"), **options, **settings)
+        return getattr(algorithms, name)(classifier(config, tasks), **options, **settings)
 
     return build
 
