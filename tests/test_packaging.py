@@ -112,6 +112,7 @@ LAYERS = (
     ("algorithms", "compat"),
     ("fastmeta",),
     ("training",),
+    ("irl",),
     ("reproduce",),
     ("cli", "info", "demo", "_options", "_picture", "__main__"),
 )
