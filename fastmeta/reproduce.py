@@ -67,7 +67,7 @@ def _quick(images: str) -> tuple[Row, ...]:
         Row("anil", "sinusoid", {**_SINE, "iterations": 15_000}),
         Row("boil", "sinusoid", {**_SINE, "iterations": 15_000}),
         Row("reptile", "sinusoid", {**_SINE, "iterations": 4_000}),
-        Row("imaml", "sinusoid", {**_SINE, "outer_lr": 3e-3, "task_batch": 25, "iterations": 4_000}),
+        Row("imaml", "sinusoid", {**_SINE, "inner_lr": 5e-3, "outer_lr": 1e-3, "task_batch": 25, "iterations": 2_500}),
         Row("ridge", "sinusoid", {**_SINE, "iterations": 15_000}),
         Row("hypernetwork", "sinusoid", {**_SINE, "iterations": 12_000}),
         Row("protonet", images, {**_WAYS, "iterations": 2_400}, "98.8 (Snell et al. 2017, table 1)"),

@@ -110,7 +110,7 @@ def _reptile(config, tasks, settings):
 
 def _imaml(config, tasks, settings):
     # the inner problem is not convex: conjugate gradients need few steps, and damping
-    settings = {"cg_steps": 2, "cg_damping": 5.0, **settings}
+    settings = {"cg_steps": 2, "cg_damping": 10.0, **settings}
     return algorithms.ImplicitMAML(classifier(config, tasks), **_loop_options(config, tasks), **settings)
 
 
@@ -239,7 +239,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         _imaml, "implicit MAML: conjugate gradients in place of a graph", _BOTH, fixed_ways=True, group="inner",
         sinusoid={"inner_lr": 0.01, "inner_steps": 16, "eval_inner_steps": 16},
         images={"inner_lr": 0.1, "inner_steps": 16, "eval_inner_steps": 16},
-        settings={"regularization": 2.0, "cg_steps": 2, "cg_damping": 5.0},
+        settings={"regularization": 2.0, "cg_steps": 2, "cg_damping": 10.0},
     ),
     "protonet": Algorithm(_protonet, "Prototypical Networks"),
     "matching": Algorithm(
