@@ -131,12 +131,14 @@ def contrastive_loss_bwd(grad: Tensor, embeddings: Tensor, temperature: float, n
     T, V, D = embeddings.shape
     log_sums, _ = _row_losses(embeddings, temperature)
     gradient = torch.empty_like(embeddings)
+    # two products share the registers: a narrower tile and twice the warps keep both there
     sides = _sides(embeddings)
+    sides["BLOCK_N"] = max(16, sides["BLOCK_N"] // 2)
     columns = tile(D, 16 if embeddings.dtype == torch.float64 else 128, 16)
     launch(
         contrast_gradient_kernel, T * blocks(V, sides["BLOCK_Q"]) * blocks(D, columns), grad, embeddings, log_sums,
         gradient, V, D, 1 / temperature, **sides, BLOCK_E=columns,
-        num_warps=warps(sides["BLOCK_Q"] * sides["BLOCK_N"]),
+        num_warps=2 * warps(sides["BLOCK_Q"] * sides["BLOCK_N"]),
     )  # fmt: skip
     return gradient
 
