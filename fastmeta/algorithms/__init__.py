@@ -5,6 +5,7 @@ from .caml_incontext import InContextCAML
 from .caml_modulation import FiLM, FiLMConv4, FiLMMLP, ModulationCAML
 from .cavia import CAVIA
 from .contrastive import Contrastive
+from .gradient_head import GradientHead
 from .hypernetwork import Hypernetwork
 from .imaml import ImplicitMAML
 from .maml import MAML, FastWeights
@@ -28,6 +29,7 @@ __all__ = [
     "FiLM",
     "FiLMConv4",
     "FiLMMLP",
+    "GradientHead",
     "Hypernetwork",
     "ImplicitMAML",
     "InContextCAML",

@@ -52,8 +52,11 @@ class EmbeddingLearner(nn.Module):
         self._check_examples(support_x, query_x)
         features = self._encode("support_x", torch.cat([support_x, query_x], 1))
         support, query = features.split([support_x.shape[1], query_x.shape[1]], 1)
-        logits = self._score(self._fit(support, support_y), query)
-        return self._judge(logits, query_y)
+        return self._tasks(support, support_y, query, query_y)
+
+    def _tasks(self, support: Tensor, support_y: Tensor, query: Tensor, query_y: Tensor) -> MetaOutput:
+        """`forward` from the embeddings on."""
+        return self._judge(self._score(self._fit(support, support_y), query), query_y)
 
     def _fit(self, features: Tensor, targets: Tensor) -> Any:
         raise NotImplementedError

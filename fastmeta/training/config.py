@@ -185,6 +185,8 @@ def run_config(algorithm: str, data: str, **given: Any) -> RunConfig:
     if given.get("lr_halve_every") and "lr_schedule" not in given:
         values["lr_schedule"] = "halve"
     values.update(given)
+    if "inner_steps" in given and "eval_inner_steps" not in given:
+        values["eval_inner_steps"] = max(values.get("eval_inner_steps", 0), given["inner_steps"])
     for name in ("ways", "shots", "query_shots"):
         values.setdefault(f"train_{name}", values[name])
     if values.get("labels") == "augment":  # all of it, so that a run that goes on does not depend on later defaults

@@ -166,6 +166,13 @@ def _ridge(config, tasks, settings):
     return algorithms.RidgeHead(encoder(config, tasks), loss=loss_of(tasks), ways=config.train_ways, **settings)
 
 
+def _gradient_head(config, tasks, settings):
+    return algorithms.GradientHead(
+        encoder(config, tasks), inner_lr=config.inner_lr, inner_steps=config.inner_steps,
+        first_order=config.first_order, ways=config.train_ways, **settings,
+    )  # fmt: skip
+
+
 def _hypernetwork(config, tasks, settings):
     if tasks.kind == "regression":
         size, _ = _size(tasks)
@@ -249,6 +256,10 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "relation": Algorithm(_relation, "Relation Networks", settings={"pool": "sum", "loss": "mse"}),
     "ridge": Algorithm(_ridge, "ridge regression as the head, solved for every task", _BOTH, settings={"ridge": 1.0}),
+    "gradient-head": Algorithm(
+        _gradient_head, "ANIL from a head of zeros: any number of classes", settings={"normalise": True},
+        images={**_SOME_WAYS, "inner_lr": 10.0, "inner_steps": 1, "eval_inner_steps": 1},
+    ),
     "hypernetwork": Algorithm(
         _hypernetwork, "weights generated from the support set", _BOTH,
         settings={"mode": "head", "set_width": 128, "rank": 4}, images=_SOME_WAYS,
