@@ -15,6 +15,11 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
+# torch's own flags take half precision's conversions away, which the kernels use
+NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"] + [
+    f"-U__CUDA_NO_{what}__"
+    for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
+]
 TORCH_ABI = "0x020b000000000000"  # LibTorch stable ABI of torch 2.11: one binary serves it and every later release
 
 
@@ -88,7 +93,7 @@ def extensions():
         sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp") + (sources("csrc/cuda/*.c*") if cuda else []),
         include_dirs=[str(ROOT / "csrc" / "include")],
         depends=sources("csrc/**/*.h"),
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr", *define]},
+        extra_compile_args={"cxx": cxx, "nvcc": [*NVCC_FLAGS, *define]},
         py_limited_api=True,
     )
     native.sources.remove("csrc/build_info.cpp")

@@ -3,6 +3,7 @@
 FASTMETA_RESOURCE_REPORT names a file for the table of registers, spills and shared memory of every kernel.
 """
 
+import ast
 import os
 import re
 import shutil
@@ -70,6 +71,18 @@ def capabilities(source: str) -> tuple[int, ...]:
     return CAPABILITIES
 
 
+def nvcc_flags() -> list[str]:
+    """What the build hands to nvcc: torch's flags, then ours."""
+    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
+
+    (ours,) = (
+        node.value
+        for node in ast.parse((CSRC.parent / "setup.py").read_text()).body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "NVCC_FLAGS"
+    )
+    return [*COMMON_NVCC_FLAGS, *eval(compile(ast.Expression(ours), "setup.py", "eval"))]
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """Compile every kernel file, two at a time; rows of all kernels."""
@@ -77,7 +90,7 @@ def report(tmp_path_factory):
 
     def compile_one(source: Path) -> list[dict]:
         targets = [f"-gencode=arch=compute_{c},code=sm_{c}" for c in capabilities(source.name)]
-        flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", f"-I{CSRC / 'include'}", *targets]
+        flags = [*nvcc_flags(), "-Xptxas", "-v", f"-I{CSRC / 'include'}", *targets]
         log = _run([HOME / "bin" / "nvcc", *flags, "-c", source, "-o", folder / f"{source.stem}.o"])
         return _rows(source.name, log)
 
