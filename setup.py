@@ -41,6 +41,17 @@ def find_compiler() -> str:
     )
 
 
+def find_cuda_home() -> None:
+    """Names the toolkit: where the nvcc of PATH is a link or a script, torch takes the folder above it for that."""
+    if os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return
+    nvcc = shutil.which("nvcc")
+    for home in ([Path(nvcc).resolve().parent.parent] if nvcc else []) + [Path("/usr/local/cuda")]:
+        if (home / "include" / "cuda_runtime.h").exists() and list(home.glob("lib*/libcudart.so")):
+            os.environ["CUDA_HOME"] = str(home)
+            return
+
+
 def want_cuda() -> bool:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
@@ -75,6 +86,7 @@ def extensions():
     if flag("FASTMETA_NO_EXT"):
         return [], {}
     compiler = find_compiler()
+    find_cuda_home()
     try:
         from pybind11.setup_helpers import Pybind11Extension
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
