@@ -17,7 +17,14 @@ DEVICE = "cuda" if CUDA else "cpu"
 DATA = Path(os.environ.get("FASTMETA_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--shard", metavar="I/N", help="every Nth test from the Ith on, I from 0: for N processes")
+
+
+def pytest_collection_modifyitems(config, items):
+    if shard := config.getoption("--shard"):
+        first, step = map(int, shard.split("/"))
+        items[:] = items[first::step]
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if not CUDA and item.get_closest_marker("gpu"):

@@ -410,11 +410,48 @@ def test_forced_engine_raises_with_the_reason(engine):
         MAML(make_mlp(), engine="turbo")
 
 
-def test_custom_loss_is_the_built_in_one():
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "fused"])
+def test_custom_loss_is_the_built_in_one(engine, first_order):
     model, batch = make_mlp("tanh"), make_batch("mse")
-    expected = engine_result(model, batch, "mse", 0.3, 2)
-    result = engine_result(model, batch, lambda prediction, target: ((prediction - target) ** 2).mean(), 0.3, 2)
+    options = {"engine": engine, "first_order": first_order}
+    expected = engine_result(model, batch, "mse", 0.3, 2, **options)
+
+    def own(prediction, target):
+        return ((prediction - target) ** 2).mean()
+
+    result = engine_result(model, batch, own, 0.3, 2, **options)
     assert_same(result, expected)
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "lowrank"])
+def test_custom_loss_over_a_whole_task(engine):
+    """No mean over rows, and targets of a shape of their own."""
+
+    def total(prediction, target):
+        return torch.logsumexp(prediction.square().T @ target, 1).sum() - prediction.sum() ** 2
+
+    model, (support_x, _, query_x, _) = make_mlp("tanh"), make_batch("mse")
+    torch.manual_seed(0)
+    support_y, query_y = (torch.randn(*x.shape[:2], 2, dtype=x.dtype) for x in (support_x, query_x))
+    batch = (support_x, support_y, query_x, query_y)
+    assert_same(
+        engine_result(model, batch, total, 0.03, 2, engine=engine),
+        engine_result(model, batch, total, 0.03, 2, engine="vmap"),
+    )
+
+
+def test_a_custom_loss_by_a_known_name_is_not_the_kernels():
+    model, (support_x, support_y, query_x, query_y) = make_mlp("tanh"), make_batch("mse")
+    batch = (support_x, support_y.sigmoid(), query_x, query_y.sigmoid())
+
+    def binary_cross_entropy(prediction, target):  # of probabilities; the kernels' is of logits
+        return nn.functional.binary_cross_entropy(prediction.sigmoid() * 0.5, target)
+
+    assert_same(
+        engine_result(model, batch, binary_cross_entropy, 0.3, 2),
+        engine_result(model, batch, binary_cross_entropy, 0.3, 2, engine="vmap"),
+    )
 
 
 def test_dropout_differs_between_tasks():

@@ -1,11 +1,13 @@
-"""The losses an engine knows: per-task values and, for the standard ones, the gradient as a formula.
+"""The losses an engine knows: per-task values, and the gradient at the prediction, itself differentiable.
 
-`cross_entropy` and `mse` are means over the rows (and columns) of one task, as in `torch.nn.functional`.
+`cross_entropy` and `mse` are means over the rows (and columns) of one task, as in `torch.nn.functional`; their
+gradients are formulas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -14,12 +16,14 @@ from torch.nn import functional as F
 
 from fastmeta import _checks
 
+from ._exact import twice_differentiable
+
 
 class CrossEntropy:
     """Mean negative log-likelihood of softmax. Predictions `[T, B, C]`, labels int64 `[T, B]`."""
 
     name = "cross_entropy"
-    explicit = True
+    in_kernels = True  # those of the fused inner loops
     # torch's default ignores rows labelled -100, a label like any other out of range here: let it be refused
     one_task = staticmethod(partial(F.cross_entropy, ignore_index=-(2**62)))
 
@@ -48,7 +52,7 @@ class MeanSquaredError:
     """Mean of squared differences. Predictions and targets `[T, B, O]`."""
 
     name = "mse"
-    explicit = True
+    in_kernels = True
     one_task = staticmethod(F.mse_loss)
 
     def check(self, prediction: Tensor, target: Tensor, name: str) -> None:
@@ -73,7 +77,7 @@ class MeanSquaredError:
 class CustomLoss:
     """A callable `(prediction, target) -> scalar` for one task, batched over tasks by `torch.func.vmap`."""
 
-    explicit = False
+    in_kernels = False
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]):
         self.one_task = function
@@ -84,6 +88,14 @@ class CustomLoss:
 
     def per_task(self, prediction: Tensor, target: Tensor) -> Tensor:
         return torch.func.vmap(self.one_task, randomness="different")(prediction, target)
+
+    def constant(self, target: Tensor, prediction: Tensor) -> Tensor:
+        return target
+
+    def gradient(self, prediction: Tensor, constant: Tensor) -> Tensor:
+        gradient = torch.func.vmap(torch.func.grad(self.one_task), randomness="different")
+        with twice_differentiable() if torch.is_grad_enabled() else nullcontext():
+            return gradient(prediction, constant)
 
 
 Loss = CrossEntropy | MeanSquaredError | CustomLoss

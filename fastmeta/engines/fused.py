@@ -27,7 +27,7 @@ class FusedEngine(LayerwiseEngine):
         if reason is not None:
             return reason
         spec = mlp_spec(model)
-        if inner.loss.name not in LOSSES:
+        if not inner.loss.in_kernels or inner.loss.name not in LOSSES:
             return f"the kernels have no loss {inner.loss.name!r}"
         if spec.activations[-1] != "identity":
             return f"its last layer is followed by {spec.activations[-1]}"

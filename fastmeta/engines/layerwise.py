@@ -23,7 +23,7 @@ from .inspect import MLPSpec, mlp_spec, parameters_of
 
 
 class LayerwiseEngine:
-    """Explicit formulas on per-task weights: MLPs with `cross_entropy` or `mse`."""
+    """Explicit formulas on per-task weights: MLPs with any loss."""
 
     name = "layerwise"
 
@@ -73,8 +73,6 @@ class LayerwiseEngine:
 
 def why_no_formulas(model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
     """None if the model is an MLP that explicit formulas can serve on this input, else the reason."""
-    if not inner.loss.explicit:
-        return f"the loss {inner.loss.name!r} has no explicit formula"
     spec = mlp_spec(model)
     if isinstance(spec, str):
         return spec
