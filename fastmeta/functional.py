@@ -265,7 +265,7 @@ def fast_weight_update(params: Any, grads: Any, lr: Any) -> Any:
         TypeError: a dtype that is not allowed or differs.
         ValueError: structures, shapes or devices that do not fit together.
     """
-    plain = params.__class__ in (list, tuple) and params.__class__ is grads.__class__
+    plain = type(params) in (list, tuple) and type(params) is type(grads)
     key = _checks.key("fast_weight_update", params, grads, lr) if plain else None
     plan = _plans.get(key) if key is not None else None
     if plan is None:
@@ -282,7 +282,7 @@ def fast_weight_update(params: Any, grads: Any, lr: Any) -> Any:
         ]
         n = len(params)
         outs = _fast_weight_update.SPEC(flat[:n], flat[n : 2 * n], flat[2 * n :], 0.0)
-    return params.__class__(
+    return type(params)(
         out if shape is None else out.reshape(shape) for out, shape in zip(outs, from_kernel, strict=True)
     )
 
@@ -339,7 +339,7 @@ def _planned_update(params: Any, grads: Any, lr: Any, key) -> Any:
         None if tasks is not None and len(shape) == 1 else shape if tasks is None else (out.shape[0], *shape)
         for out, shape in zip(outs, shapes, strict=True)
     ]
-    tensors_as_rates = isinstance(lr, Tensor) or lr.__class__ in (list, tuple) and all(map(torch.is_tensor, lr))
+    tensors_as_rates = isinstance(lr, Tensor) or type(lr) in (list, tuple) and all(map(torch.is_tensor, lr))
     if key is not None and same_types and (not r2 or tensors_as_rates):
         if len(_plans) >= 1024:
             _plans.clear()
