@@ -42,8 +42,9 @@ export FASTMETA_BUILD_CUDA=1
 step build "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --editable .
 step info "$PYTHON" -m fastmeta info
 step tests tests_in_shards
+sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
 for tool in memcheck racecheck; do
-    step "sanitizer-$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+    step "sanitizer-$tool" "$sanitizer" --tool "$tool" --error-exitcode 1 \
         "$PYTHON" -m pytest tests/test_ops.py -k "test_value and cuda-float32 and (T3 or T2)"
 done
 step benchmarks "$PYTHON" -m benchmarks --device cuda --out "$OUT" --label gpu
