@@ -407,10 +407,11 @@ def test_under_torch_func(all_low_rank, first_order):
         torch.testing.assert_close(both[name][0], gradient, rtol=1e-10, atol=1e-10)
 
 
-def test_no_grad_adapts_all_the_same(all_low_rank):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_adapts_all_the_same_without_gradients(all_low_rank, mode):
     model, batch = make("residual")
     inner = inner_loop("cross_entropy", 0.5, 3)
-    with torch.no_grad():
+    with mode():
         actual = ENGINE.query(model, inner, *batch[:3])
     assert not actual.requires_grad
     torch.testing.assert_close(actual, ENGINE.query(model, inner, *batch[:3]).detach())

@@ -404,6 +404,21 @@ def test_every_registered_algorithm_trains(name):
     assert 0 <= found.accuracy.mean <= 1
 
 
+@pytest.mark.parametrize("model", ["mlp", "conv4"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_registered_algorithm_adapts_in_inference_mode(name, model):
+    hidden = (8,) if model == "conv4" else (8, 8)
+    sizes = {"ways": 3, "train_ways": 3, "model": model, "hidden": hidden, "task_batch": 2, "device": DEVICE}
+    trainer = build_trainer(run_config(name, "glyphs", iterations=1, **sizes), None)
+    algorithm, batch = trainer.algorithm.eval(), trainer.tasks.sample(2)
+    with torch.no_grad():
+        expected = algorithm(batch).logits
+    with torch.inference_mode():
+        torch.testing.assert_close(algorithm(batch).logits, expected)
+        state = algorithm.adapt(batch.support_x.clone(), batch.support_y)
+        torch.testing.assert_close(algorithm.predict(state, batch.query_x), expected)
+
+
 def test_names_on_the_command_line_are_those_of_the_registry():
     assert tuple(ALGORITHMS) == ALGORITHM_NAMES
 

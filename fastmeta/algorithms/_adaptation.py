@@ -13,16 +13,15 @@ front of the loop, which passes their gradient on.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call
 
 from ..engines import InnerLoop, as_loss, choose
-from ..engines._exact import twice_differentiable
+from ..engines._exact import gradients_per_task
 from ..engines.fused import FusedEngine, _layers, _prediction_like
 from ..engines.inspect import MLPSpec, mlp_spec
 from ..engines.layerwise import _backward, _forward, rows, why_no_formulas
@@ -309,10 +308,9 @@ def task_gradients(
         return inner.loss.one_task(prediction, y)
 
     axes = {name: 0 if w.dim() > slow[name].dim() else None for name, w in fast.items()}
-    gradient = vmap(grad(task_loss), in_dims=(axes, None, 0, 0, 0), randomness="different")
     second_order = torch.is_grad_enabled() and not inner.first_order
-    with torch.set_grad_enabled(second_order), twice_differentiable() if second_order else nullcontext():
-        return gradient(dict(fast), shared, dict(buffers), x, y)
+    gradient = gradients_per_task(task_loss, (axes, None, 0, 0, 0), second_order=second_order)
+    return gradient(dict(fast), shared, dict(buffers), x, y)
 
 
 def mlp_gradients(

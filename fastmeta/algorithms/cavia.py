@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, vmap
 
 from ..engines import InnerLoop, as_loss
-from ..engines._exact import twice_differentiable
+from ..engines._exact import gradients_per_task
 from ..engines.inspect import mlp_spec
 from ..engines.layerwise import _backward, _forward, _layers, why_no_formulas
 from ..engines.vmap import _buffers_per_task
@@ -168,12 +167,10 @@ class CAVIA(nn.Module):
             return self.loss.one_task(prediction, y)
 
         weights = dict(self.model.named_parameters())
-        gradient = vmap(grad(task_loss), in_dims=(0, None, 0, 0, 0), randomness="different")
-
         def transformed(context: Tensor) -> Tensor:
             buffers = _buffers_per_task(self.model, x.shape[0])
-            with twice_differentiable() if torch.is_grad_enabled() else nullcontext():
-                return gradient(context, weights, buffers, x, y)
+            gradient = gradients_per_task(task_loss, (0, None, 0, 0, 0), second_order=torch.is_grad_enabled())
+            return gradient(context, weights, buffers, x, y)
 
         return transformed
 

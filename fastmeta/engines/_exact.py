@@ -9,14 +9,16 @@ form has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import wraps
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 
 @contextmanager
@@ -24,6 +26,36 @@ def twice_differentiable() -> Iterator[None]:
     """While active, norms and attention run in a form whose derivatives are exact to the second order."""
     with sdpa_kernel(SDPBackend.MATH), _AffineApart():
         yield
+
+
+def outside_inference_mode(function: Callable) -> Callable:
+    """`function`, which takes an inner gradient, run outside inference mode if called in it.
+
+    There autograd records nothing, so that the inner gradient would be zero without a word (in torch 2.11 that of
+    `torch.func` too). Tensors made in that mode cannot take part either; copies of them can.
+    """
+
+    @wraps(function)
+    def run(*args):
+        if not torch.is_inference_mode_enabled():
+            return function(*args)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, args))
+
+    return run
+
+
+def gradients_per_task(task_loss: Callable, in_dims=0, *, second_order: bool) -> Callable:
+    """`vmap(grad(task_loss), in_dims)`, exact to the second order if that is wanted, in inference mode too."""
+    gradients = torch.func.vmap(torch.func.grad(task_loss), in_dims=in_dims, randomness="different")
+
+    @outside_inference_mode
+    def computed(*args):
+        # grad() computes inside whatever the mode outside; without second order only the result stays off the graph
+        with torch.set_grad_enabled(second_order), twice_differentiable() if second_order else nullcontext():
+            return gradients(*args)
+
+    return computed
 
 
 class _AffineApart(TorchFunctionMode):

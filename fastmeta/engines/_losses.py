@@ -7,7 +7,6 @@ gradients are formulas.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from fastmeta import _checks
 
-from ._exact import twice_differentiable
+from ._exact import gradients_per_task
 
 
 class CrossEntropy:
@@ -93,9 +92,7 @@ class CustomLoss:
         return target
 
     def gradient(self, prediction: Tensor, constant: Tensor) -> Tensor:
-        gradient = torch.func.vmap(torch.func.grad(self.one_task), randomness="different")
-        with twice_differentiable() if torch.is_grad_enabled() else nullcontext():
-            return gradient(prediction, constant)
+        return gradients_per_task(self.one_task, second_order=torch.is_grad_enabled())(prediction, constant)
 
 
 Loss = CrossEntropy | MeanSquaredError | CustomLoss

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from ._base import InnerLoop, Parameters
-from ._exact import twice_differentiable
+from ._exact import outside_inference_mode, twice_differentiable
 from ._linears import Answer, LowRank, Mapped
 from ._trace import PathChanged, Trace, Use, forget, give_up, is_part, traced
 from .vmap import VmapEngine, _buffers_per_task
@@ -110,6 +110,7 @@ def _retraced(model: nn.Module, x: Tensor, run: Callable[[], _Result], otherwise
     return otherwise()
 
 
+@outside_inference_mode
 def _adapt(
     model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor
 ) -> tuple[Trace, dict[str, LowRank], dict[str, Tensor]]:

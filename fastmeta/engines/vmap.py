@@ -12,16 +12,14 @@ certain to be a mistake, and is refused.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, vmap
 
 from fastmeta import functional
 
 from ._base import InnerLoop, Parameters, is_shared
-from ._exact import twice_differentiable
+from ._exact import gradients_per_task
 
 
 class VmapEngine:
@@ -47,14 +45,10 @@ class VmapEngine:
 
         for step in range(inner.steps):
             axis = None if step == 0 else 0
-            step_gradient = vmap(grad(task_loss), in_dims=(axis, None, 0, 0, 0), randomness="different")
-            # grad() computes inside whatever the mode outside, so no_grad only keeps the step itself off the
-            # outer graph.
             second_order = torch.is_grad_enabled() and not inner.first_order
-            with torch.set_grad_enabled(second_order), twice_differentiable() if second_order else nullcontext():
-                gradients = step_gradient(
-                    weights, frozen, _buffers_per_task(model, support_x.shape[0]), support_x, support_y
-                )
+            step_gradient = gradients_per_task(task_loss, (axis, None, 0, 0, 0), second_order=second_order)
+            buffers = _buffers_per_task(model, support_x.shape[0])
+            gradients = step_gradient(weights, frozen, buffers, support_x, support_y)
             weights = functional.fast_weight_update(weights, gradients, inner.lr)
         return {name: weights.get(name, slow[name]) for name in slow}
 
