@@ -22,7 +22,7 @@ from fastmeta._spec import Args, OpSpec, leading_size
 
 METRICS = ("sqeuclidean", "euclidean", "cosine", "dot", "manhattan")
 ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid", "silu", "gelu", "sine")
-LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "huber")
+LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "huber", "maximum_entropy")
 _ENUMS = {"metric": METRICS, "activation": ACTIVATIONS, "loss": LOSSES}
 
 # how often each (op, backend) ran since the start of the process
@@ -126,6 +126,9 @@ _NATIVE_DTYPES = {
 
 
 def _native_why_not(spec: OpSpec, args: Args) -> str | None:
+    loss = dict(zip(spec.argument_names, args, strict=True)).get("loss")
+    if loss == "maximum_entropy" and next(_tensors(args)).is_cuda:
+        return "the inner loops on CUDA know losses of single rows, and maximum_entropy couples them"
     return _native_dtype_why_not(spec, next(_tensors(args)).device.type, _dtype(args))
 
 

@@ -72,24 +72,35 @@ def adapt_mlp(
 
     Args:
         support_x: `[T, S, I]`, floating.
-        support_y: `[T, S]` int64 for cross-entropy, else `[T, S, C]` floating. Has no gradient.
+        support_y: `[T, S]` int64 for cross-entropy, else `[T, S, C]` floating; trajectories for "maximum_entropy"
+            (below). Has no gradient.
         weights: one per layer, `[O, I]` shared by the tasks or `[T, O, I]`, as `nn.Linear.weight`.
         biases: one per layer, `[O]` or `[T, O]`; None for a net without.
         lr: inner rate: a float; a tensor `[]`, `[L]` (per layer), `[K]` (per step, where K differs from L), `[L, K]` (1
             for either repeats); or per element (Meta-SGD) a pair `(weight_rates, bias_rates)` of lists in the shapes of
             weights and biases.
         steps: K, 0 and up.
-        loss: "cross_entropy", "mse", "binary_cross_entropy" (of logits) or "huber"; means over rows and outputs.
+        loss: "cross_entropy", "mse", "binary_cross_entropy" (of logits) or "huber", means over rows and outputs; or
+            "maximum_entropy".
         activation: as in `functional_mlp`, after every layer but the last.
         first_order: inner gradients count as constants.
         momentum: of the inner steps, `m <- momentum m + gradient`; default 0.
         weight_decay: adds `weight_decay * w` to the inner gradient; default 0.
         norm: None, "layer" (over the features of a row) or "batch" (over the task's own rows), without parameters,
             after every layer but the last, before its activation. In plain PyTorch: the kernels have none.
-        support_mask: bool `[T, S]`, False for rows that are padding; a task without rows stays as it is.
+        support_mask: bool `[T, S]`, False for rows that are padding; a task without rows stays as it is. For
+            "maximum_entropy" a state whose reward counts for nothing.
         huber_delta: where the Huber loss turns from square to linear.
         form: how the first layer's fast weights are held: "lowrank" (coefficients of the support rows), "onchip" (as
             they are), or "auto" by cost.
+
+    "maximum_entropy" learns rewards (C = 1) of states, the rows, from d demonstrations (Ziebart et al. 2008, equation
+    4), each with M sampled trajectories from where it starts, which estimate the partition function (Finn, Levine and
+    Abbeel 2016, equation 2). Targets `[T, d, 1 + M]`: rows are the states of all trajectories in order, as many for
+    each, every demonstration before its samples; a target is the trajectory's log-probability under the proposal less
+    that under the uncontrolled dynamics, of a demonstration 0. Targets `[T, S, d, 1 + M]`: rows are the states that
+    there are and targets count every trajectory's visits to them; the last row is none, its reward means nothing and
+    its targets are those log-probabilities.
 
     Returns:
         `MLPFastWeights`; differentiable with respect to weights, biases, rates and support_x.
@@ -137,7 +148,7 @@ def meta_loss_mlp(
 
     Args:
         query_x: `[T, Q, I]`, floating.
-        query_y: `[T, Q]` int64 for cross-entropy, else `[T, Q, C]` floating. Has no gradient.
+        query_y: as `support_y`. Has no gradient.
         query_mask: bool `[T, Q]`, False for rows that are padding; a task without rows has loss 0.
 
     The others as in `adapt_mlp`.
@@ -194,8 +205,9 @@ class _Loop:
             support_x = _at_least_float32(support_x)
             query_x = None if query is None else _at_least_float32(query_x)
         self.support_x, self.query_x = support_x, query_x
-        self.support_weight = _row_weight("support_mask", support_mask, support_x)
-        self.query_weight = None if query is None else _row_weight("query_mask", query_mask, query_x)
+        mean = loss != "maximum_entropy"
+        self.support_weight = _row_weight("support_mask", support_mask, support_x, mean)
+        self.query_weight = None if query is None else _row_weight("query_mask", query_mask, query_x, mean)
         self.rates, self.element_rates = self._rates(lr)
         if norm == "batch" and support_mask is not None:
             raise ValueError("support_mask cannot be used with norm='batch': padding rows would take part in its means")
@@ -223,11 +235,30 @@ class _Loop:
         name, rows = f"{which}_y", which[0].upper()
         if loss == "cross_entropy":
             return _checks.labels(name, y, f"[T, {rows}]", x, f"{which}_x")
+        if loss == "maximum_entropy":
+            return self._check_trajectories(name, rows, x, y)
         _checks.tensor(name, y, f"[T, {rows}, C]")
         wanted = (*x.shape[:2], self.weights[-1].shape[1])
         if y.shape != wanted:
             raise ValueError(f"{name} must have shape [T, {rows}, C] = {list(wanted)} for {loss}, got {list(y.shape)}")
         _checks.same_kind(f"{which}_x", x, **{name: y})
+
+    def _check_trajectories(self, name: str, rows: str, x: Tensor, y) -> None:
+        _checks.tensor_of_any_shape(name, y)
+        _checks.same_kind(f"{name[:-1]}x", x, **{name: y})
+        outputs = self.weights[-1].shape[1]
+        if outputs != 1:
+            raise ValueError(f"weights must end in one output, a reward, for maximum_entropy, got {outputs}")
+        fits = y.dim() in (3, 4) and y.shape[0] == self.tasks and y.shape[-2] >= 1 and y.shape[-1] >= 2
+        if fits and y.dim() == 4:
+            fits = y.shape[1] == x.shape[1] >= 1
+        elif fits:
+            fits = x.shape[1] >= 1 and x.shape[1] % (y.shape[1] * y.shape[2]) == 0
+        if not fits:
+            raise ValueError(
+                f"{name} must have shape [T, d, 1 + M] or [T, {rows}, d, 1 + M] for maximum_entropy, d and M at least 1, "
+                f"with as many rows for each of the d (1 + M) trajectories; got {list(y.shape)} for {x.shape[1]} rows"
+            )
 
     def _rates(self, lr) -> tuple[Tensor, list[Tensor]]:
         """`[1, K, L]`, and per element one for each weight and bias, or none."""
@@ -330,16 +361,16 @@ def _check_numbers(steps, momentum, weight_decay) -> None:
             raise ValueError(f"{name} must be at least 0, got {value}")
 
 
-def _row_weight(name: str, mask: Tensor | None, x: Tensor) -> Tensor:
-    """What each row counts for in its task's mean `[T, B]`."""
+def _row_weight(name: str, mask: Tensor | None, x: Tensor, mean: bool) -> Tensor:
+    """What each row counts for in its task's mean, or in its sums, `[T, B]`."""
     if mask is None:
-        return x.new_full(x.shape[:2], 1.0 / max(x.shape[1], 1))
+        return x.new_full(x.shape[:2], 1.0 / max(x.shape[1], 1) if mean else 1.0)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"{name} must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
     if mask.shape != x.shape[:2]:
         raise ValueError(f"{name} must have shape {list(x.shape[:2])}, got {list(mask.shape)}")
     counted = mask.to(x.dtype)
-    return counted / counted.sum(1, keepdim=True).clamp_min(1)
+    return counted / counted.sum(1, keepdim=True).clamp_min(1) if mean else counted
 
 
 def _at_least_float32(t: Tensor) -> Tensor:

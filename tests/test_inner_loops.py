@@ -15,7 +15,8 @@ from torch.autograd import gradcheck
 from fastmeta._backends import use_backend
 from fastmeta.functional import adapt_mlp, functional_mlp, meta_loss_mlp
 
-LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "huber")
+ROW_LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "huber")
+LOSSES = (*ROW_LOSSES, "maximum_entropy")
 ACTIVATIONS = ("relu", "tanh", "sigmoid", "silu", "gelu", "sine", "identity")
 
 
@@ -30,8 +31,14 @@ def problem(loss="mse", tasks=3, rows=4, queries=5, widths=(6, 8, 5, 2), bias=Tr
             return torch.randint(widths[-1], (tasks, n), generator=g).to(DEVICE)
         if loss == "binary_cross_entropy":
             return torch.rand(tasks, n, widths[-1], generator=g, dtype=torch.float64).to(DEVICE, dtype)
+        if loss == "maximum_entropy":  # log q of two demonstrations with two samples each; or visits
+            return normal(tasks, 2, 3) if n % 6 == 0 else torch.randint(0, 3, (tasks, n, 2, 4), generator=g).to(
+                DEVICE, dtype
+            )
         return normal(tasks, n, widths[-1])
 
+    if loss == "maximum_entropy":
+        widths = (*widths[:-1], 1)
     pairs = list(zip(widths[:-1], widths[1:], strict=True))
     weights = [normal(o, i, scale=i**-0.5).requires_grad_() for i, o in pairs]
     biases = [normal(o, scale=0.3).requires_grad_() for _, o in pairs] if bias else None
@@ -46,7 +53,24 @@ def one_task_loss(loss, prediction, target, delta=1.0):
         return F.mse_loss(prediction, target)
     if loss == "binary_cross_entropy":
         return F.binary_cross_entropy_with_logits(prediction, target)
+    if loss == "maximum_entropy":
+        return maximum_entropy(prediction[:, 0], target)
     return F.huber_loss(prediction, target, delta=delta)
+
+
+def maximum_entropy(rewards, target):
+    losses = []
+    for i in range(target.shape[-2]):
+        returns = []
+        for j in range(target.shape[-1]):
+            if target.dim() == 3:
+                returns.append((rewards[:-1] * target[:-1, i, j]).sum() - target[-1, i, j])
+            else:
+                horizon = len(rewards) // target.numel()
+                first = (i * target.shape[1] + j) * horizon
+                returns.append(rewards[first : first + horizon].sum() - target[i, j])
+        losses.append(torch.stack(returns[1:]).exp().mean().log() - returns[0])
+    return torch.stack(losses).mean()
 
 
 FUNCTIONS = {"relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": F.silu, "gelu": F.gelu,
@@ -100,7 +124,7 @@ def assert_same(ours, truth, leaves, rtol=1e-10):
     bias=st.booleans(),
     first_order=st.booleans(),
     hidden=st.lists(st.sampled_from([1, 3, 8, 17]), max_size=3),
-    sizes=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 6)),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)),
     seed=st.integers(0, 2**16),
 )
 def test_equals_the_loop_over_tasks(
@@ -208,7 +232,7 @@ def test_tasks_do_not_meet_and_runs_repeat(form, dtype):
 
 
 @pytest.mark.parametrize("form", ["onchip", "lowrank"])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ROW_LOSSES)
 def test_masked_rows_are_not_there(form, loss):
     data, weights, biases = problem(loss, 3, 6, 7)
     rows, queries = (6, 3, 1), (7, 2, 5)
@@ -221,6 +245,42 @@ def test_masked_rows_are_not_there(form, loss):
         one = [x[t : t + 1, :n] for x, n in zip(data, (s, s, q, q), strict=True)]
         parts.append(meta_loss_mlp(*one, weights, biases, **options).loss)
     assert_same(ours.loss, torch.cat(parts), [*weights, *biases])
+
+
+@pytest.mark.parametrize("form", ["onchip", "lowrank"])
+@pytest.mark.parametrize("rows", [6, 7])
+def test_a_masked_state_has_no_reward(form, rows):
+    (*data, query_y), weights, biases = problem("maximum_entropy", 3, rows, rows)
+    counted = (torch.arange(rows, device=DEVICE) != 2).expand(3, rows)
+
+    def loss(rewards, y):
+        return torch.stack([maximum_entropy(r, t) for r, t in zip(rewards.squeeze(-1), y, strict=True)])
+
+    options = {"steps": 0, "lr": 0.1, "loss": "maximum_entropy", "form": form}
+    ours = meta_loss_mlp(*data, query_y, weights, biases, query_mask=counted, **options)
+    assert_same(ours.loss, loss(ours.logits * counted.unsqueeze(-1), query_y), [*weights, *biases])
+    fast = adapt_mlp(*data[:2], weights, biases, support_mask=counted, **{**options, "steps": 1})
+    rewards = functional_mlp(data[0], weights, biases)
+    found = torch.autograd.grad(loss(rewards * counted.unsqueeze(-1), data[1]).sum(), biases[-1])[0]
+    torch.testing.assert_close((biases[-1] - fast.materialize()[1][-1]).sum(0), 0.1 * found)
+
+
+@pytest.mark.parametrize(
+    "shape, text",
+    [
+        ((3, 2, 4), r"d \(1 \+ M\) trajectories; got \[3, 2, 4\] for 6 rows"),
+        ((3, 6, 1), r"d and M at least 1"),
+        ((3, 5, 2, 2), r"support_y must have shape \[T, d, 1 \+ M\] or \[T, S, d, 1 \+ M\]"),
+        ((2, 2, 3), "support_y must have shape"),
+    ],
+)
+def test_trajectories_are_checked(shape, text):
+    data, weights, biases = problem("maximum_entropy", 3, 6, 6)
+    with pytest.raises(ValueError, match=text):
+        adapt_mlp(data[0], data[0].new_zeros(shape), weights, biases, lr=0.1, steps=1, loss="maximum_entropy")
+    two = [*weights[:-1], weights[-1].repeat(2, 1)], [*biases[:-1], biases[-1].repeat(2)]
+    with pytest.raises(ValueError, match="weights must end in one output, a reward, for maximum_entropy, got 2"):
+        adapt_mlp(*data[:2], *two, lr=0.1, steps=1, loss="maximum_entropy")
 
 
 def test_a_task_without_rows_stays_as_it_is():
@@ -284,7 +344,7 @@ def test_second_derivatives_are_right_or_refused():
     [
         ({"steps": -1}, ValueError, "steps must be at least 0, got -1"),
         ({"steps": 1.0}, TypeError, "steps must be an int, got float"),
-        ({"loss": "hinge"}, ValueError, "loss must be one of .*, binary_cross_entropy, huber; got 'hinge'"),
+        ({"loss": "hinge"}, ValueError, "loss must be one of .*, huber, maximum_entropy; got 'hinge'"),
         ({"form": "sparse"}, ValueError, "form must be one of auto, lowrank, onchip; got 'sparse'"),
         ({"norm": "group"}, ValueError, "norm must be one of None, layer, batch; got 'group'"),
         ({"lr": "0.1"}, TypeError, "lr must be a float, a tensor, or a pair"),

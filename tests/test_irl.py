@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from fastmeta import MAML
+from fastmeta import MAML, _backends
 from fastmeta.irl import GridworldTasks, MaxEntLoss, PointMassTasks, TabularMaxEntLoss
 from fastmeta.irl.experiment import experiment, judge, reward_network, train
 from fastmeta.irl.maxent import rows, visits
@@ -137,6 +137,25 @@ def test_tasks_are_ordinary_and_repeat(name):
     output.loss.backward()
     more = tasks.demonstrate(tasks.worlds(2), 10)
     assert len(learner.adapt(*more)) == 2
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_rewards_adapt_in_the_fused_inner_loops(name):
+    tasks = WORLDS[name](demonstrations=2, samples=3)
+    batch = tasks.sample(3, generator=generator())
+    batch = type(batch)(*(t.double() for t in batch))
+    network = reward_network(tasks).to(DEVICE).double()
+    found = {}
+    for engine in ("fused", "vmap"):
+        learner = MAML(network, loss=tasks.loss, inner_steps=3, inner_lr=0.05, engine=engine)
+        output = learner(batch)
+        state = learner.adapt(*batch[:2])
+        found[engine] = [output.task_loss, output.logits, learner.predict(state, batch.query_x), *state.stacked().values(),
+                         *torch.autograd.grad(output.loss, list(network.parameters()))]  # fmt: skip
+    for fused, vmapped in zip(*found.values(), strict=True):
+        torch.testing.assert_close(fused, vmapped, rtol=1e-9, atol=1e-9)
+    if DEVICE == "cpu" and _backends.why_missing("cpp", DEVICE) is None:
+        assert "fused: picked" in MAML(network, loss=tasks.loss, inner_lr=0.1).explain(batch)
 
 
 @pytest.mark.parametrize("name", WORLDS)

@@ -5,7 +5,7 @@
 
 namespace fastmeta::cpu {
 
-enum Loss : int64_t { kCrossEntropy, kMse, kBinaryCrossEntropy, kHuber, kLosses };
+enum Loss : int64_t { kCrossEntropy, kMse, kBinaryCrossEntropy, kHuber, kMaximumEntropy, kLosses };
 
 // Each task's part of an input; a step of 0: shared by all tasks.
 template <class E>
@@ -25,6 +25,15 @@ struct Target {
 
 constexpr int64_t kMostInnerLayers = 32;
 
+// Of the loss that couples a task's rows: demonstrations, each with its samples. `visits`: targets say how often a
+// trajectory was in each row's state, `[rows, demonstrations, members]`, the last row its log q; else a target is a
+// trajectory's log q and the rows are the trajectories' states in order.
+struct Paths {
+  int64_t demonstrations = 0, members = 0;
+  bool visits = false;
+  int64_t count() const { return demonstrations * members; }
+};
+
 template <class T>
 struct Rows {
   int64_t count = 0;
@@ -33,6 +42,7 @@ struct Rows {
   Operand<T> target;
   Operand<int64_t> labels;
   Operand<T> weight;
+  Paths paths;
 };
 
 template <class T>

@@ -34,6 +34,8 @@ struct InnerTask : InnerWorker<T> {
       LossRows<T> loss{n, outputs, width[layers], logits};
       loss.labels = of_task<T>(p.query.labels, task) + (p.query.labels.base ? begin : 0);
       loss.target = of_task<T>(p.query.target, task) + (p.query.target.base ? begin * outputs : 0);
+      loss.paths = &p.query.paths;
+      loss.room = this->path_room;
       loss.weight = of_task<T>(p.query.weight, task) + begin;
       loss.value = p.loss_out != nullptr;
       if (loss.value) this->unpad(logits, n, outputs, p.logits_out + (task * count + begin) * outputs);
@@ -221,7 +223,12 @@ struct InnerTask : InnerWorker<T> {
                                       dot_value[l + 1], support * width[l + 1]);
     }
     T *delta = dot_z[layers - 1], *next = this->dot_delta[0], *other = this->dot_delta[1];
-    times_curvature<T>(p.loss, support, width[layers], at + step.curvature, of_task<T>(p.support.weight, task), delta);
+    const T *curve = at + step.curvature, *weight = of_task<T>(p.support.weight, task);
+    if (p.loss == cpu::kMaximumEntropy)
+      times_path_curvature<T>(p.support.paths, of_task<T>(p.support.target, task), support, width[layers], curve, weight,
+                              delta, this->path_room);
+    else
+      times_curvature<T>(p.loss, support, width[layers], curve, weight, delta);
     for (int64_t l = layers - 1; l >= net.first; --l) {
       const InnerLayer& a = net.layer[l];
       const T* plain_delta = at + step.delta[l];

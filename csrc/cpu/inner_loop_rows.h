@@ -6,6 +6,7 @@
 #include "activation_kernel.h"
 #include "inner_loop.h"
 #include "inner_loop_gemm.h"
+#include "inner_loop_paths.h"
 #include "kernels.h"
 
 namespace fastmeta::FASTMETA_ISA {
@@ -97,6 +98,8 @@ struct LossRows {
   bool value = false;      // whether the sum of losses is wanted
   T* delta = nullptr;      // [rows, ld], null: not wanted; zero in the padding
   T* curvature = nullptr;  // cross entropy: probabilities; else weighted second derivatives
+  const cpu::Paths* paths = nullptr;
+  T* room = nullptr;  // for twice as many numbers as paths
 };
 
 template <class T>
@@ -187,6 +190,9 @@ T row_losses(int64_t loss, T huber, const LossRows<T>& r) {
   switch (loss) {
     case cpu::kCrossEntropy: return cross_entropy_rows<T>(r);
     case cpu::kMse: return elementwise_rows<T, cpu::kMse>(r, huber);
+    case cpu::kMaximumEntropy:
+      return path_loss<T>(*r.paths, r.target, r.rows, r.logits, r.ld, r.weight, r.weight_scale, r.delta, r.curvature,
+                          r.room);
     case cpu::kHuber: return elementwise_rows<T, cpu::kHuber>(r, huber);
     default: return elementwise_rows<T, cpu::kBinaryCrossEntropy>(r, huber);
   }

@@ -103,6 +103,9 @@ class InnerProblem {
                           y.scalar_type() == torch::headeronly::ScalarType::Long,
                       op_, ": needs one int64 label per row");
       to.labels = {data<int64_t>(y), n};
+    } else if (loop->loss == kMaximumEntropy) {
+      to.target = operand(y);
+      to.paths = paths(y, n);
     } else {
       check_dims(op_, y, 3);
       STD_TORCH_CHECK(y.size(0) == tasks && y.size(1) == n && y.size(2) == outputs(), op_,
@@ -114,6 +117,16 @@ class InnerProblem {
     STD_TORCH_CHECK(gram_rows.size(0) == tasks && gram_rows.size(1) == n && gram_rows.size(2) == support, op_,
                     ": the inner products with the support rows are of the wrong size");
     to.gram = operand(gram_rows);
+  }
+
+  Paths paths(const Tensor& y, int64_t rows) const {
+    const bool visits = y.dim() == 4;
+    STD_TORCH_CHECK(visits || y.dim() == 3, op_, ": needs targets of 3 or 4 dimensions");
+    const Paths paths{y.size(y.dim() - 2), y.size(y.dim() - 1), visits};
+    STD_TORCH_CHECK(outputs() == 1 && paths.demonstrations > 0 && paths.members > 1 && y.size(0) == tasks && rows > 0 &&
+                        (visits ? y.size(1) == rows : rows % paths.count() == 0),
+                    op_, ": rows, outputs and trajectories do not fit together");
+    return paths;
   }
 
   int64_t outputs() const { return loop->widths[layers]; }

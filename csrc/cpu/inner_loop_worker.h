@@ -38,7 +38,7 @@ struct InnerWorker {
   bool support_padded, query_padded;
 
   T *start_state, *states, *checkpoints, *moments, *moment_checkpoints, *rows, *zeros, *spread, *support_x, *given;
-  T *query_x, *query_values, *query_delta[2];
+  T *query_x, *query_values, *query_delta[2], *path_room;
   T *element_rates;
   T *v, *r, *u, *sum, *d_element_rates, *element_sum, *moment;  // adjoints of a state and of a moment, and what adds up
   T *dot_value[cpu::kMostInnerLayers], *dot_z[cpu::kMostInnerLayers], *dot_delta[2], *d_support_x, *d_query_x;
@@ -65,7 +65,8 @@ struct InnerWorker {
     state_size = net.whole + coefficients;
     moment_size = net.size + coefficients;
     plan(step, support, curvature, true);
-    query_rows = divide_up(p.query.count, larger(1, divide_up(p.query.count, kQueryRows)));
+    const bool together = p.loss == cpu::kMaximumEntropy;  // whose rows are no good one by one
+    query_rows = together ? p.query.count : divide_up(p.query.count, larger(1, divide_up(p.query.count, kQueryRows)));
     plan(chunk, query_rows, false, false);
     const bool first_by_input = p.gram || net.layer[0].by_input;
     support_padded = !first_by_input && width[0] != p.widths[0];
@@ -110,7 +111,7 @@ struct InnerWorker {
       }
       s.delta[l] = deltas ? take(n * width[l + 1]) : 0;
     }
-    s.curvature = second ? take(n * width[layers]) : -1;
+    s.curvature = second ? take(larger(n * width[layers], p.support.paths.count())) : -1;
     s.size = size;
   }
 
@@ -129,6 +130,7 @@ struct InnerWorker {
     query_x = c.take<T>(query_padded ? query_rows * width[p.gram] : 0);
     query_values = c.take<T>(chunk.size);
     for (T*& buffer : query_delta) buffer = c.take<T>(query_rows * widest);
+    path_room = c.take<T>(2 * padded<T>(larger(p.support.paths.count(), p.query.paths.count())));
     element_rates = c.take<T>(p.elementwise ? net.size : 0);
     if (gradient) {
       v = c.take<T>(state_size);
@@ -251,6 +253,8 @@ struct InnerWorker {
     loss.labels = of_task<T>(p.support.labels, task);
     loss.target = of_task<T>(p.support.target, task);
     loss.weight = of_task<T>(p.support.weight, task);
+    loss.paths = &p.support.paths;
+    loss.room = path_room;
     loss.delta = last;
     loss.curvature = step.curvature >= 0 ? at + step.curvature : nullptr;
     row_losses<T>(p.loss, p.delta, loss);

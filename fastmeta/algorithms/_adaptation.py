@@ -207,7 +207,7 @@ def fused(model: nn.Module, inner: InnerLoop, rates: Rates, x: Tensor):
 def fused_options(spec: MLPSpec, inner: InnerLoop) -> dict:
     """Arguments that `adapt_mlp` and `meta_loss_mlp` share."""
     activation = spec.activations[0] if len(spec.activations) > 1 else "identity"
-    return {"steps": inner.steps, "loss": inner.loss.name, "activation": activation, "first_order": inner.first_order}
+    return {"steps": inner.steps, "loss": inner.loss.in_kernels, "activation": activation, "first_order": inner.first_order}
 
 
 def fused_meta_loss(spec: MLPSpec, model: nn.Module, inner: InnerLoop, lr, support_x, support_y, query_x, query_y):
@@ -215,7 +215,8 @@ def fused_meta_loss(spec: MLPSpec, model: nn.Module, inner: InnerLoop, lr, suppo
     slow = dict(model.named_parameters())
     inner.loss.check(_prediction_like(spec, slow, support_x), support_y, "support_y")
     inner.loss.check(_prediction_like(spec, slow, query_x), query_y, "query_y")
-    data = (rows(spec, support_x), support_y, rows(spec, query_x), query_y)
+    targets = (inner.loss.kernel_targets(y) for y in (support_y, query_y))
+    data = (rows(spec, support_x), next(targets), rows(spec, query_x), next(targets))
     return meta_loss_mlp(*data, *_layers(spec, slow), lr=lr, **fused_options(spec, inner))
 
 
@@ -225,7 +226,7 @@ def fused_adapt(
     """All weights `[T, ...]` by name after the fused inner loop from `weights`, per task or shared."""
     outputs = weights[spec.weights[-1]].shape[-2]
     inner.loss.check(x.new_zeros(()).expand(*x.shape[:2], outputs), y, "support_y")
-    fast = adapt_mlp(rows(spec, x), y, *_layers(spec, weights), lr=lr, **fused_options(spec, inner))
+    fast = adapt_mlp(rows(spec, x), inner.loss.kernel_targets(y), *_layers(spec, weights), lr=lr, **fused_options(spec, inner))
     fast_weights, fast_biases = fast.materialize()
     return dict(zip((*spec.weights, *(spec.biases if fast_biases else ())), (*fast_weights, *fast_biases), strict=True))
 

@@ -37,7 +37,7 @@ def outside_inference_mode(function: Callable) -> Callable:
 
     @wraps(function)
     def run(*args):
-        if not torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             return function(*args)
         with torch.inference_mode(False), torch.no_grad():
             return function(*pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, args))

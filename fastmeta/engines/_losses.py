@@ -18,11 +18,20 @@ from fastmeta import _checks
 from ._exact import gradients_per_task
 
 
-class CrossEntropy:
+class RowLoss:
+    """A loss that is a mean over rows."""
+
+    in_kernels: str | None = None  # its name in the fused inner loops
+
+    def kernel_targets(self, target: Tensor) -> Tensor:
+        return target
+
+
+class CrossEntropy(RowLoss):
     """Mean negative log-likelihood of softmax. Predictions `[T, B, C]`, labels int64 `[T, B]`."""
 
     name = "cross_entropy"
-    in_kernels = True  # those of the fused inner loops
+    in_kernels = name
     # torch's default ignores rows labelled -100, a label like any other out of range here: let it be refused
     one_task = staticmethod(partial(F.cross_entropy, ignore_index=-(2**62)))
 
@@ -47,11 +56,11 @@ class CrossEntropy:
         return torch.add(constant, torch.softmax(prediction, -1), alpha=1.0 / max(prediction.shape[1], 1))
 
 
-class MeanSquaredError:
+class MeanSquaredError(RowLoss):
     """Mean of squared differences. Predictions and targets `[T, B, O]`."""
 
     name = "mse"
-    in_kernels = True
+    in_kernels = name
     one_task = staticmethod(F.mse_loss)
 
     def check(self, prediction: Tensor, target: Tensor, name: str) -> None:
@@ -74,13 +83,19 @@ class MeanSquaredError:
 
 
 class CustomLoss:
-    """A callable `(prediction, target) -> scalar` for one task, batched over tasks by `torch.func.vmap`."""
+    """A callable `(prediction, target) -> scalar` for one task, batched over tasks by `torch.func.vmap`.
 
-    in_kernels = False
+    One that the fused inner loops know too has an attribute `in_kernels`, its name there, and a method `kernel_targets`
+    that turns all tasks' targets `[T, B, ...]` into theirs.
+    """
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]):
         self.one_task = function
         self.name = getattr(function, "__name__", type(function).__name__)
+        self.in_kernels: str | None = getattr(function, "in_kernels", None)
+
+    def kernel_targets(self, target: Tensor) -> Tensor:
+        return self.one_task.kernel_targets(target)
 
     def check(self, prediction: Tensor, target: Tensor, name: str) -> None:
         pass

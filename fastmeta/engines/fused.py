@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastmeta._backends import ACTIVATIONS, LOSSES, forced_backend, why_not
+from fastmeta._backends import ACTIVATIONS, forced_backend, why_not
+from fastmeta.functional import functional_mlp
 from fastmeta.inner_loops import adapt_mlp, first_layer_cost, meta_loss_mlp
 from fastmeta.ops.meta_loss_mlp import SPEC
 
@@ -18,7 +19,7 @@ _MOST_WEIGHTS = 256 * 1024
 
 
 class FusedEngine(LayerwiseEngine):
-    """Whole inner loops in one kernel: MLPs with one activation and `cross_entropy` or `mse`."""
+    """Whole inner loops in one kernel: MLPs with one activation, and a loss that the kernels know."""
 
     name = "fused"
 
@@ -27,7 +28,7 @@ class FusedEngine(LayerwiseEngine):
         if reason is not None:
             return reason
         spec = mlp_spec(model)
-        if not inner.loss.in_kernels or inner.loss.name not in LOSSES:
+        if inner.loss.in_kernels is None:
             return f"the kernels have no loss {inner.loss.name!r}"
         if spec.activations[-1] != "identity":
             return f"its last layer is followed by {spec.activations[-1]}"
@@ -42,6 +43,7 @@ class FusedEngine(LayerwiseEngine):
     def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
         backend = forced_backend() or ("cuda" if support_x.is_cuda else "cpp")
         args = [support_x if kind == "Tensor" else None for kind in SPEC.argument_types]
+        args[SPEC.argument_names.index("loss")] = inner.loss.in_kernels
         reason = why_not(backend, SPEC, tuple(args))
         if reason is not None or backend == "reference":
             return f"no kernel for it here ({reason or 'the reference was asked for'})"
@@ -58,22 +60,27 @@ class FusedEngine(LayerwiseEngine):
 
     def adapt(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
         spec, slow = mlp_spec(model), parameters_of(model)
-        inner.loss.check(_prediction_like(spec, slow, support_x), support_y, "support_y")
-        fast = adapt_mlp(rows(spec, support_x), support_y, *_layers(spec, slow), **_options(spec, slow, inner))
+        fast = self._adapted(spec, slow, inner, support_x, support_y)
         weights, biases = fast.materialize()
         names = [*spec.weights, *(spec.biases if biases else ())]
         adapted = zip(names, (*weights, *biases), strict=True)
         return slow | {name: w for name, w in adapted if slow[name].requires_grad}
 
+    def _adapted(self, spec: MLPSpec, slow: Parameters, inner: InnerLoop, support_x: Tensor, support_y: Tensor):
+        inner.loss.check(_prediction_like(spec, slow, support_x), support_y, "support_y")
+        options = _options(spec, slow, inner)
+        return adapt_mlp(rows(spec, support_x), inner.loss.kernel_targets(support_y), *_layers(spec, slow), **options)
+
     def query(
         self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
     ) -> Tensor:
         spec, slow = mlp_spec(model), parameters_of(model)
-        prediction = _prediction_like(spec, slow, query_x)
-        if inner.loss.name == "cross_entropy":
-            query_y = support_y.new_zeros(prediction.shape[:2])
-        else:
-            query_y = prediction
+        query_y = _prediction_like(spec, slow, query_x)
+        if inner.loss.in_kernels == "maximum_entropy":  # there may be no trajectories in the query rows
+            fast = self._adapted(spec, slow, inner, support_x, support_y)
+            return functional_mlp(rows(spec, query_x), fast)
+        if inner.loss.in_kernels == "cross_entropy":
+            query_y = support_y.new_zeros(query_y.shape[:2])
         return self.meta_loss(model, inner, support_x, support_y, query_x, query_y)[1]
 
     def meta_loss(
@@ -85,9 +92,9 @@ class FusedEngine(LayerwiseEngine):
         inner.loss.check(_prediction_like(spec, slow, query_x), query_y, "query_y")
         return meta_loss_mlp(
             rows(spec, support_x),
-            support_y,
+            inner.loss.kernel_targets(support_y),
             rows(spec, query_x),
-            query_y,
+            inner.loss.kernel_targets(query_y),
             *_layers(spec, slow),
             **_options(spec, slow, inner),
         )
@@ -99,7 +106,7 @@ def _options(spec: MLPSpec, slow: Parameters, inner: InnerLoop) -> dict:
     return {
         "lr": _rates(spec, slow, inner.lr),
         "steps": inner.steps,
-        "loss": inner.loss.name,
+        "loss": inner.loss.in_kernels,
         "activation": hidden,
         "first_order": inner.first_order,
     }

@@ -31,6 +31,8 @@ class MaxEntLoss:
     own states and then those of its samples (`rows`). A target is its trajectory's `log q / H`, 0 for demonstrations.
     """
 
+    in_kernels = "maximum_entropy"
+
     def __init__(self, samples: int, horizon: int):
         for name, value in (("samples", samples), ("horizon", horizon)):
             if not isinstance(value, int) or value < 1:
@@ -39,6 +41,10 @@ class MaxEntLoss:
 
     def __call__(self, rewards: Tensor, targets: Tensor) -> Tensor:
         return _loss((rewards - targets).reshape(-1, 1 + self.samples, self.horizon).sum(2))
+
+    def kernel_targets(self, targets: Tensor) -> Tensor:
+        """All tasks' targets `[T, S, 1]` as the fused inner loops take them, `[T, d, 1 + M]`."""
+        return targets.reshape(targets.shape[0], -1, 1 + self.samples, self.horizon).sum(3)
 
     def __repr__(self) -> str:
         return f"MaxEntLoss(samples={self.samples}, horizon={self.horizon})"
@@ -51,6 +57,8 @@ class TabularMaxEntLoss:
     its samples, and in a last row, whose reward means nothing, their `log q` (`visits`).
     """
 
+    in_kernels = "maximum_entropy"
+
     def __init__(self, samples: int):
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples must be an int of at least 1, got {samples!r}")
@@ -59,6 +67,10 @@ class TabularMaxEntLoss:
     def __call__(self, rewards: Tensor, targets: Tensor) -> Tensor:
         returns = (rewards[:-1] * targets[:-1]).sum(0) - targets[-1]
         return _loss(returns.reshape(-1, 1 + self.samples))
+
+    def kernel_targets(self, targets: Tensor) -> Tensor:
+        """All tasks' targets `[T, S + 1, d (1 + M)]` as the fused inner loops take them, `[T, S + 1, d, 1 + M]`."""
+        return targets.unflatten(2, (-1, 1 + self.samples))
 
     def __repr__(self) -> str:
         return f"TabularMaxEntLoss(samples={self.samples})"

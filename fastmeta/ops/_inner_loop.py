@@ -9,6 +9,7 @@ its pre-activations `Z - (X X_s^T) C`: exact, and of the size of the rows instea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -32,6 +33,29 @@ def row_losses(name: str, prediction: Tensor, target: Tensor, delta: float) -> T
     difference = prediction - target
     size = difference.abs()
     return torch.where(size <= delta, 0.5 * difference.square(), delta * (size - 0.5 * delta)).mean(-1)
+
+
+def task_losses(name: str, prediction: Tensor, target: Tensor, weight: Tensor, delta: float) -> Tensor:
+    """Loss of each task `[T]`: of rows the weighted sum, or one that couples them."""
+    if name == "maximum_entropy":
+        return maximum_entropy(prediction.squeeze(-1) * weight, target)
+    return (row_losses(name, prediction, target, delta) * weight).sum(-1)
+
+
+def maximum_entropy(rewards: Tensor, target: Tensor) -> Tensor:
+    """Negative log-likelihood `[T]` of demonstrated trajectories under `p(tau) = q0(tau) exp(return) / Z` (Ziebart et
+    al. 2008, equation 4), `Z` estimated from samples of a proposal (Finn, Levine and Abbeel 2016, equation 2).
+
+    `rewards` `[T, S]`; `target` `[T, S, d, 1 + M]` or `[T, d, 1 + M]`, each demonstration before its samples, as
+    `fastmeta.functional.adapt_mlp` has it.
+    """
+    demonstrations, members = target.shape[-2:]
+    if target.dim() == 4:
+        returns = torch.einsum("ts,tsdm->tdm", rewards[:, :-1], target[:, :-1]) - target[:, -1]
+    else:
+        horizon = rewards.shape[1] // (demonstrations * members)
+        returns = rewards.reshape(-1, demonstrations, members, horizon).sum(-1) - target
+    return (returns[..., 1:].logsumexp(-1) - math.log(members - 1) - returns[..., 0]).mean(-1)
 
 
 def forward(
@@ -102,7 +126,7 @@ def adapt(
         # the gradient with respect to `first`, added to the pre-activations, is the rows' part of the first layer's
         x = support_x + first if given else support_x
         prediction = forward(x, weights, biases, activation, given=given, norm=norm)
-        return (row_losses(loss, prediction, support_y, delta) * support_weight).sum()
+        return task_losses(loss, prediction, support_y, support_weight, delta).sum()
 
     moments = None
     for step in range(steps):
@@ -156,7 +180,7 @@ def meta_loss(
     given = bool(len(weights) < rates.shape[2])
     x = query_x - gram_query @ coefficients if given else query_x
     logits = forward(x, fast_weights, fast_biases, activation, given=given, norm=norm)
-    return (row_losses(loss, logits, query_y, delta) * query_weight).sum(-1), logits
+    return task_losses(loss, logits, query_y, query_weight, delta), logits
 
 
 def check_labels(name: str, loss: str, labels: Tensor, last_weights: list[Tensor], given: Tensor) -> None:
@@ -200,6 +224,8 @@ def arguments(make: Make, tasks, rows, queries, widths, form, *, loss="mse", act
     """Arguments of `meta_loss_mlp` at op level."""
 
     def targets(n):
+        if loss == "maximum_entropy":  # trajectories of two states each, or visits of n states
+            return make.normal(tasks, 1, n // 2) if n % 2 == 0 else make.uniform(0, 2, tasks, n, 2, 3)
         if loss == "cross_entropy":
             return make.labels(widths[-1], tasks, n)
         if loss == "binary_cross_entropy":
@@ -207,6 +233,8 @@ def arguments(make: Make, tasks, rows, queries, widths, form, *, loss="mse", act
         return make.normal(tasks, n, widths[-1])
 
     lead = tasks if per_task else 1
+    if loss == "maximum_entropy":
+        widths = (*widths[:-1], 1)
     pairs = list(zip(widths[:-1], widths[1:], strict=True))
     support_x, query_x = make.normal(tasks, rows, widths[0]), make.normal(tasks, queries, widths[0])
     weights = [make.normal(lead, o, i, scale=max(i, 1) ** -0.5) for i, o in pairs]
