@@ -126,9 +126,6 @@ _NATIVE_DTYPES = {
 
 
 def _native_why_not(spec: OpSpec, args: Args) -> str | None:
-    loss = dict(zip(spec.argument_names, args, strict=True)).get("loss")
-    if loss == "maximum_entropy" and next(_tensors(args)).is_cuda:
-        return "the inner loops on CUDA know losses of single rows, and maximum_entropy couples them"
     return _native_dtype_why_not(spec, next(_tensors(args)).device.type, _dtype(args))
 
 

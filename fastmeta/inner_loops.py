@@ -256,8 +256,9 @@ class _Loop:
             fits = x.shape[1] >= 1 and x.shape[1] % (y.shape[1] * y.shape[2]) == 0
         if not fits:
             raise ValueError(
-                f"{name} must have shape [T, d, 1 + M] or [T, {rows}, d, 1 + M] for maximum_entropy, d and M at least 1, "
-                f"with as many rows for each of the d (1 + M) trajectories; got {list(y.shape)} for {x.shape[1]} rows"
+                f"{name} must have shape [T, d, 1 + M] or [T, {rows}, d, 1 + M] for maximum_entropy, d and M at least "
+                f"1, with as many rows for each of the d (1 + M) trajectories; got {list(y.shape)} for {x.shape[1]} "
+                "rows"
             )
 
     def _rates(self, lr) -> tuple[Tensor, list[Tensor]]:

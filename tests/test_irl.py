@@ -150,8 +150,9 @@ def test_rewards_adapt_in_the_fused_inner_loops(name):
         learner = MAML(network, loss=tasks.loss, inner_steps=3, inner_lr=0.05, engine=engine)
         output = learner(batch)
         state = learner.adapt(*batch[:2])
-        found[engine] = [output.task_loss, output.logits, learner.predict(state, batch.query_x), *state.stacked().values(),
-                         *torch.autograd.grad(output.loss, list(network.parameters()))]  # fmt: skip
+        gradients = torch.autograd.grad(output.loss, list(network.parameters()))
+        predicted = learner.predict(state, batch.query_x)
+        found[engine] = [output.task_loss, output.logits, predicted, *state.stacked().values(), *gradients]
     for fused, vmapped in zip(*found.values(), strict=True):
         torch.testing.assert_close(fused, vmapped, rtol=1e-9, atol=1e-9)
     if DEVICE == "cpu" and _backends.why_missing("cpp", DEVICE) is None:

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "inner_loop_layout.h"
+#include "inner_loop_paths.h"
 #include "inner_loop_rows.h"
 
 namespace fastmeta::cuda {
@@ -152,12 +153,18 @@ struct InnerBlock {
     }
   }
 
+  __device__ __forceinline__ Trajectories<A> trajectories(const InnerRows& rows) const {
+    return {team, rows, task, memory + p.path_room};
+  }
+
   // Losses of rows from the logits at `p.layer[last].delta`; with `gradient` the logits' gradients take their place.
   // Returns this thread's part of the sum.
   __device__ __forceinline__ A losses(const InnerRows& rows, int begin, int count, bool query, bool gradient, A scale,
                                       A* curve, const A* extra) const {
     const InnerLayer& a = p.layer[p.layers - 1];
     const InnerPlaces& to = query ? a.query : a.support;
+    if (p.loss == Loss::maximum_entropy)
+      return trajectories(rows).loss(memory + to.delta, to.ld_delta, whole(a.out), gradient, scale, curve, extra);
     const int64_t start = int64_t(task) * rows.rows + begin;
     A total = 0;
     for (int r = team.id; r < count; r += team.threads) {

@@ -96,6 +96,16 @@ class InnerProblem {
     if (loop.loss == Loss::cross_entropy) {
       to.labels = labels_of(op_, x, y, loop.tasks);
       STD_TORCH_CHECK(y.size(1) == n, op_, ": needs one label per row");
+    } else if (loop.loss == Loss::maximum_entropy) {
+      const bool visits = y.dim() == 4;
+      check(y, visits ? 4 : 3);
+      const int64_t demonstrations = y.size(y.dim() - 2), members = y.size(y.dim() - 1);
+      to.paths = {small(demonstrations), small(members), small(demonstrations * members), visits};
+      STD_TORCH_CHECK(outputs() == 1 && to.paths.demonstrations > 0 && to.paths.members > 1 &&
+                          y.size(0) == loop.tasks && n > 0 &&
+                          (visits ? y.size(1) == n : n % to.paths.count == 0),
+                      op_, ": rows, outputs and trajectories do not fit together");
+      to.target = y.const_data_ptr();
     } else {
       check(y, 3);
       STD_TORCH_CHECK(y.size(0) == loop.tasks && y.size(1) == n && y.size(2) == outputs(), op_,

@@ -66,7 +66,8 @@ inline void record(InnerLoop& p, bool second, Carver& c) {
     s.ld_delta = whole(a.out);
     s.delta = c.take(rows, s.ld_delta);
   }
-  p.curve = second ? c.take(rows, whole(p.layer[p.layers - 1].out)) : 0;
+  const int64_t logits = rows * whole(p.layer[p.layers - 1].out), paths = p.support.paths.count;
+  p.curve = second ? c.take(1, logits > paths ? logits : paths) : 0;
   p.record_size = int(c.used) - p.record;
 }
 
@@ -127,6 +128,8 @@ inline Sizes place(InnerLoop& p, bool backward, bool has_query, int chunk) {
   p.ldx = p.first ? whole(p.support.rows) : p.layer[0].ld_in;
   p.layer[0].ld_in = p.ldx;
   p.x = c.take(p.support.rows, p.ldx);
+  const int paths = p.support.paths.count, query_paths = p.query.paths.count;
+  p.path_room = c.take(2, whole(paths > query_paths ? paths : query_paths));
   // What is not needed at the same time shares its place: a step's rows outlive the query rows only going backward.
   Carver steps = c;
   record(p, p.curvature, steps);
@@ -164,11 +167,12 @@ inline int threads_for(const InnerLoop& p) {
 inline int64_t lay_out(InnerLoop& p, bool backward, bool has_query, int64_t element, int64_t limit, bool& on_chip) {
   constexpr int kManyRows = 128;
   p.threads = inner_layout::threads_for(p);
-  const int rows = has_query ? p.query.rows : 0, most = divide_up(rows > 0 ? rows : 1, kManyRows);
+  const bool together = p.loss == Loss::maximum_entropy;  // whose rows are no good one by one
+  const int rows = has_query ? p.query.rows : 0, most = together ? 1 : divide_up(rows > 0 ? rows : 1, kManyRows);
   const auto fits = [&](bool states, int64_t bytes, int fewest) {
     for (int parts = most;; ++parts) {
       const int chunk = divide_up(rows, parts);
-      if (parts > most && chunk < fewest) return false;
+      if (parts > most && (together || chunk < fewest)) return false;
       const inner_layout::Sizes sizes = inner_layout::place(p, backward, has_query, chunk);
       if ((sizes.rows + (states ? sizes.states : 0)) * element <= bytes) return true;
     }

@@ -110,7 +110,10 @@ struct InnerSweep : InnerQuery<A> {
       __syncthreads();
     }
     const InnerLayer& last = p.layer[p.layers - 1];
-    for (int r = team.id; r < rows; r += team.threads) {
+    if (p.loss == Loss::maximum_entropy)
+      this->trajectories(p.support).times_curvature(memory + p.curve, memory + last.dot_delta, last.support.ld_delta,
+                                                    whole(last.out));
+    for (int r = team.id; r < rows && p.loss != Loss::maximum_entropy; r += team.threads) {
       const int i = r * last.support.ld_delta;
       times_curvature(p.loss, last.out, of_task(p.support.weight, rows)[r], memory + p.curve + i,
                       memory + last.dot_delta + i);

@@ -207,7 +207,8 @@ def fused(model: nn.Module, inner: InnerLoop, rates: Rates, x: Tensor):
 def fused_options(spec: MLPSpec, inner: InnerLoop) -> dict:
     """Arguments that `adapt_mlp` and `meta_loss_mlp` share."""
     activation = spec.activations[0] if len(spec.activations) > 1 else "identity"
-    return {"steps": inner.steps, "loss": inner.loss.in_kernels, "activation": activation, "first_order": inner.first_order}
+    loss = inner.loss.in_kernels
+    return {"steps": inner.steps, "loss": loss, "activation": activation, "first_order": inner.first_order}
 
 
 def fused_meta_loss(spec: MLPSpec, model: nn.Module, inner: InnerLoop, lr, support_x, support_y, query_x, query_y):
@@ -226,7 +227,8 @@ def fused_adapt(
     """All weights `[T, ...]` by name after the fused inner loop from `weights`, per task or shared."""
     outputs = weights[spec.weights[-1]].shape[-2]
     inner.loss.check(x.new_zeros(()).expand(*x.shape[:2], outputs), y, "support_y")
-    fast = adapt_mlp(rows(spec, x), inner.loss.kernel_targets(y), *_layers(spec, weights), lr=lr, **fused_options(spec, inner))
+    options = {"lr": lr, **fused_options(spec, inner)}
+    fast = adapt_mlp(rows(spec, x), inner.loss.kernel_targets(y), *_layers(spec, weights), **options)
     fast_weights, fast_biases = fast.materialize()
     return dict(zip((*spec.weights, *(spec.biases if fast_biases else ())), (*fast_weights, *fast_biases), strict=True))
 

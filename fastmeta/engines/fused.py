@@ -43,7 +43,6 @@ class FusedEngine(LayerwiseEngine):
     def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
         backend = forced_backend() or ("cuda" if support_x.is_cuda else "cpp")
         args = [support_x if kind == "Tensor" else None for kind in SPEC.argument_types]
-        args[SPEC.argument_names.index("loss")] = inner.loss.in_kernels
         reason = why_not(backend, SPEC, tuple(args))
         if reason is not None or backend == "reference":
             return f"no kernel for it here ({reason or 'the reference was asked for'})"

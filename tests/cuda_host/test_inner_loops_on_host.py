@@ -16,7 +16,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 import build  # noqa: E402
 
-LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "huber")
+LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "huber", "maximum_entropy")
 ACTIVATIONS = (lambda z: z, torch.relu, torch.tanh, torch.sigmoid, F.silu, F.gelu, torch.sin)
 TOLERANCE = {torch.float32: 5e-4, torch.float64: 1e-10}
 DELTA = 0.7
@@ -55,6 +55,17 @@ def row_losses(loss, p, y):
     return F.huber_loss(p, y, reduction="none", delta=DELTA).mean(-1)
 
 
+def task_losses(loss, p, y, weight):
+    if loss < 4:
+        return (row_losses(loss, p, y) * weight).sum(1)
+    rewards, (demonstrations, members) = p[..., 0] * weight, y.shape[-2:]
+    if y.dim() == 4:
+        returns = (rewards[:, :-1, None, None] * y[:, :-1]).sum(1) - y[:, -1]
+    else:
+        returns = rewards.reshape(len(p), demonstrations, members, -1).sum(3) - y
+    return (returns[..., 1:].exp().mean(2).log() - returns[..., 0]).mean(1)
+
+
 def net(h, weights, biases, activation, given):
     """`h` is the first layer's input, or (given) its pre-activations."""
     for i, w in enumerate(weights):
@@ -78,7 +89,7 @@ def adapted(a):
         leaves = [t.detach().requires_grad_() if a["first_order"] else t for t in (*state[:-1], first)]
         leaves = [t if t.requires_grad else t.requires_grad_() for t in leaves]
         prediction = net(leaves[-1], leaves[:kinds], leaves[kinds:-1], a["activation"], gram)
-        value = (row_losses(a["loss"], prediction, a["support_y"]) * a["support_weight"]).sum()
+        value = task_losses(a["loss"], prediction, a["support_y"], a["support_weight"]).sum()
         gradients = torch.autograd.grad(value, leaves, create_graph=not a["first_order"], allow_unused=True)
         for i, g in enumerate(gradients):
             last = i + 1 == len(gradients)
@@ -97,7 +108,7 @@ def meta_loss(a):
     gram = len(weights) < a["rates"].size(2)
     first = a["query_x"] - (a["gram_query"] @ coefficients if gram else 0)
     logits = net(first, weights, biases, a["activation"], gram)
-    return (row_losses(a["loss"], logits, a["query_y"]) * a["query_weight"]).sum(1), logits
+    return task_losses(a["loss"], logits, a["query_y"], a["query_weight"]), logits
 
 
 # inputs -------------------------------------------------------------------------------------------------------------
@@ -119,9 +130,13 @@ def problem(dtype=torch.float64, *, tasks=4, support=5, query=6, widths=(3, 9, 6
     def targets(rows):
         if loss == 0:
             return torch.randint(widths[-1], (tasks, rows))
+        if loss == 4:
+            return rand(tasks, 1, rows // 2) if rows % 2 == 0 else rand(tasks, rows, 3, 4).abs()
         y = rand(tasks, rows, widths[-1])
         return y.sigmoid() if loss == 2 else y
 
+    if loss == 4:
+        widths = (*widths[:-1], 1)
     pairs = list(zip(widths, widths[1:], strict=False))[gram:]
     lead = [tasks if i in per_task else 1 for i in range(2 * len(widths))]
     weights = [rand(lead[i], o, n) / max(n, 1) ** 0.5 for i, (n, o) in enumerate(pairs)]
@@ -284,7 +299,7 @@ def test_weights_too_large_for_shared_memory(ops, monkeypatch, kind):
 
 
 @pytest.mark.parametrize("gram", (False, True))
-@pytest.mark.parametrize("loss", range(4))
+@pytest.mark.parametrize("loss", range(len(LOSSES)))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_losses(ops, loss, gram, dtype):
     check(ops, problem(dtype, loss=loss, gram=gram, activation=1, steps=3))
@@ -308,6 +323,17 @@ def test_query_rows_in_parts(ops, monkeypatch, gram):
     monkeypatch.setenv("FASTMETA_HOST_SHARED", "17000")
     for activation in (1, 4):
         check(ops, problem(tasks=2, query=70, widths=(3, 8, 6, 2), gram=gram, activation=activation), run=once)
+
+
+@pytest.mark.parametrize("shared", ("0", "17000", "163840"))
+@pytest.mark.parametrize("support, query", ((140, 7), (7, 140)))
+def test_rows_that_belong_together(ops, monkeypatch, shared, support, query):
+    """More query rows than are taken at once when each stands for itself."""
+    monkeypatch.setenv("FASTMETA_HOST_SHARED", shared)
+    for kind in ({}, {"gram": True, "momentum": 0.5}):
+        a = problem(tasks=3, support=support, query=query, widths=(3, 6, 5, 1), loss=4, **kind)
+        a["support_weight"] = torch.rand_like(a["support_weight"]) / 10
+        check(ops, a, run=once)
 
 
 def test_a_failed_task_leaves_the_others_alone(ops):

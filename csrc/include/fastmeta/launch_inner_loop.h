@@ -6,8 +6,8 @@
 namespace fastmeta::cuda {
 
 // The numbers are those that Python hands over: never reorder.
-enum class Loss : int { cross_entropy, mse, binary_cross_entropy, huber };
-constexpr int kLossCount = 4;
+enum class Loss : int { cross_entropy, mse, binary_cross_entropy, huber, maximum_entropy };
+constexpr int kLossCount = 5;
 
 constexpr int kInnerLayers = 16;  // as many as a kernel's arguments have room for
 
@@ -20,6 +20,14 @@ struct InnerOutput {
   int64_t task;  // 0: the sum over all tasks
 };
 
+// Of the loss that couples a task's rows: demonstrations, each with its samples. `visits`: targets [rows,
+// demonstrations, members] say how often a trajectory was in a row's state, the last row its log q; else a target is a
+// trajectory's log q and the rows are the trajectories' states in order.
+struct InnerPaths {
+  int demonstrations, members, count;  // count: of trajectories
+  bool visits;
+};
+
 struct InnerRows {
   const void* x;  // [tasks, rows, inputs]; Gram form: pre-activations of the first layer
   const void* gram;
@@ -27,6 +35,7 @@ struct InnerRows {
   const int64_t* labels;  // of the cross entropy
   const void* weight;
   int rows;
+  InnerPaths paths;
 };
 
 // Where rows at one layer's output lie, in elements from the start of the block's rows.
@@ -75,7 +84,7 @@ struct InnerLoop {
   int sweeps, curvature, wants_rates, keeps_moments;
   int state, first_state;  // elements of all weights; where in them the first layer's coefficients start
   int weights, adjoint, direction, moment_adjoint, moment;  // from the start of the block's states
-  int x, ldx, query_x, ld_query_x, record, record_size, curve, sums;
+  int x, ldx, query_x, ld_query_x, record, record_size, curve, sums, path_room;
   int64_t kept_states, kept_records, kept_moments, kept;  // in the block's scratch
   int64_t block_scratch, partials;                        // elements of each block
   void* scratch;
