@@ -67,7 +67,7 @@ def inspected(model: nn.Module):
     if torch.compiler.is_compiling():  # there it is a constant
         yield
         return
-    _current.append((model, mlp_spec(model), dict(model.named_parameters())))
+    _current.append((model, *_look(model)))
     try:
         yield
     finally:
@@ -81,24 +81,14 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters())
 
 
-_seen: WeakKeyDictionary[nn.Module, tuple[tuple, MLPSpec | str]] = WeakKeyDictionary()
+_seen: WeakKeyDictionary[nn.Module, tuple[list, MLPSpec | str]] = WeakKeyDictionary()
 
 
 def mlp_spec(model: nn.Module) -> MLPSpec | str:
     """The module's `MLPSpec`, or a sentence that says why it has none. Remembered until its layers change."""
     if _current and _current[-1][0] is model:
         return _current[-1][1]
-    layers = tuple((name, id(layer), layer.training) for name, layer in model.named_modules())
-    known = _seen.get(model)
-    if known is None or known[0] != layers:
-        known = (layers, _inspect(model))
-        _seen[model] = known
-    # Hooks and ties come and go without a new layer, so they are looked at every time.
-    if not isinstance(known[1], str):
-        reason = _hooks_or_ties(model, known[1])
-        if reason:
-            return reason
-    return known[1]
+    return _look(model)[0]
 
 
 # torch.compile takes the answer for a constant: the layers of a model that is compiled already must not be replaced.
@@ -106,15 +96,31 @@ def mlp_spec(model: nn.Module) -> MLPSpec | str:
 mlp_spec._dynamo_marked_constant = True
 
 
-def _hooks_or_ties(model: nn.Module, spec: MLPSpec) -> str | None:
+def _look(model: nn.Module) -> tuple[MLPSpec | str, dict[str, nn.Parameter]]:
+    """What the module is, and `dict(model.named_parameters())`, in one walk through its layers: for few small tasks
+    walks take as long as the kernel."""
+    layers, named, hooked, seen = [], {}, None, set()
     for name, layer in model.named_modules():
+        layers.append((name, id(layer), layer.training))
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-            return f"layer {name or 'model'!r} has hooks, which explicit formulas would skip"
-    named = dict(model.named_parameters())
-    missing = [name for name in (*spec.weights, *spec.biases) if name is not None and name not in named]
-    if missing:
-        return f"parameter {missing[0]!r} is shared with another layer"
-    return None
+            hooked = hooked or name or "model"
+        prefix = f"{name}." if name else ""
+        for key, parameter in layer._parameters.items():
+            if parameter is not None and parameter not in seen:
+                seen.add(parameter)
+                named[prefix + key] = parameter
+    known = _seen.get(model)
+    if known is None or known[0] != layers:
+        known = (layers, _inspect(model))
+        _seen[model] = known
+    spec = known[1]
+    # Hooks and ties come and go without a new layer, so they are looked at every time.
+    if not isinstance(spec, str) and hooked is not None:
+        spec = f"layer {hooked!r} has hooks, which explicit formulas would skip"
+    elif not isinstance(spec, str):
+        missing = [name for name in (*spec.weights, *spec.biases) if name is not None and name not in named]
+        spec = f"parameter {missing[0]!r} is shared with another layer" if missing else spec
+    return spec, named
 
 
 def _inspect(model: nn.Module) -> MLPSpec | str:
