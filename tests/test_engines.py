@@ -15,7 +15,12 @@ from fastmeta.algorithms import MAML
 from fastmeta.engines.inspect import MLPSpec, mlp_spec
 from fastmeta.nn import conv4, mlp
 
-LOSSES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+LOSSES = {
+    "cross_entropy": F.cross_entropy,
+    "mse": F.mse_loss,
+    "binary_cross_entropy": F.binary_cross_entropy_with_logits,
+    "huber": F.huber_loss,
+}
 ENGINES = ["fused", "lowrank", "layerwise", "vmap"]
 
 
@@ -24,7 +29,9 @@ def make_batch(loss, *, tasks=3, support=4, query=5, shape=(6,), outputs=3, dtyp
 
     def pair(rows):
         x = torch.randn(tasks, rows, *shape, generator=generator, dtype=dtype)
-        if loss == "mse":
+        if loss == "binary_cross_entropy":
+            return x, torch.rand(tasks, rows, outputs, generator=generator, dtype=dtype)
+        if loss != "cross_entropy":
             return x, torch.randn(tasks, rows, outputs, generator=generator, dtype=dtype)
         return x, torch.randint(0, outputs, (tasks, rows), generator=generator)
 

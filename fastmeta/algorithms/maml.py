@@ -69,8 +69,8 @@ class MAML(nn.Module):
         inner_lr: step size in the inner loop, 0.01 by default.
         inner_steps: `K >= 0`; 0 is ordinary training on the query sets. May be set anew between calls.
         first_order: drop the second derivatives.
-        loss: `"cross_entropy"` (labels int64 `[T, B]`), `"mse"` (targets `[T, B, O]`), or a callable
-            `(prediction, target) -> scalar` for one task.
+        loss: `"cross_entropy"` (labels int64 `[T, B]`); `"mse"`, `"binary_cross_entropy"` (of logits) or `"huber"`
+            (square below 1), with targets `[T, B, O]`; or a callable `(prediction, target) -> scalar` for one task.
         engine: `"auto"`, or one by name (`explain` lists them). An engine asked for by name that cannot serve
             the model raises ValueError.
         task_chunk: at most this many tasks at a time, to bound memory; None for all at once. The gradient is

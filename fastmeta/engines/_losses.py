@@ -1,7 +1,7 @@
 """The losses an engine knows: per-task values, and the gradient at the prediction, itself differentiable.
 
-`cross_entropy` and `mse` are means over the rows (and columns) of one task, as in `torch.nn.functional`; their
-gradients are formulas.
+Those that have a name are means over the rows (and columns) of one task, as in `torch.nn.functional`; their gradients
+are formulas.
 """
 
 from __future__ import annotations
@@ -56,30 +56,63 @@ class CrossEntropy(RowLoss):
         return torch.add(constant, torch.softmax(prediction, -1), alpha=1.0 / max(prediction.shape[1], 1))
 
 
-class MeanSquaredError(RowLoss):
-    """Mean of squared differences. Predictions and targets `[T, B, O]`."""
+class ElementwiseLoss(RowLoss):
+    """Mean over the numbers of one task. Predictions and targets `[T, B, O]`."""
 
-    name = "mse"
-    in_kernels = name
-    one_task = staticmethod(F.mse_loss)
+    name: str
+    one_task: Callable[[Tensor, Tensor], Tensor]
+    factor = 1.0
 
     def check(self, prediction: Tensor, target: Tensor, name: str) -> None:
-        # F.mse_loss broadcasts [B] against [B, 1] to [B, B] with a mere warning: refused here.
+        # torch broadcasts [B] against [B, 1] to [B, B] with a mere warning, or none: refused here.
         if target.shape != prediction.shape or not target.is_floating_point():
             raise ValueError(
-                f"{name}: mse takes floating-point targets of the prediction's shape {tuple(prediction.shape)}, "
+                f"{name}: {self.name} takes floating-point targets of the prediction's shape {tuple(prediction.shape)}, "
                 f"got {target.dtype} of shape {tuple(target.shape)}"
             )
 
     def per_task(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return (prediction - target).square().flatten(1).mean(1)
+        return self.one_task(prediction, target, reduction="none").flatten(1).mean(1)
 
     def constant(self, target: Tensor, prediction: Tensor) -> Tensor:
         return target
 
     def gradient(self, prediction: Tensor, constant: Tensor) -> Tensor:
         per_task = prediction[0].numel() if prediction.shape[0] else 1
-        return (prediction - constant) * (2.0 / max(per_task, 1))
+        return self.slope(prediction, constant) * (self.factor / max(per_task, 1))
+
+    def slope(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """The derivative of each number's loss over `factor`."""
+        raise NotImplementedError
+
+
+class MeanSquaredError(ElementwiseLoss):
+    name = in_kernels = "mse"
+    one_task = staticmethod(F.mse_loss)
+    factor = 2.0
+
+    def slope(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return prediction - target
+
+
+class BinaryCrossEntropy(ElementwiseLoss):
+    """Of logits, with targets from 0 to 1."""
+
+    name = in_kernels = "binary_cross_entropy"
+    one_task = staticmethod(F.binary_cross_entropy_with_logits)
+
+    def slope(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return torch.sigmoid(prediction) - target
+
+
+class Huber(ElementwiseLoss):
+    """Square below 1, linear above."""
+
+    name = in_kernels = "huber"
+    one_task = staticmethod(F.huber_loss)
+
+    def slope(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return (prediction - target).clamp(-1.0, 1.0)
 
 
 class CustomLoss:
@@ -110,15 +143,14 @@ class CustomLoss:
         return gradients_per_task(self.one_task, second_order=torch.is_grad_enabled())(prediction, constant)
 
 
-Loss = CrossEntropy | MeanSquaredError | CustomLoss
+Loss = CrossEntropy | ElementwiseLoss | CustomLoss
+_NAMED = {loss.name: loss for loss in (CrossEntropy, MeanSquaredError, BinaryCrossEntropy, Huber)}
 
 
 def as_loss(loss: str | Callable[[Tensor, Tensor], Tensor]) -> Loss:
-    """`"cross_entropy"`, `"mse"` or a callable, as a loss object; anything else raises ValueError."""
-    if loss == "cross_entropy":
-        return CrossEntropy()
-    if loss == "mse":
-        return MeanSquaredError()
+    """A loss object of that name or for that callable; anything else raises ValueError."""
+    if isinstance(loss, str) and loss in _NAMED:
+        return _NAMED[loss]()
     if callable(loss):
         return CustomLoss(loss)
-    raise ValueError(f"loss must be 'cross_entropy', 'mse' or a callable(prediction, target), got {loss!r}")
+    raise ValueError(f"loss must be one of {', '.join(_NAMED)}, or a callable(prediction, target), got {loss!r}")
