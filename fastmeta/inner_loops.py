@@ -23,6 +23,7 @@ from fastmeta.ops import meta_loss_mlp as _meta_loss_mlp
 
 FORMS = ("auto", "lowrank", "onchip")
 NORMS = (None, "layer", "batch")
+_HALF = (torch.float16, torch.bfloat16)
 _NORM_EPSILON = 1e-5
 
 
@@ -71,7 +72,7 @@ def adapt_mlp(
     """Fast weights of every task after `steps` steps of gradient descent (Finn et al. 2017, algorithm 1).
 
     Args:
-        support_x: `[T, S, I]`, floating.
+        support_x: `[T, S, I]`, floating. In float16 and bfloat16 all is computed in float32.
         support_y: `[T, S]` int64 for cross-entropy, else `[T, S, C]` floating; trajectories for "maximum_entropy"
             (below). Has no gradient.
         weights: one per layer, `[O, I]` shared by the tasks or `[T, O, I]`, as `nn.Linear.weight`.
@@ -114,12 +115,14 @@ def adapt_mlp(
                  support_mask, form)  # fmt: skip
     shared = (loop.rates, loop.element_rates, loss, activation, huber_delta, momentum, weight_decay, first_order)
     x, gram = loop.first_layer(loop.support_x)
-    args = (x, support_y, loop.support_weight, gram, loop.kernel_weights, loop.kernel_biases, *shared)
+    args = (x, loop.support_y, loop.support_weight, gram, loop.kernel_weights, loop.kernel_biases, *shared)
     fast = _inner_loop.adapt(*args, norm=_norm(norm)) if norm else _adapt_mlp.SPEC(*args)
-    if not loop.lowrank:
-        return MLPFastWeights(fast[0], fast[1], activation, norm=_norm(norm))
-    bias = loop.biases[0] if loop.biases else None
-    return MLPFastWeights(fast[0], fast[1], activation, (loop.weights[0], bias, fast[2], loop.support_x))
+    low_rank = None
+    if loop.lowrank:
+        first = (loop.weights[0], loop.biases[0] if loop.biases else None, fast[2], loop.support_x)
+        low_rank = tuple(None if t is None else t.to(loop.dtype) for t in first)
+    layers = ([t.to(loop.dtype) for t in group] for group in fast[:2])
+    return MLPFastWeights(*layers, activation, low_rank, _norm(norm))
 
 
 def meta_loss_mlp(
@@ -154,7 +157,8 @@ def meta_loss_mlp(
     The others as in `adapt_mlp`.
 
     Returns:
-        `(loss [T], logits [T, Q, C])`, differentiable with respect to weights, biases, rates, support_x and query_x.
+        `(loss [T], logits [T, Q, C])`, differentiable with respect to weights, biases, rates, support_x and query_x;
+        the loss at least in float32.
 
     Raises:
         TypeError, ValueError: as `adapt_mlp`.
@@ -164,9 +168,10 @@ def meta_loss_mlp(
     shared = (loop.rates, loop.element_rates, loss, activation, huber_delta, momentum, weight_decay, first_order)
     x, gram = loop.first_layer(loop.support_x)
     qx, query_gram = loop.first_layer(loop.query_x)
-    args = (x, support_y, loop.support_weight, qx, query_y, loop.query_weight, gram, query_gram,
+    args = (x, loop.support_y, loop.support_weight, qx, loop.query_y, loop.query_weight, gram, query_gram,
             loop.kernel_weights, loop.kernel_biases, *shared)  # fmt: skip
-    return MetaLoss(*(_inner_loop.meta_loss(*args, norm=_norm(norm)) if norm else _meta_loss_mlp.SPEC(*args)))
+    loss, logits = _inner_loop.meta_loss(*args, norm=_norm(norm)) if norm else _meta_loss_mlp.SPEC(*args)
+    return MetaLoss(loss, logits if logits.dtype == loop.dtype else logits.to(loop.dtype))
 
 
 class _Loop:
@@ -200,11 +205,13 @@ class _Loop:
                 self._check_targets("query", query_x, query_y, loss)
             _checks.remember(key)
         _check_detached(support_y=support_y, query_y=query_y)
-        if torch.is_autocast_enabled(support_x.device.type):  # sums over many steps: as losses, not below float32
+        self.dtype = support_x.dtype
+        autocast = torch.is_autocast_enabled(support_x.device.type)
+        if autocast or self.dtype in _HALF:  # sums over many steps: as losses, not below float32
             self.weights, self.biases = ([_at_least_float32(p) for p in group] for group in (self.weights, self.biases))
-            support_x = _at_least_float32(support_x)
-            query_x = None if query is None else _at_least_float32(query_x)
-        self.support_x, self.query_x = support_x, query_x
+            support_x, support_y, query_x, query_y = map(_at_least_float32, (support_x, support_y, query_x, query_y))
+            self.dtype = support_x.dtype if autocast else self.dtype
+        self.support_x, self.support_y, self.query_x, self.query_y = support_x, support_y, query_x, query_y
         mean = loss != "maximum_entropy"
         self.support_weight = _row_weight("support_mask", support_mask, support_x, mean)
         self.query_weight = None if query is None else _row_weight("query_mask", query_mask, query_x, mean)
@@ -374,8 +381,8 @@ def _row_weight(name: str, mask: Tensor | None, x: Tensor, mean: bool) -> Tensor
     return counted / counted.sum(1, keepdim=True).clamp_min(1) if mean else counted
 
 
-def _at_least_float32(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
+def _at_least_float32(t: Tensor | None) -> Tensor | None:
+    return t.float() if t is not None and t.dtype in _HALF else t
 
 
 def _norm(name: str | None):

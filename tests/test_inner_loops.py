@@ -318,6 +318,29 @@ def test_norms(norm):
     torch.testing.assert_close(functional_mlp(data[2], fast), ours.logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["onchip", "lowrank"])
+def test_half_precision_computes_in_single(form, dtype):
+    data, weights, biases = problem("mse", dtype=torch.float32)
+    half = [t.to(dtype) for t in data], [w.detach().to(dtype).requires_grad_() for w in weights], [
+        b.detach().to(dtype).requires_grad_() for b in biases
+    ]
+    single = [[t.detach().float().requires_grad_(t.requires_grad) for t in group] for group in half]
+    options = {"lr": 0.1, "steps": 3, "loss": "mse", "form": form}
+    ours, truth = (meta_loss_mlp(*data, w, b, **options) for data, w, b in (half, single))
+    assert ours.loss.dtype == torch.float32 and ours.logits.dtype == dtype
+    assert torch.equal(ours.loss, truth.loss) and torch.equal(ours.logits, truth.logits.to(dtype))
+    for leaves in (1, 2):
+        found, wanted = (torch.autograd.grad(o.loss.sum(), group[leaves], retain_graph=True)
+                         for o, group in ((ours, half), (truth, single)))  # fmt: skip
+        for a, b in zip(found, wanted, strict=True):
+            assert torch.equal(a, b.to(dtype))
+    fast, exact = (adapt_mlp(*data[:2], w, b, **options) for data, w, b in (half, single))
+    assert functional_mlp(half[0][2], fast).dtype == dtype
+    for a, b in zip(sum(fast.materialize(), []), sum(exact.materialize(), []), strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("form", ["onchip", "lowrank"])
 def test_a_hundred_steps(form):
     data, weights, biases = problem("mse", 2, 3, 4, (5, 6, 2))

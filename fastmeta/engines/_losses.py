@@ -67,8 +67,8 @@ class ElementwiseLoss(RowLoss):
         # torch broadcasts [B] against [B, 1] to [B, B] with a mere warning, or none: refused here.
         if target.shape != prediction.shape or not target.is_floating_point():
             raise ValueError(
-                f"{name}: {self.name} takes floating-point targets of the prediction's shape {tuple(prediction.shape)}, "
-                f"got {target.dtype} of shape {tuple(target.shape)}"
+                f"{name}: {self.name} takes floating-point targets of the prediction's shape "
+                f"{tuple(prediction.shape)}, got {target.dtype} of shape {tuple(target.shape)}"
             )
 
     def per_task(self, prediction: Tensor, target: Tensor) -> Tensor:
