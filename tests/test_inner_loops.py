@@ -32,8 +32,10 @@ def problem(loss="mse", tasks=3, rows=4, queries=5, widths=(6, 8, 5, 2), bias=Tr
         if loss == "binary_cross_entropy":
             return torch.rand(tasks, n, widths[-1], generator=g, dtype=torch.float64).to(DEVICE, dtype)
         if loss == "maximum_entropy":  # log q of two demonstrations with two samples each; or visits
-            return normal(tasks, 2, 3) if n % 6 == 0 else torch.randint(0, 3, (tasks, n, 2, 4), generator=g).to(
-                DEVICE, dtype
+            return (
+                normal(tasks, 2, 3)
+                if n % 6 == 0
+                else torch.randint(0, 3, (tasks, n, 2, 4), generator=g).to(DEVICE, dtype)
             )
         return normal(tasks, n, widths[-1])
 
@@ -322,9 +324,11 @@ def test_norms(norm):
 @pytest.mark.parametrize("form", ["onchip", "lowrank"])
 def test_half_precision_computes_in_single(form, dtype):
     data, weights, biases = problem("mse", dtype=torch.float32)
-    half = [t.to(dtype) for t in data], [w.detach().to(dtype).requires_grad_() for w in weights], [
-        b.detach().to(dtype).requires_grad_() for b in biases
-    ]
+    half = (
+        [t.to(dtype) for t in data],
+        [w.detach().to(dtype).requires_grad_() for w in weights],
+        [b.detach().to(dtype).requires_grad_() for b in biases],
+    )
     single = [[t.detach().float().requires_grad_(t.requires_grad) for t in group] for group in half]
     options = {"lr": 0.1, "steps": 3, "loss": "mse", "form": form}
     ours, truth = (meta_loss_mlp(*data, w, b, **options) for data, w, b in (half, single))

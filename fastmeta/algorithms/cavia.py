@@ -168,6 +168,7 @@ class CAVIA(nn.Module):
             return self.loss.one_task(prediction, y)
 
         weights = dict(self.model.named_parameters())
+
         def transformed(context: Tensor) -> Tensor:
             buffers = _buffers_per_task(self.model, x.shape[0])
             gradient = gradients_per_task(task_loss, (0, None, 0, 0, 0), second_order=torch.is_grad_enabled())

@@ -68,9 +68,7 @@ class ProtoNet(nn.Module):
         embeddings = self._encode(torch.cat([support_x, query_x], 1))
         support, query = embeddings.split([support_x.shape[1], query_x.shape[1]], 1)
         num_classes = self._num_classes(support_y)
-        task_loss, accuracy = functional.prototypical_loss(
-            support, support_y, query, query_y, num_classes, self.metric
-        )
+        task_loss, accuracy = functional.prototypical_loss(support, support_y, query, query_y, num_classes, self.metric)
         logits = None
         if not self.training:
             prototypes = functional.class_prototypes(support, support_y, num_classes)
