@@ -28,7 +28,7 @@ tests_in_shards() {
     for ((i = 0; i < SHARDS; i++)); do
         OMP_NUM_THREADS=2 "$PYTHON" -m pytest tests/test_ops.py tests/test_transforms.py tests/ops tests/test_errors.py \
             tests/test_properties.py tests/test_engines.py tests/test_algorithms.py tests/test_inner_loops.py \
-            tests/test_lowrank_module.py tests/algorithms --shard "$i/$SHARDS" --tb short \
+            tests/test_lowrank_module.py tests/test_irl.py tests/algorithms --shard "$i/$SHARDS" --tb short \
             --junitxml "$SHARD_LOGS/$i.xml" >"$SHARD_LOGS/$i.log" 2>&1 &
         shards+=($!)
     done
