@@ -40,7 +40,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> adapt_mlp(
     const int64_t support = problem.gram ? support_x.size(1) : 0, features = problem.gram ? support_x.size(2) : 0;
     coefficients = new_tensor(support_x, {problem.tasks, support, features});
     p.coefficients = per_task<T>(coefficients);
-    problem.run(false, kernels<T>().inner_loop);
+    problem.run(false, problem.kernels().inner_loop);
   });
   return {fast_weights, fast_biases, coefficients};
 }
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor, std
            gradients.one(problem, rates, needs & 16, p.d_rates),
            gradients.element_rates(problem, element_rates, needs & 32)};
     if (!problem.gram) p.d_gram_support = {};
-    problem.run(true, kernels<T>().inner_loop_gradient);
+    problem.run(true, problem.kernels().inner_loop_gradient);
     gradients.finish();
   });
   return out;

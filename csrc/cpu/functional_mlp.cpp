@@ -120,13 +120,14 @@ Tensor functional_mlp(Tensor x, std::vector<Tensor> weights, std::vector<Tensor>
     const PerTask<const T> input = problem.operand<T>(x);
     const int64_t parts = row_parts(problem.tasks, problem.rows, 32), outputs = problem.widths.back();
     T* to = mutable_data<T>(out);
+    const Kernels<T>& best = kernels_for<T>(problem.widths.data(), problem.layers);
     parallel(problem.tasks * parts, problem.rows * problem.flops / parts, [&](int64_t i) {
       const int64_t t = i / parts;
       const Range range = part(problem.rows, parts, i % parts);
       Pointers<T> pointers;
       MlpItem<T> item = pointers.item(problem, net, input, t, range);
       item.out = to + (t * problem.rows + range.begin) * outputs;
-      kernels<T>().mlp(item);
+      best.mlp(item);
     });
   });
   return out;
@@ -199,6 +200,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> functional_mlp_bwd(
 
     const int64_t outputs = problem.widths.back();
     const T* g = data<T>(grad);
+    const Kernels<T>& best = kernels_for<T>(problem.widths.data(), problem.layers);
     parallel(groups, 3 * problem.rows * problem.flops / parts * (items / groups), [&](int64_t group) {
       const Range mine = part(items, groups, group);
       Pointers<T> pointers;
@@ -224,7 +226,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> functional_mlp_bwd(
         item.d_biases = (needs & 4) && !biases.empty() ? pointers.d_biases : nullptr;
         item.add_weights = pointers.add_weights;
         item.add_biases = pointers.add_biases;
-        kernels<T>().mlp_gradient(item);
+        best.mlp_gradient(item);
       }
     });
 

@@ -147,6 +147,11 @@ class InnerProblem {
     return 2 * products * (backward ? 3 * rows : rows);
   }
 
+  const Kernels<T>& kernels() const {
+    const int64_t* widths = loop->widths;
+    return kernels_for<T>(widths + first, int64_t(layers - first));
+  }
+
   // Runs `kernel` on all tasks, a range for each thread.
   template <class F>
   void run(bool backward, const F& kernel) const {

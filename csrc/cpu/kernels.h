@@ -158,5 +158,8 @@ extern const Isa kAvx2;
 extern const Isa kAvx512;
 #endif
 const Isa& isa();
+// For matrices of these widths, [inputs, outputs] by layer: `isa()`, or AVX2 where AVX-512 would do no more per cycle
+// and pad its longer vectors.
+const Isa& isa_for(const int64_t* widths, int64_t layers, int64_t number_bytes);
 
 }  // namespace fastmeta::cpu

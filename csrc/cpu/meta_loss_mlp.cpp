@@ -32,7 +32,7 @@ Gradients run_gradient(InnerProblem<T>& problem, const InnerArguments& a, const 
                    gradients.one(problem, a.rates, needs & 64, p.d_rates),
                    gradients.element_rates(problem, a.element_rates, needs & 128)};
   if (!problem.gram) p.d_gram_support = p.d_gram_query = {};
-  problem.run(true, kernels<T>().inner_loop_gradient);
+  problem.run(true, problem.kernels().inner_loop_gradient);
   gradients.finish();
   return out;
 }
@@ -51,7 +51,7 @@ Outputs meta_loss_mlp(Tensor support_x, Tensor support_y, Tensor support_weight,
     problem.rows(problem.loop->query, query_x, query_y, query_weight, gram_query);
     problem.loop->query_pass = true;
     set_outputs(problem, query_x, out);
-    problem.run(false, kernels<T>().inner_loop);
+    problem.run(false, problem.kernels().inner_loop);
   });
   return out;
 }

@@ -24,6 +24,8 @@ Tensor pairwise_distance(Tensor query, Tensor prototypes, int64_t metric) {
     const T* q = data<T>(query);
     const T* p = data<T>(prototypes);
     T* to = mutable_data<T>(out);
+    const int64_t widths[] = {width, classes};
+    const Kernels<T>& best = kernels_for<T>(widths, 1);
     parallel(tasks * parts, rows * classes * (width + 1) / parts, [&](int64_t i) {
       const int64_t t = i / parts;
       const Range range = part(rows, parts, i % parts);
@@ -35,7 +37,7 @@ Tensor pairwise_distance(Tensor query, Tensor prototypes, int64_t metric) {
       item.width = width;
       item.metric = metric;
       item.out = to + (t * rows + range.begin) * classes;
-      kernels<T>().distances(item);
+      best.distances(item);
     });
   });
   return out;

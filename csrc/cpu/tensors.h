@@ -33,11 +33,15 @@ T* mutable_data(const Tensor& t) {
 }
 
 template <class T>
-const Kernels<T>& kernels() {
+const Kernels<T>& kernels(const Isa& chosen = isa()) {
   if constexpr (sizeof(T) == 4)
-    return isa().f32;
+    return chosen.f32;
   else
-    return isa().f64;
+    return chosen.f64;
+}
+template <class T>
+const Kernels<T>& kernels_for(const int64_t* widths, int64_t layers) {
+  return kernels<T>(isa_for(widths, layers, sizeof(T)));
 }
 
 // f(float{}) or f(double{}), by the dtype of `t`.
