@@ -23,6 +23,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 
 from fastmeta import _backends
+from fastmeta._constants import filled
 from fastmeta._spec import Args, OpSpec
 
 LIBRARY = torch.library.Library("fastmeta", "DEF")
@@ -34,6 +35,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 def define(spec: OpSpec) -> None:
     """Register `spec` with the dispatcher and with autograd."""
     LIBRARY.define(spec.schema)
+    _ = spec.bits, spec.rank_by_position  # now: dynamo cannot trace how a cached property is first found
     qualified = f"fastmeta::{spec.name}"
 
     # called from a frame that dynamo runs, it must not be traced: it is a kernel. Not torch.compiler.disable, which
@@ -68,25 +70,41 @@ def call(spec: OpSpec, args: Args):
     transformed = torch._C._are_functorch_transforms_active()
     compiling = torch.compiler.is_compiling()
     if forward_ad._current_level >= 0 or transformed and compiling:
+        args = _lifted(spec, args)
         _check_data(spec, args)
         with torch.autocast(_tensors(args)[0].device.type, enabled=False):  # the inputs have been cast
             return spec.reference(*args)
     if transformed:
+        args = _lifted(spec, args)
         structure = _Structure(args)
         outputs = _functions[spec.name].apply(structure, *_tensors(args))
         return structure.join_outputs(outputs)
     if compiling or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
-        return dispatcher_op(spec)(*args)
-    tensors = _tensors(args)
-    needs_gradient = False
-    for t in tensors:
-        if type(t) not in _PLAIN:
-            return dispatcher_op(spec)(*args)
-        needs_gradient = needs_gradient or t.requires_grad
-    if not (needs_gradient and torch.is_grad_enabled()):
-        return _backends.run(spec, args)
+        return dispatcher_op(spec)(*_lifted(spec, args))
+    tensors, needing, wanted = [], [], []
+    for arg, bit in zip(args, spec.bits, strict=True):
+        for index, t in enumerate((arg,) if isinstance(arg, Tensor) else arg if _is_list(arg) else ()):
+            if type(t) not in _PLAIN:
+                return dispatcher_op(spec)(*_lifted(spec, args))
+            if t.requires_grad:
+                needing.append(t)
+                wanted.append((bit, index if _is_list(arg) else None, t.dim()))
+            tensors.append(t)
+    if not (needing and torch.is_grad_enabled()):
+        return _backends.run(spec, _lifted(spec, args))
     structure = _Structure(args)
-    return structure.join_outputs(_plain_functions[spec.name].apply(structure, args, *tensors))
+    flat = _plain_functions[spec.name].apply(structure, args, tensors, wanted, *needing)
+    return structure.join_outputs(flat)
+
+
+def _lifted(spec: OpSpec, args: Args) -> Args:
+    """The arguments with the task dimension that shared tensors may come without."""
+    if not spec.ranks:
+        return args
+    lifted = list(args)
+    for position, rank in spec.rank_by_position:
+        lifted[position] = [t if t.dim() == rank else t.unsqueeze(0) for t in args[position]]
+    return tuple(lifted)
 
 
 def _check_data(spec: OpSpec, args: Args) -> None:
@@ -286,18 +304,23 @@ def _make_function(spec: OpSpec) -> type[torch.autograd.Function]:
 
 
 def _make_plain_function(spec: OpSpec) -> type[torch.autograd.Function]:
-    """The op as an `autograd.Function` for plain tensors in eager mode."""
+    """The op as an `autograd.Function` for plain tensors in eager mode.
+
+    What each input costs autograd adds up to more than a small kernel takes: inputs are only those tensors that need
+    gradients, without views of them.
+    """
+    extras = 4  # inputs before the tensors
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, structure, args, *tensors):
+        def forward(ctx, structure, args, tensors, wanted, *needing):
             ctx.save_for_backward(*tensors)
-            ctx.structure = ctx.output_structure = structure
+            ctx.structure, ctx.wanted = structure, wanted
+            args = _lifted(spec, args)
             found = None
             if spec.with_gradient:
                 ctx.set_materialize_grads(False)
-                needs = _needs(spec, _by_argument(args, ctx.needs_input_grad[2:]))
-                found = _backends.run_with_gradient(spec, args, needs)
+                found = _backends.run_with_gradient(spec, args, _needs_of(wanted))
             outputs, ctx.known = found or (_backends.run(spec, args), None)
             outputs = structure.split_outputs(outputs)
             if spec.differentiable_outputs is not None:
@@ -307,17 +330,33 @@ def _make_plain_function(spec: OpSpec) -> type[torch.autograd.Function]:
         @staticmethod
         def backward(ctx, *grads):
             if all(grad is None for grad in grads):
-                return None, None, *[None] * len(ctx.saved_tensors)
-            flat = _known_gradients(ctx, spec, grads) if spec.with_gradient else None
-            if flat is None:
-                flat = _flat_gradients(ctx, spec, grads, ctx.needs_input_grad[2:])
-            return None, None, *flat
+                return (None,) * (extras + len(ctx.wanted))
+            wanted = [w if n else (None, 0, 0) for w, n in zip(ctx.wanted, ctx.needs_input_grad[extras:], strict=True)]
+            found = _known_gradients(ctx, grads) if spec.with_gradient else None
+            if found is None:
+                found = spec.backward(_lifted(spec, _saved(ctx)), ctx.structure.nest(grads), _needs_of(wanted))
+            return *(None,) * extras, *(_gradient(found, *w) for w in wanted)
 
     Function.__name__ = Function.__qualname__ = f"fastmeta_{spec.name}"
     return Function
 
 
-def _known_gradients(ctx, spec: OpSpec, grads) -> list[Tensor | None] | None:
+def _needs_of(wanted) -> int:
+    needs = 0
+    for bit, *_ in wanted:
+        needs |= 0 if bit is None else 1 << bit
+    return needs
+
+
+def _gradient(found, bit: int | None, index: int | None, dims: int) -> Tensor | None:
+    """That of one tensor, which may have come without its task dimension."""
+    if bit is None:
+        return None
+    gradient = found[bit] if index is None else found[bit][index]
+    return gradient if gradient is None or gradient.dim() == dims else gradient.squeeze(0)
+
+
+def _known_gradients(ctx, grads) -> tuple | None:
     """Those found with the outputs, for the mean of the first; None where it is no multiple of the mean that is
     differentiated, or where the gradients are to be differentiated again."""
     first, *others = grads
@@ -327,20 +366,12 @@ def _known_gradients(ctx, spec: OpSpec, grads) -> list[Tensor | None] | None:
     count = first.numel()
     if count == 0:
         return None
-    flat = [t for gradient in known for t in _as_list(gradient)]
-    if not torch.equal(first, first.new_full((), 1 / count).expand_as(first)):
+    if not torch.equal(first, filled(first, (count,), 1 / count)):
         factor = float(first.view(-1)[0])
         if not bool((first == factor).all()):
             return None
-        flat = torch._foreach_mul(flat, factor * count)
-    found, position_of = iter(flat), set(spec.differentiable_positions)
-    needed = iter(ctx.needs_input_grad[2:])
-    result: list[Tensor | None] = []
-    for position, kind in enumerate(ctx.structure.kinds):
-        for _ in range(1 if kind is None else kind if isinstance(kind, int) else 0):
-            gradient = next(found) if position in position_of else None
-            result.append(gradient if next(needed) else None)
-    return result
+        known = [[t * (factor * count) for t in g] if _is_list(g) else g * (factor * count) for g in known]
+    return known
 
 
 def _by_argument(args: Args, flags) -> list:

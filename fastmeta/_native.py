@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 
 import torch
 
@@ -16,6 +17,7 @@ except ImportError as error:
         why_missing = f"the native extension does not load with torch {torch.__version__}: {error}"
 
 
+@cache
 def has_kernel(name: str, device_type: str) -> bool:
     """Whether the extension holds op `name` for `device_type` ("cpu" or "cuda")."""
     if why_missing is not None:

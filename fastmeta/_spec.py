@@ -63,6 +63,7 @@ class OpSpec:
     source: str = ""
     backends: tuple[str, ...] = ("cuda", "cpp", "triton", "reference")  # those that have it
     exact_at_ties: bool = True
+    ranks: tuple[tuple[str, int], ...] = ()  # lists that `call` takes without the task dimension too, by their dimensions
 
     @cached_property
     def schema(self) -> str:
@@ -79,6 +80,16 @@ class OpSpec:
     @cached_property
     def differentiable_positions(self) -> tuple[int, ...]:
         return tuple(self.argument_names.index(name) for name in self.differentiable)
+
+    @cached_property
+    def bits(self) -> tuple[int | None, ...]:
+        """By argument the bit of `needs`, None where there is no gradient."""
+        bit_of = {position: bit for bit, position in enumerate(self.differentiable_positions)}
+        return tuple(bit_of.get(position) for position in range(len(self.argument_names)))
+
+    @cached_property
+    def rank_by_position(self) -> tuple[tuple[int, int], ...]:
+        return tuple((self.argument_names.index(name), rank) for name, rank in self.ranks)
 
     def __call__(self, *args):
         from fastmeta._library import call

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fastmeta import _checks
 from fastmeta._backends import ACTIVATIONS, LOSSES
+from fastmeta._constants import filled
 from fastmeta.fast_weights import MLPFastWeights
 from fastmeta.ops import _inner_loop
 from fastmeta.ops import adapt_mlp as _adapt_mlp
@@ -119,7 +120,8 @@ def adapt_mlp(
     fast = _inner_loop.adapt(*args, norm=_norm(norm)) if norm else _adapt_mlp.SPEC(*args)
     low_rank = None
     if loop.lowrank:
-        first = (loop.weights[0], loop.biases[0] if loop.biases else None, fast[2], loop.support_x)
+        (weight,), biases = _with_tasks(loop.weights[:1], 3), _with_tasks(loop.biases[:1], 2)
+        first = (weight, biases[0] if biases else None, fast[2], loop.support_x)
         low_rank = tuple(None if t is None else t.to(loop.dtype) for t in first)
     layers = ([t.to(loop.dtype) for t in group] for group in fast[:2])
     return MLPFastWeights(*layers, activation, low_rank, _norm(norm))
@@ -191,9 +193,8 @@ class _Loop:
             _checks.choice("norm", norm, NORMS)
             _checks.choice("form", form, FORMS)
             _check_numbers(steps=steps, momentum=momentum, weight_decay=weight_decay)
-        self.weights = [w if w.dim() == 3 else w.unsqueeze(0) for w in weights]
-        self.biases = [b if b.dim() == 2 else b.unsqueeze(0) for b in biases or ()]
         self.steps, self.tasks = steps, support_x.shape[0]
+        self.weights, self.biases = list(weights), list(biases or ())
         if not known:
             self._check_layers(support_x)
             self._check_targets("support", support_x, support_y, loss)
@@ -228,15 +229,16 @@ class _Loop:
         if self.biases and len(self.biases) != len(self.weights):
             raise ValueError(f"biases must hold one per layer = {len(self.weights)}, got {len(self.biases)}")
         width = support_x.shape[2]
-        for i, weight in enumerate(self.weights):
+        for i, weight in enumerate(_with_tasks(self.weights, 3)):
             _checks.same_kind("support_x", support_x, **{f"weights[{i}]": weight})
             _checks.choice_of_tasks(f"weights[{i}]", weight, self.tasks)
             _checks.same_size(f"weights[{i}]", weight, 2, "I", "its input", width)
             width = weight.shape[1]
             if self.biases:
-                _checks.same_kind("support_x", support_x, **{f"biases[{i}]": self.biases[i]})
-                _checks.choice_of_tasks(f"biases[{i}]", self.biases[i], self.tasks)
-                _checks.same_size(f"biases[{i}]", self.biases[i], 1, "O", f"weights[{i}]", width)
+                (bias,) = _with_tasks(self.biases[i : i + 1], 2)
+                _checks.same_kind("support_x", support_x, **{f"biases[{i}]": bias})
+                _checks.choice_of_tasks(f"biases[{i}]", bias, self.tasks)
+                _checks.same_size(f"biases[{i}]", bias, 1, "O", f"weights[{i}]", width)
 
     def _check_targets(self, which: str, x: Tensor, y, loss: str) -> None:
         name, rows = f"{which}_y", which[0].upper()
@@ -245,7 +247,7 @@ class _Loop:
         if loss == "maximum_entropy":
             return self._check_trajectories(name, rows, x, y)
         _checks.tensor(name, y, f"[T, {rows}, C]")
-        wanted = (*x.shape[:2], self.weights[-1].shape[1])
+        wanted = (*x.shape[:2], self.weights[-1].shape[-2])
         if y.shape != wanted:
             raise ValueError(f"{name} must have shape [T, {rows}, C] = {list(wanted)} for {loss}, got {list(y.shape)}")
         _checks.same_kind(f"{which}_x", x, **{name: y})
@@ -253,7 +255,7 @@ class _Loop:
     def _check_trajectories(self, name: str, rows: str, x: Tensor, y) -> None:
         _checks.tensor_of_any_shape(name, y)
         _checks.same_kind(f"{name[:-1]}x", x, **{name: y})
-        outputs = self.weights[-1].shape[1]
+        outputs = self.weights[-1].shape[-2]
         if outputs != 1:
             raise ValueError(f"weights must end in one output, a reward, for maximum_entropy, got {outputs}")
         fits = y.dim() in (3, 4) and y.shape[0] == self.tasks and y.shape[-2] >= 1 and y.shape[-1] >= 2
@@ -272,7 +274,7 @@ class _Loop:
         """`[1, K, L]`, and per element one for each weight and bias, or none."""
         layers, like = len(self.weights), self.support_x
         if isinstance(lr, (int, float)) and not isinstance(lr, bool):
-            return like.new_full((1, self.steps, layers), float(lr)), []
+            return filled(like, (1, self.steps, layers), float(lr)), []
         if isinstance(lr, Tensor):
             return self._rate_table(lr.to(like)), []
         if not isinstance(lr, (list, tuple)) or len(lr) != 2:
@@ -287,14 +289,14 @@ class _Loop:
                 raise ValueError(f"lr for {name} must hold one tensor per layer = {len(parameters)}, got {len(rates)}")
             for i, (rate, parameter) in enumerate(zip(rates, parameters, strict=True)):
                 rate = rate if rate.dim() == dims + 1 else rate.unsqueeze(0)
-                if rate.shape[1:] != parameter.shape[1:]:
+                wanted = parameter.shape[-dims:]
+                if rate.shape[1:] != wanted:
                     raise ValueError(
-                        f"lr for {name}[{i}] must have its shape {list(parameter.shape[1:])}, "
-                        f"got {list(rate.shape[1:])}"
+                        f"lr for {name}[{i}] must have its shape {list(wanted)}, got {list(rate.shape[1:])}"
                     )
                 _checks.choice_of_tasks(f"lr for {name}[{i}]", rate, self.tasks)
                 element_rates.append(rate.to(like))
-        return like.new_ones(1, self.steps, layers), element_rates
+        return filled(like, (1, self.steps, layers), 1.0), element_rates
 
     def _rate_table(self, lr: Tensor) -> Tensor:
         layers, steps = len(self.weights), self.steps
@@ -321,24 +323,33 @@ class _Loop:
             reason = "rates per element are no multiple of the support rows"
         elif norm is not None:
             reason = "with a norm the loop runs in plain PyTorch"
-        elif self.weights[0].shape[0] != 1 or (self.biases and self.biases[0].shape[0] != 1):
+        elif not _is_shared(self.weights[0], 3) or (self.biases and not _is_shared(self.biases[0], 2)):
             reason = "the first layer's weights are per task already"
         elif tasks == 0 or rows == 0:
             reason = "there are no support rows"
         if form == "lowrank" and reason is not None:
             raise ValueError(f"form 'lowrank' cannot serve this call: {reason}")
         if form == "auto" and reason is None:
-            cost = first_layer_cost(rows, queries, width, self.weights[0].shape[1], self.steps)
+            cost = first_layer_cost(rows, queries, width, self.weights[0].shape[-2], self.steps)
             return self.steps > 0 and cost.lowrank < cost.onchip
         return form == "lowrank"
 
     def first_layer(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` and no Gram matrix, or in low-rank form the first layer's product and the Gram matrix."""
         if not self.lowrank:
-            return x, x.new_empty(1, 0, 0)
-        bias = self.biases[0][0] if self.biases else None
+            return x, filled(x, (1, 0, 0), 0.0)
+        bias = self.biases[0].flatten() if self.biases else None
         gram = torch.bmm(x, self.support_x.mT)
-        return F.linear(x, self.weights[0][0], bias), gram if bias is None else gram + 1
+        return F.linear(x, self.weights[0].flatten(0, -2), bias), gram if bias is None else gram + 1
+
+
+def _with_tasks(layers: list[Tensor], dims: int) -> list[Tensor]:
+    """With a task dimension of 1 where they have none."""
+    return [t if t.dim() == dims else t.unsqueeze(0) for t in layers]
+
+
+def _is_shared(layer: Tensor, dims: int) -> bool:
+    return layer.dim() < dims or layer.shape[0] == 1
 
 
 def _layers(name: str, value, dims: int) -> list[Tensor]:
@@ -372,7 +383,7 @@ def _check_numbers(steps, momentum, weight_decay) -> None:
 def _row_weight(name: str, mask: Tensor | None, x: Tensor, mean: bool) -> Tensor:
     """What each row counts for in its task's mean, or in its sums, `[T, B]`."""
     if mask is None:
-        return x.new_full(x.shape[:2], 1.0 / max(x.shape[1], 1) if mean else 1.0)
+        return filled(x, x.shape[:2], 1.0 / max(x.shape[1], 1) if mean else 1.0)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"{name} must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
     if mask.shape != x.shape[:2]:

@@ -71,7 +71,9 @@ def maximum_entropy(rewards, target):
                 horizon = len(rewards) // target.numel()
                 first = (i * target.shape[1] + j) * horizon
                 returns.append(rewards[first : first + horizon].sum() - target[i, j])
-        losses.append(torch.stack(returns[1:]).exp().mean().log() - returns[0])
+        samples = torch.stack(returns[1:])
+        most = samples.detach().max()  # steps that diverge soon have returns whose exponential is infinite
+        losses.append((samples - most).exp().mean().log() + most - returns[0])
     return torch.stack(losses).mean()
 
 

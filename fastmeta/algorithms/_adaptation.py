@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from ..engines import InnerLoop, as_loss, choose
 from ..engines._exact import gradients_per_task
-from ..engines.fused import FusedEngine, _layers, _prediction_like
+from ..engines.fused import FusedEngine, _check_targets, _layers
 from ..engines.inspect import MLPSpec, mlp_spec
 from ..engines.layerwise import _backward, _forward, rows, why_no_formulas
 from ..engines.layerwise import _layers as _layers_or_none
@@ -214,8 +214,8 @@ def fused_options(spec: MLPSpec, inner: InnerLoop) -> dict:
 def fused_meta_loss(spec: MLPSpec, model: nn.Module, inner: InnerLoop, lr, support_x, support_y, query_x, query_y):
     """Query loss `[T]` and predictions `[T, Q, C]`."""
     slow = dict(model.named_parameters())
-    inner.loss.check(_prediction_like(spec, slow, support_x), support_y, "support_y")
-    inner.loss.check(_prediction_like(spec, slow, query_x), query_y, "query_y")
+    _check_targets(spec, slow, inner, support_x, support_y, "support_y")
+    _check_targets(spec, slow, inner, query_x, query_y, "query_y")
     targets = (inner.loss.kernel_targets(y) for y in (support_y, query_y))
     data = (rows(spec, support_x), next(targets), rows(spec, query_x), next(targets))
     return meta_loss_mlp(*data, *_layers(spec, slow), lr=lr, **fused_options(spec, inner))
@@ -226,7 +226,7 @@ def fused_adapt(
 ) -> dict[str, Tensor]:
     """All weights `[T, ...]` by name after the fused inner loop from `weights`, per task or shared."""
     outputs = weights[spec.weights[-1]].shape[-2]
-    inner.loss.check(x.new_zeros(()).expand(*x.shape[:2], outputs), y, "support_y")
+    inner.loss.check((*x.shape[:2], outputs), y, "support_y", values=False)
     options = {"lr": lr, **fused_options(spec, inner)}
     fast = adapt_mlp(rows(spec, x), inner.loss.kernel_targets(y), *_layers(spec, weights), **options)
     fast_weights, fast_biases = fast.materialize()
@@ -307,7 +307,7 @@ def task_gradients(
 
     def task_loss(fast, shared, buffers, x, y):
         prediction = functional_call(model, (fast, shared, buffers), (x,))
-        inner.loss.check(prediction.unsqueeze(0), y.unsqueeze(0), "support_y")
+        inner.loss.check((1, *prediction.shape), y.unsqueeze(0), "support_y")
         return inner.loss.one_task(prediction, y)
 
     axes = {name: 0 if w.dim() > slow[name].dim() else None for name, w in fast.items()}
@@ -325,7 +325,7 @@ def mlp_gradients(
     """
     layers = _layers_or_none(spec, weights)
     inputs, pre, prediction = _forward(spec, *layers, rows(spec, x))
-    loss.check(prediction, y, "support_y")
+    loss.check(prediction.shape, y, "support_y")
     gradient = loss.gradient(prediction, loss.constant(y, prediction))
     gradients = {}
     for layer, delta in enumerate(_backward(spec, layers[0], inputs, pre, prediction, gradient)):
@@ -350,7 +350,7 @@ def gradient_of_tasks(
 def judged(loss: Loss, logits: Tensor, query_y: Tensor, task_loss: Tensor | None = None) -> MetaOutput:
     """The result of predictions `[T, Q, C]`; `task_loss` `[T]` where it is known already."""
     if task_loss is None:
-        loss.check(logits, query_y, "query_y")
+        loss.check(logits.shape, query_y, "query_y")
         task_loss = loss.per_task(logits, query_y)
     accuracy = None
     if query_y.dtype == torch.int64 and query_y.shape == logits.shape[:-1]:

@@ -155,7 +155,7 @@ class CAVIA(nn.Module):
 
             def formula(context: Tensor) -> Tensor:
                 inputs, pre, prediction = _forward(spec, weights, biases, self._joined(x, context))
-                self.loss.check(prediction, y, "support_y")
+                self.loss.check(prediction.shape, y, "support_y")
                 gradient = self.loss.gradient(prediction, self.loss.constant(y, prediction))
                 first = _backward(spec, weights, inputs, pre, prediction, gradient)[0]
                 return first.sum(1) @ weights[0][:, x.shape[2] :]
@@ -164,7 +164,7 @@ class CAVIA(nn.Module):
 
         def task_loss(context, weights, buffers, x, y):
             prediction = self._task(context, weights, buffers, x)
-            self.loss.check(prediction.unsqueeze(0), y.unsqueeze(0), "support_y")
+            self.loss.check((1, *prediction.shape), y.unsqueeze(0), "support_y")
             return self.loss.one_task(prediction, y)
 
         weights = dict(self.model.named_parameters())

@@ -162,7 +162,7 @@ class MAML(nn.Module):
                 task_loss, logits = engine.meta_loss(self.model, inner, support_x, support_y, query_x, query_y)
             else:
                 logits = engine.query(self.model, inner, support_x, support_y, query_x)
-                self.loss.check(logits, query_y, "query_y")
+                self.loss.check(logits.shape, query_y, "query_y")
                 task_loss = self.loss.per_task(logits, query_y)
         accuracy = None
         if query_y.dtype == torch.int64 and query_y.shape == logits.shape[:-1]:

@@ -272,7 +272,7 @@ class MAMLPlusPlus(InnerLoopAlgorithm):
                 continue
             logits = predict(self.model, fast, query_x) if predict else self._logits(fast, query_x, step)
             if weights is not None:
-                self.loss.check(logits, query_y, "query_y")
+                self.loss.check(logits.shape, query_y, "query_y")
                 value = weights[step] * self.loss.per_task(logits, query_y)
                 total = value if total is None else total + value
         if logits is None:

@@ -19,7 +19,11 @@ from ._exact import gradients_per_task
 
 
 class RowLoss:
-    """A loss that is a mean over rows."""
+    """A loss that is a mean over rows.
+
+    `check(shape, target, name)` refuses targets that do not fit predictions of that shape; `values=False` leaves what
+    only the data tells to the op that follows.
+    """
 
     in_kernels: str | None = None  # its name in the fused inner loops
 
@@ -35,14 +39,14 @@ class CrossEntropy(RowLoss):
     # torch's default ignores rows labelled -100, a label like any other out of range here: let it be refused
     one_task = staticmethod(partial(F.cross_entropy, ignore_index=-(2**62)))
 
-    def check(self, prediction: Tensor, target: Tensor, name: str) -> None:
-        if target.dtype != torch.int64 or target.shape != prediction.shape[:-1]:
+    def check(self, shape: tuple[int, ...], target: Tensor, name: str, values: bool = True) -> None:
+        if target.dtype != torch.int64 or target.shape != shape[:-1]:
             raise ValueError(
-                f"{name}: cross_entropy takes int64 labels of shape {tuple(prediction.shape[:-1])}, "
+                f"{name}: cross_entropy takes int64 labels of shape {tuple(shape[:-1])}, "
                 f"got {target.dtype} of shape {tuple(target.shape)}"
             )
-        if not (torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()):
-            _checks.label_range(name, target, prediction.shape[-1])
+        if values and not (torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()):
+            _checks.label_range(name, target, shape[-1])
 
     def per_task(self, prediction: Tensor, target: Tensor) -> Tensor:
         rows = F.cross_entropy(prediction.flatten(0, 1), target.flatten(), reduction="none")
@@ -63,12 +67,12 @@ class ElementwiseLoss(RowLoss):
     one_task: Callable[[Tensor, Tensor], Tensor]
     factor = 1.0
 
-    def check(self, prediction: Tensor, target: Tensor, name: str) -> None:
+    def check(self, shape: tuple[int, ...], target: Tensor, name: str, values: bool = True) -> None:
         # torch broadcasts [B] against [B, 1] to [B, B] with a mere warning, or none: refused here.
-        if target.shape != prediction.shape or not target.is_floating_point():
+        if target.shape != shape or not target.is_floating_point():
             raise ValueError(
                 f"{name}: {self.name} takes floating-point targets of the prediction's shape "
-                f"{tuple(prediction.shape)}, got {target.dtype} of shape {tuple(target.shape)}"
+                f"{tuple(shape)}, got {target.dtype} of shape {tuple(target.shape)}"
             )
 
     def per_task(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -130,7 +134,7 @@ class CustomLoss:
     def kernel_targets(self, target: Tensor) -> Tensor:
         return self.one_task.kernel_targets(target)
 
-    def check(self, prediction: Tensor, target: Tensor, name: str) -> None:
+    def check(self, shape: tuple[int, ...], target: Tensor, name: str, values: bool = True) -> None:
         pass
 
     def per_task(self, prediction: Tensor, target: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class FusedEngine(LayerwiseEngine):
         return slow | {name: w for name, w in adapted if slow[name].requires_grad}
 
     def _adapted(self, spec: MLPSpec, slow: Parameters, inner: InnerLoop, support_x: Tensor, support_y: Tensor):
-        inner.loss.check(_prediction_like(spec, slow, support_x), support_y, "support_y")
+        _check_targets(spec, slow, inner, support_x, support_y, "support_y")
         options = _options(spec, slow, inner)
         return adapt_mlp(rows(spec, support_x), inner.loss.kernel_targets(support_y), *_layers(spec, slow), **options)
 
@@ -74,7 +74,7 @@ class FusedEngine(LayerwiseEngine):
         self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
     ) -> Tensor:
         spec, slow = mlp_spec(model), parameters_of(model)
-        query_y = _prediction_like(spec, slow, query_x)
+        query_y = query_x.new_zeros(()).expand(_prediction_shape(spec, slow, query_x))
         if inner.loss.in_kernels == "maximum_entropy":  # there may be no trajectories in the query rows
             fast = self._adapted(spec, slow, inner, support_x, support_y)
             return functional_mlp(rows(spec, query_x), fast)
@@ -87,8 +87,8 @@ class FusedEngine(LayerwiseEngine):
     ) -> tuple[Tensor, Tensor]:
         """Query loss `[T]` and predictions `[T, Q, C]` in one call."""
         spec, slow = mlp_spec(model), parameters_of(model)
-        inner.loss.check(_prediction_like(spec, slow, support_x), support_y, "support_y")
-        inner.loss.check(_prediction_like(spec, slow, query_x), query_y, "query_y")
+        _check_targets(spec, slow, inner, support_x, support_y, "support_y")
+        _check_targets(spec, slow, inner, query_x, query_y, "query_y")
         return meta_loss_mlp(
             rows(spec, support_x),
             inner.loss.kernel_targets(support_y),
@@ -135,6 +135,9 @@ def _layers(spec: MLPSpec, slow: Parameters) -> tuple[list[Tensor], list[Tensor]
     return [slow[name] for name in spec.weights], biases
 
 
-def _prediction_like(spec: MLPSpec, slow: Parameters, x: Tensor) -> Tensor:
-    """Zeros of the predictions' shape, without their memory."""
-    return x.new_zeros(()).expand(*x.shape[:2], slow[spec.weights[-1]].shape[0])
+def _prediction_shape(spec: MLPSpec, slow: Parameters, x: Tensor) -> tuple[int, int, int]:
+    return (*x.shape[:2], slow[spec.weights[-1]].shape[0])
+
+
+def _check_targets(spec: MLPSpec, slow: Parameters, inner: InnerLoop, x: Tensor, y: Tensor, name: str) -> None:
+    inner.loss.check(_prediction_shape(spec, slow, x), y, name, values=False)  # the op looks at those

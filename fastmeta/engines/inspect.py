@@ -81,7 +81,23 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters())
 
 
-_seen: WeakKeyDictionary[nn.Module, tuple[list, MLPSpec | str]] = WeakKeyDictionary()
+class _Seen:
+    """What was found in a model, and the layers that it was found in."""
+
+    def __init__(self, model: nn.Module):
+        self.top = _state(model)  # without the model itself, which would then live for ever
+        self.layers = [(f"{name}.", layer, _state(layer)) for name, layer in model.named_modules() if name]
+        self.spec = _inspect(model)
+
+    def still_holds(self, model: nn.Module) -> bool:
+        return self.top == _state(model) and all(state == _state(layer) for _, layer, state in self.layers)
+
+
+def _state(layer: nn.Module) -> tuple[bool, list[tuple[str, nn.Module | None]]]:
+    return layer.training, [*layer._modules.items()]
+
+
+_seen: WeakKeyDictionary[nn.Module, _Seen] = WeakKeyDictionary()
 
 
 def mlp_spec(model: nn.Module) -> MLPSpec | str:
@@ -97,23 +113,20 @@ mlp_spec._dynamo_marked_constant = True
 
 
 def _look(model: nn.Module) -> tuple[MLPSpec | str, dict[str, nn.Parameter]]:
-    """What the module is, and `dict(model.named_parameters())`, in one walk through its layers: for few small tasks
-    walks take as long as the kernel."""
-    layers, named, hooked, seen = [], {}, None, set()
-    for name, layer in model.named_modules():
-        layers.append((name, id(layer), layer.training))
+    """What the module is, and `dict(model.named_parameters())`. For few small tasks this takes as long as the kernel:
+    layers that have been walked through once are only looked at."""
+    known = _seen.get(model)
+    if known is None or not known.still_holds(model):
+        known = _seen[model] = _Seen(model)
+    named, hooked, seen = {}, None, set()
+    for prefix, layer, _ in (("", model, None), *known.layers):
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-            hooked = hooked or name or "model"
-        prefix = f"{name}." if name else ""
+            hooked = hooked or prefix[:-1] or "model"
         for key, parameter in layer._parameters.items():
             if parameter is not None and parameter not in seen:
                 seen.add(parameter)
                 named[prefix + key] = parameter
-    known = _seen.get(model)
-    if known is None or known[0] != layers:
-        known = (layers, _inspect(model))
-        _seen[model] = known
-    spec = known[1]
+    spec = known.spec
     # Hooks and ties come and go without a new layer, so they are looked at every time.
     if not isinstance(spec, str) and hooked is not None:
         spec = f"layer {hooked!r} has hooks, which explicit formulas would skip"

@@ -88,7 +88,7 @@ class _LowRankFormulas(LayerwiseEngine):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not inner.first_order):
                 inputs, pre, prediction = _forward(spec, layers, dense_support, gram_support)
                 if constant is None:
-                    inner.loss.check(prediction, support_y, "support_y")
+                    inner.loss.check(prediction.shape, support_y, "support_y")
                     constant = inner.loss.constant(support_y, prediction)
                 # Everything backward is linear in this gradient, so the step size goes in once, here.
                 gradient = inner.loss.gradient(prediction, constant) * -inner.lr

@@ -133,7 +133,7 @@ def _adapt(
     def loss(leaves: tuple[list[Tensor], dict[str, Tensor]]):
         probes, fast = leaves
         prediction, inputs = _run(model, layers, fast, support_x, found.uses, probes)
-        inner.loss.check(prediction, support_y, "support_y")
+        inner.loss.check(prediction.shape, support_y, "support_y")
         # Everything backward is linear in this, so the step size goes in once, here.
         return inner.loss.per_task(prediction, support_y).sum() * -inner.lr, inputs
 

@@ -40,7 +40,7 @@ class VmapEngine:
 
         def task_loss(weights, frozen, buffers, x, y):
             prediction = functional_call(model, (weights, frozen, buffers), (x,))
-            inner.loss.check(prediction.unsqueeze(0), y.unsqueeze(0), "support_y")
+            inner.loss.check((1, *prediction.shape), y.unsqueeze(0), "support_y")
             return inner.loss.one_task(prediction, y)
 
         for step in range(inner.steps):

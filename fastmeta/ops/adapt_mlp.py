@@ -67,6 +67,7 @@ SPEC = register(
         backward=backward,
         check=check,
         samples=samples,
+        ranks=(("weights", 3), ("biases", 2)),
         second_order="loop",
         backends=("cuda", "cpp", "reference"),
         source="Finn et al. 2017, algorithm 1; Pearlmutter 1994",

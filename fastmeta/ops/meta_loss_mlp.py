@@ -76,6 +76,7 @@ SPEC = register(
         check=check,
         samples=_inner_loop.samples,
         workloads=workloads,
+        ranks=(("weights", 3), ("biases", 2)),
         second_order="loop",
         with_gradient=True,
         backends=("cuda", "cpp", "reference"),
