@@ -100,7 +100,7 @@ def test_every_file_of_ops_is_an_op():
 
 # A line may import what stands in the lines before it; within a line only the last, the commands, may.
 LAYERS = (
-    ("_native", "_checks", "nn", "kernels", "tasks"),
+    ("_native", "_checks", "_constants", "nn", "kernels", "tasks"),
     ("_spec",),
     ("_backends",),
     ("_library",),

@@ -140,22 +140,6 @@ void multiply_along(int64_t rows, int64_t columns, const Product<T>& p) {
 // ---- across: the rows of B are the columns of C, sums run along vectors -----------------------------------------
 
 #if FASTMETA_VECTOR_BYTES >= 32
-FM_INLINE __m256 one_register(Vec<float> v) {
-#if FASTMETA_VECTOR_BYTES == 64
-  const __m512 x = (__m512)v;
-  return _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, x, 0), _mm512_maskz_extractf32x8_ps(0xff, x, 1));
-#else
-  return (__m256)v;
-#endif
-}
-FM_INLINE __m256d one_register(Vec<double> v) {
-#if FASTMETA_VECTOR_BYTES == 64
-  const __m512d x = (__m512d)v;
-  return _mm256_add_pd(_mm512_maskz_extractf64x4_pd(0xf, x, 0), _mm512_maskz_extractf64x4_pd(0xf, x, 1));
-#else
-  return (__m256d)v;
-#endif
-}
 FM_INLINE __m128 sums_of_four(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d) {
   const __m256 p = one_register(a), q = one_register(b), r = one_register(c), s = one_register(d);
   const __m256 x = _mm256_add_ps(_mm256_unpacklo_ps(p, q), _mm256_unpackhi_ps(p, q));

@@ -55,13 +55,14 @@ void squared_distances(const cpu::DistanceItem<T>& item) {
     near.classes = chunk;
     near.carve(carver);
     squares = carver.take<T>(near.most);
-    least = carver.take<T>(chunk);
+    least = carver.take<T>(padded<T>(chunk));
   }
   for (int64_t n = 0; n < item.classes; n += chunk) {
     const T* prototypes = item.prototypes + n * item.width;
     near.classes = smaller(chunk, item.classes - n);
     near.start(prototypes, item.width);
     for (int64_t i = 0; i < near.classes; ++i) least[i] = T(kCancelled) * near.prototypes[i * near.ld + item.width];
+    for (int64_t i = near.classes; i < padded<T>(chunk); ++i) least[i] = -T(__builtin_inff());
     for (int64_t start = 0; start < item.rows; start += near.most) {
       const int64_t rows = smaller(near.most, item.rows - start);
       const T* query = item.query + start * item.width;
@@ -81,7 +82,8 @@ void squared_distances(const cpu::DistanceItem<T>& item) {
         }
         if (i == near.classes) continue;
         const int64_t lanes = near.classes - i;
-        form_anew(query + q * item.width, prototypes + i * item.width, item.width, own[0], least + i, lanes, out + i);
+        if (__builtin_expect(!all_lanes(load_first(out + i, lanes) >= own + load(least + i)), 0))
+          form_anew(query + q * item.width, prototypes + i * item.width, item.width, own[0], least + i, lanes, out + i);
         if (root) store_first(out + i, square_root(load_first(out + i, lanes)), lanes);
       }
     }

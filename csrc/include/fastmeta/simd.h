@@ -216,16 +216,36 @@ FM_INLINE T sum_of_lanes(Vec<T> v) {
     FM_UNROLL for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
   return lanes[0];
 }
-#if FASTMETA_VECTOR_BYTES == 32
+#if FASTMETA_VECTOR_BYTES >= 32
+// A vector's two halves added up where it takes two registers of AVX2. The masked forms: GCC takes what the plain ones
+// leave undefined for a use of it.
+FM_INLINE __m256 one_register(Vec<float> v) {
+#if FASTMETA_VECTOR_BYTES == 64
+  const __m512 x = (__m512)v;
+  return _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, x, 0), _mm512_maskz_extractf32x8_ps(0xff, x, 1));
+#else
+  return (__m256)v;
+#endif
+}
+FM_INLINE __m256d one_register(Vec<double> v) {
+#if FASTMETA_VECTOR_BYTES == 64
+  const __m512d x = (__m512d)v;
+  return _mm256_add_pd(_mm512_maskz_extractf64x4_pd(0xf, x, 0), _mm512_maskz_extractf64x4_pd(0xf, x, 1));
+#else
+  return (__m256d)v;
+#endif
+}
 template <>
 FM_INLINE float sum_of_lanes<float>(Vec<float> v) {
-  __m128 x = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m256 half = one_register(v);
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
 template <>
 FM_INLINE double sum_of_lanes<double>(Vec<double> v) {
-  const __m128d x = _mm_add_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1));
+  const __m256d half = one_register(v);
+  const __m128d x = _mm_add_pd(_mm256_castpd256_pd128(half), _mm256_extractf128_pd(half, 1));
   return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
 }
 #endif
