@@ -63,7 +63,7 @@ class OpSpec:
     source: str = ""
     backends: tuple[str, ...] = ("cuda", "cpp", "triton", "reference")  # those that have it
     exact_at_ties: bool = True
-    ranks: tuple[tuple[str, int], ...] = ()  # lists that `call` takes without the task dimension too, by their dimensions
+    ranks: tuple[tuple[str, int], ...] = ()  # dimensions of lists that may come without the task dimension
 
     @cached_property
     def schema(self) -> str:
