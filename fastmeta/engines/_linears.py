@@ -124,5 +124,5 @@ class Answer(TorchFunctionMode):
         rows = x.reshape(-1, x.shape[-1])
         z = F.linear(rows, layer.weight, layer.bias)  # under vmap: one product, for the weight is not mapped
         for inputs, deltas in blocks:
-            z = z + gram(rows, inputs, layer.bias is not None) @ deltas  # vmap makes more of addmm: a product with 1
+            z = torch.addmm(z, gram(rows, inputs, layer.bias is not None), deltas)
         return (z if probe is None else z + probe).view(*x.shape[:-1], layer.weight.shape[0])
