@@ -167,3 +167,5 @@ def test_learns_sinusoids(algorithm):
     train_on_sinusoids(learner, 600)
     adapted, before = sinusoid_error(learner), sinusoid_error(learner, 0)
     assert adapted < 1.6 and adapted < before / 2.5, (adapted, before)
+    state, head = learner.adapt(torch.randn(2, 10, 1), torch.randn(2, 10, 1)), {"5.weight", "5.bias"}
+    assert (state.shared if algorithm is BOIL else state.weights.keys() - state.shared) == head

@@ -140,8 +140,8 @@ def split_signal(seed, tasks=16, shots=5, queries=5, ways=5):
 
 @pytest.mark.learning
 def test_learns_from_the_classes_which_columns_matter():
-    """Without the condition it ends below 0.8."""
+    """Without the condition it ends below 0.8, with rows alone in the condition below 0.94."""
     torch.manual_seed(0)
     net = ModulationCAML(mlp([8, 16]), FiLMMLP(32, [8, 32, 16]), ways=5)
     train(net, split_signal, 200)
-    assert judge(net, split_signal) > 0.93
+    assert judge(net, split_signal) > 0.96
