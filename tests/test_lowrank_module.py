@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmeta.algorithms import MAML
 from fastmeta.engines import InnerLoop, as_loss, lowrank_module
-from fastmeta.engines._linears import LowRank
 from fastmeta.engines._trace import traced
 from fastmeta.engines.lowrank_module import LowRankModuleEngine
 
@@ -417,6 +417,19 @@ def test_adapts_all_the_same_without_gradients(all_low_rank, mode):
     torch.testing.assert_close(actual, ENGINE.query(model, inner, *batch[:3]).detach())
 
 
+def test_in_forward_mode(all_low_rank):
+    model, batch = make("residual", "mse")
+    batch[2].requires_grad_()
+    (gradient,) = torch.autograd.grad(ENGINE.query(model, inner_loop("mse", 0.3, 3), *batch[:3]).sum(), batch[2])
+    torch.manual_seed(0)
+    direction = torch.randn_like(batch[2])
+    with forward_ad.dual_level():
+        query_x = forward_ad.make_dual(batch[2].detach(), direction)
+        result = ENGINE.query(model, inner_loop("mse", 0.3, 3), *batch[:2], query_x)
+        tangent = forward_ad.unpack_dual(result).tangent
+    torch.testing.assert_close(tangent.sum(), (gradient * direction).sum(), rtol=1e-10, atol=1e-10)
+
+
 DENSE = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.fastmeta.functional_mlp.default)
 
 
@@ -538,13 +551,3 @@ def test_choice_and_its_explanation():
     text = MAML(model, inner_steps=50).explain(batch)
     assert "vmap: picked" in text and "outnumber the width" in text
     assert "lowrank: cannot serve" in MAML(nn.LayerNorm(6)).explain(batch)
-
-
-def test_history_grows_like_k_log_k():
-    """What the graph keeps of a layer's rows: each step reads all blocks, and keeps the tensors that it read."""
-    layer, kept, most = LowRank(torch.zeros(2, 3), None), {}, 0
-    for _ in range(64):
-        layer.append(torch.zeros(1, 5, 3), torch.zeros(1, 5, 2))
-        kept.update({id(block[0]): block for block in layer.blocks})
-        most = max(most, len(layer.blocks))
-    assert sum(block[0].shape[1] for block in kept.values()) <= 5 * 64 * 7 and most <= 7

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -111,34 +112,33 @@ class Answer(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _linear(self, name: str, layer: LowRank, x: Tensor) -> Tensor:
-        blocks, probe = self.mapped.blocks[name], None
-        if self.uses is not None:
-            use, count = Use(name, (*x.shape[:-1], layer.weight.shape[0])), len(self.inputs)
-            if not can_probe(self.level) or count == len(self.uses) or self.uses[count] != use:
-                raise PathChanged
-            self.inputs.append(x.reshape(-1, x.shape[-1]))
-            probe = self.mapped.probes[count]
-            if layer.products:
-                dense, inner = self.mapped.products[name]
-                return (dense + inner @ blocks[0][1] + probe).view(use.shape)
-        elif torch._C._functorch.maybe_current_level() != self.level:
-            raise PathChanged
+        blocks = self.mapped.blocks[name]
         rows = x.reshape(-1, x.shape[-1])
-        if probe is None and len(blocks) == 1:
-            z = QueryLinear.apply(rows, layer.weight, layer.bias, *blocks[0])
+        if self.uses is None:
+            if torch._C._functorch.maybe_current_level() != self.level:
+                raise PathChanged
+            (block,) = blocks  # as `LowRank.finish` left them
+            return QueryLinear.apply(rows, layer.weight, layer.bias, *block).view(*x.shape[:-1], layer.weight.shape[0])
+        use, count = Use(name, (*x.shape[:-1], layer.weight.shape[0])), len(self.inputs)
+        if not can_probe(self.level) or count == len(self.uses) or self.uses[count] != use:
+            raise PathChanged
+        self.inputs.append(rows)
+        if layer.products:
+            dense, inner = self.mapped.products[name]
+            z = dense + inner @ blocks[0][1]
         else:
             z = F.linear(rows, layer.weight, layer.bias)  # under vmap: one product, for the weight is not mapped
             for inputs, deltas in blocks:
                 z = torch.addmm(z, gram(rows, inputs, layer.bias is not None), deltas)
-        return (z if probe is None else z + probe).view(*x.shape[:-1], layer.weight.shape[0])
+        return (z + self.mapped.probes[count]).view(use.shape)
 
 
 class QueryLinear(torch.autograd.Function):
     """`x W^T + b + (x A^T + 1) D` under `torch.func.vmap`: `[B, I]`, `[O, I]`, `[O]` or None, `[r, I]`, `[r, O]` to
     `[B, O]`, where weight and bias are not mapped.
 
-    `addmm` becomes five passes over its result there, and the gradient of `x` the sum of two products: with many query
-    rows they take half as long as the products.
+    In torch's own operations `addmm` makes five passes over its result there, and the gradient of `x` is a sum of two
+    products: many query rows feel that. Each is one product that adds in place here.
     """
 
     @staticmethod
@@ -151,7 +151,8 @@ class QueryLinear(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, x, weight, bias, inputs, deltas):
-        if torch._C._are_functorch_transforms_active() or in_dims != (0, None, None, 0, 0):
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if transformed or in_dims != (0, None, None, 0, 0):
             return torch.func.vmap(QueryLinear.forward, in_dims)(x, weight, bias, inputs, deltas), 0
         return _QueryLinear.apply(x, weight, bias, inputs, deltas), 0
 
@@ -173,7 +174,8 @@ class _QueryLinear(torch.autograd.Function):
         x, weight, inputs, deltas, inner = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again, and so with respect to what this is made of
             inner = gram(x, inputs, ctx.has_bias)
-        needs, rows, through = ctx.needs_input_grad, grad.flatten(0, 1), grad @ deltas.mT
+        needs, rows = ctx.needs_input_grad, grad.flatten(0, 1)
+        through = grad @ deltas.mT if needs[0] or needs[3] else None  # not of the examples themselves
         return (
             (grad @ weight).baddbmm_(through, inputs) if needs[0] else None,
             rows.mT @ x.flatten(0, 1) if needs[1] else None,
