@@ -12,9 +12,13 @@ import torch
 Contender = Callable[[], object]
 
 
-def synchronize() -> None:
+def synchronize(results: object = None) -> None:
+    """Wait for the device, and for `results` where another framework computes them in its own time."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    for result in results if isinstance(results, list) else ():
+        if hasattr(result, "block_until_ready"):
+            result.block_until_ready()
 
 
 def check_equal(contenders: dict[str, Contender], rtol: float = 1e-3) -> None:
@@ -65,12 +69,11 @@ def interleaved(contenders: dict[str, Contender], seconds: float = 4.0, seed: in
 
 
 def _time(run: Contender, repeats: int) -> float:
-    run()
-    synchronize()
+    synchronize(run())
     start = time.perf_counter()
     for _ in range(repeats):
-        run()
-    synchronize()
+        results = run()
+    synchronize(results)
     return (time.perf_counter() - start) / repeats
 
 

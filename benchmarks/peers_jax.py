@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # read on import: the GPU's memory is shared with torch
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +15,13 @@ from torch import Tensor, nn
 def maml(model: nn.Sequential, regression: bool, batch: tuple[Tensor, ...], lr: float, steps: int) -> Callable:
     """A function without arguments that returns the meta-gradients, weight before bias, layer after layer."""
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    params = [
-        (jnp.asarray(layer.weight.detach().numpy()), jnp.asarray(layer.bias.detach().numpy())) for layer in layers
-    ]
-    data = tuple(jnp.asarray(t.numpy()) for t in batch)
+    device = jax.devices("gpu" if batch[0].is_cuda else "cpu")[0]
+
+    def array(t: Tensor) -> jax.Array:
+        return jax.device_put(t.detach().cpu().numpy(), device)
+
+    params = [(array(layer.weight), array(layer.bias)) for layer in layers]
+    data = tuple(array(t) for t in batch)
 
     def loss(params, x, y):
         for i, (weight, bias) in enumerate(params):
@@ -37,7 +43,8 @@ def maml(model: nn.Sequential, regression: bool, batch: tuple[Tensor, ...], lr: 
     run = jax.jit(jax.grad(meta_loss))
 
     def contender():
-        gradients = jax.block_until_ready(run(params, data))
+        with jax.default_matmul_precision("highest"):  # float32 as torch has it: a GPU's default is TF32
+            gradients = run(params, data)
         return [part for layer in gradients for part in layer]
 
     return contender

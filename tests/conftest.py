@@ -17,18 +17,20 @@ DEVICE = "cuda" if CUDA else "cpu"
 DATA = Path(os.environ.get("FASTMETA_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 
 
-def pytest_addoption(parser):
-    parser.addoption("--shard", metavar="I/N", help="every Nth test from the Ith on, I from 0: for N processes")
-
-
-def pytest_collection_modifyitems(config, items):
-    if shard := config.getoption("--shard"):
-        first, step = map(int, shard.split("/"))
-        items[:] = items[first::step]
+def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if not CUDA and item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_runtest_logfinish():
+    """After an error of the device every further call on it fails: the worker ends, and xdist starts another."""
+    if CUDA and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
 @pytest.fixture(scope="session")
