@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -194,11 +195,11 @@ def mamls(make: Make) -> Iterator[Case]:
             rows["task loop"] = lambda m=model, f=loss, b=batch, k=steps: peers.maml_by_loop(m, f, b, 0.01, k)
             if _installed("higher"):
                 rows["higher"] = lambda m=model, f=loss, b=batch, k=steps: peers.maml_by_higher(m, f, b, 0.01, k)
-        if _installed("jax") and make.device.type == "cpu":
+        if _installed("jax"):
             from benchmarks import peers_jax
 
             rows["JAX jit"] = peers_jax.maml(model, regression, batch, 0.01, steps)
-        yield Case(
+        case = Case(
             f"MAML meta-gradient {name}",
             rows,
             {peer: faster for peer in rows if peer != "fastmeta"},
@@ -206,6 +207,25 @@ def mamls(make: Make) -> Iterator[Case]:
             yardsticks={"supervised on the same rows": lambda m=model, f=loss, b=batch: peers.supervised(m, f, b)},
             at_most={} if at_most is None else {"supervised on the same rows": at_most},
         )
+        yield case
+        if make.device.type == "cuda":
+            yield _in_cuda_graphs(case)
+
+
+GRAPHED = ("fastmeta", "torch.func", "supervised on the same rows")  # what a CUDA graph can record
+
+
+def _in_cuda_graphs(case: Case) -> Case:
+    """The same without Python and launches; JAX's one call as it is."""
+
+    def recorded(runs: dict[str, Contender]) -> dict[str, Contender]:
+        graphs = {name: peers.in_cuda_graph(run) for name, run in runs.items() if name in GRAPHED}
+        return graphs | {name: run for name, run in runs.items() if name == "JAX jit"}
+
+    rows = recorded(case.contenders)
+    bars = {name: bar for name, bar in case.bars.items() if name in rows}
+    yardsticks = recorded(case.yardsticks)
+    return dataclasses.replace(case, name=f"{case.name}, CUDA graph", contenders=rows, bars=bars, yardsticks=yardsticks)
 
 
 class Residual(torch.nn.Module):

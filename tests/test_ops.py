@@ -13,7 +13,10 @@ from fastmeta import _backends, testing, use_backend
 from fastmeta._library import dispatcher_op
 from fastmeta._spec import REGISTRY, Make
 
-BACKENDS = [name for name in _backends.BACKENDS if DEVICE in _backends.BACKENDS[name].devices]
+# the reference is the same torch code on every device, and shown on the CPU
+BACKENDS = [
+    name for name, b in _backends.BACKENDS.items() if DEVICE in b.devices and not (CUDA and name == "reference")
+]
 DTYPES = {
     "cuda": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
     "triton": (torch.float32, torch.float64, torch.float16, torch.bfloat16) if CUDA else (torch.float32, torch.float64),
