@@ -286,13 +286,21 @@ def run(spec: OpSpec, args: Args):
     return backend.run(spec, args)
 
 
-def run_with_gradient(spec: OpSpec, args: Args, needs: int):
-    """The outputs and the gradients of the first one's mean in one pass; None where no kernel has that."""
-    if next(_tensors(args)).device.type != "cpu" or choose(spec, args).name != "cpp":
+def run_with_gradient(spec: OpSpec, args: Args, needs: int, wants_mean: bool):
+    """The outputs and the gradients of the first one's mean in one pass; None where no kernel has that.
+
+    On a GPU only where it is sure that they are wanted: whether another gradient is asked for cannot be seen there
+    without waiting.
+    """
+    device_type = next(_tensors(args)).device.type
+    if not (wants_mean or device_type == "cpu") or not _native.has_kernel(f"{spec.name}_with_gradient", device_type):
+        return None
+    backend = choose(spec, args)
+    if backend.run is not _run_native:
         return None
     if spec.check is not None:
         spec.check(*args)
-    calls[spec.name, "cpp"] += 1
+    calls[spec.name, backend.name] += 1
     tasks = leading_size(_tensors(args))
     found = _native_op(f"{spec.name}_with_gradient")(*_native_arguments(spec, args), 1 / max(tasks, 1), needs)
     outputs = len(found) - len(spec.differentiable)

@@ -8,13 +8,15 @@ from math import prod
 import torch
 from torch import Tensor
 
-_MOST_NUMBERS = 4096
+_MOST_NUMBERS = {"cpu": 4096, "cuda": 65536}  # by device: launching takes longer than filling
 
 
 def filled(like: Tensor, shape: tuple[int, ...], value: float) -> Tensor:
     """A tensor full of `value`, not to be written into, with the dtype and device of `like`."""
-    if like.is_cpu and prod(shape) <= _MOST_NUMBERS and _plain(like):  # a CUDA graph would own what it made
-        return _kept(tuple(shape), value, like.dtype)
+    if prod(shape) <= _MOST_NUMBERS.get(like.device.type, 0) and _plain(like):
+        # a CUDA graph must own what it reads at every replay
+        if like.is_cpu or not torch.cuda.is_current_stream_capturing():
+            return _kept(tuple(shape), value, like.dtype, like.device)
     return like.new_full(shape, value)
 
 
@@ -29,6 +31,9 @@ def _plain(like: Tensor) -> bool:
 
 
 @lru_cache(256)
-def _kept(shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
+def _kept(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.full(shape, value, dtype=dtype, device="cpu")
+        made = torch.full(shape, value, dtype=dtype, device=device)
+    if device.type == "cuda":  # other streams will read it
+        torch.cuda.current_stream(device).synchronize()
+    return made

@@ -65,36 +65,38 @@ def define(spec: OpSpec) -> None:
     _plain_functions[spec.name] = _make_plain_function(spec)
 
 
-def call(spec: OpSpec, args: Args):
-    """Run an op, by the way in that is right where the caller stands."""
+def call(spec: OpSpec, args: Args, wants_mean: bool = False):
+    """The outputs of an op, by the way in that is right where the caller stands; and with `wants_mean` the mean of the
+    first, or None where it is found as well by the caller."""
     transformed = torch._C._are_functorch_transforms_active()
     compiling = torch.compiler.is_compiling()
     if forward_ad._current_level >= 0 or transformed and compiling:
         args = _lifted(spec, args)
         _check_data(spec, args)
         with torch.autocast(_tensors(args)[0].device.type, enabled=False):  # the inputs have been cast
-            return spec.reference(*args)
+            return spec.reference(*args), None
     if transformed:
         args = _lifted(spec, args)
         structure = _Structure(args)
         outputs = _functions[spec.name].apply(structure, *_tensors(args))
-        return structure.join_outputs(outputs)
+        return structure.join_outputs(outputs), None
     if compiling or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
-        return dispatcher_op(spec)(*_lifted(spec, args))
+        return dispatcher_op(spec)(*_lifted(spec, args)), None
     tensors, needing, wanted = [], [], []
     for arg, bit in zip(args, spec.bits, strict=True):
         for index, t in enumerate((arg,) if isinstance(arg, Tensor) else arg if _is_list(arg) else ()):
             if type(t) not in _PLAIN:
-                return dispatcher_op(spec)(*_lifted(spec, args))
+                return dispatcher_op(spec)(*_lifted(spec, args)), None
             if t.requires_grad:
                 needing.append(t)
                 wanted.append((bit, index if _is_list(arg) else None, t.dim()))
             tensors.append(t)
     if not (needing and torch.is_grad_enabled()):
-        return _backends.run(spec, _lifted(spec, args))
+        return _backends.run(spec, _lifted(spec, args)), None
     structure = _Structure(args)
-    flat = _plain_functions[spec.name].apply(structure, args, tensors, wanted, *needing)
-    return structure.join_outputs(flat)
+    wants_mean = wants_mean and spec.with_gradient
+    flat = _plain_functions[spec.name].apply(structure, args, tensors, wanted, wants_mean, *needing)
+    return structure.join_outputs(flat), flat[-1] if wants_mean else None
 
 
 def _lifted(spec: OpSpec, args: Args) -> Args:
@@ -309,31 +311,36 @@ def _make_plain_function(spec: OpSpec) -> type[torch.autograd.Function]:
     What each input costs autograd adds up to more than a small kernel takes: inputs are only those tensors that need
     gradients, without views of them.
     """
-    extras = 4  # inputs before the tensors
+    extras = 5  # inputs before the tensors
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, structure, args, tensors, wanted, *needing):
+        def forward(ctx, structure, args, tensors, wanted, wants_mean, *needing):
             ctx.save_for_backward(*tensors)
             ctx.structure, ctx.wanted = structure, wanted
             args = _lifted(spec, args)
             found = None
             if spec.with_gradient:
                 ctx.set_materialize_grads(False)
-                found = _backends.run_with_gradient(spec, args, _needs_of(wanted))
+                found = _backends.run_with_gradient(spec, args, _needs_of(wanted), wants_mean)
             outputs, ctx.known = found or (_backends.run(spec, args), None)
             outputs = structure.split_outputs(outputs)
             if spec.differentiable_outputs is not None:
                 ctx.mark_non_differentiable(*outputs[spec.differentiable_outputs :])
-            return outputs
+            ctx.averaged = len(outputs[0]) if wants_mean else None
+            return (*outputs, outputs[0].mean()) if wants_mean else outputs
 
         @staticmethod
         def backward(ctx, *grads):
             if all(grad is None for grad in grads):
                 return (None,) * (extras + len(ctx.wanted))
             wanted = [w if n else (None, 0, 0) for w, n in zip(ctx.wanted, ctx.needs_input_grad[extras:], strict=True)]
-            found = _known_gradients(ctx, grads) if spec.with_gradient else None
+            *grads, of_mean = grads if ctx.averaged is not None else (*grads, None)
+            found = _known_gradients(ctx, grads, of_mean) if spec.with_gradient else None
             if found is None:
+                if of_mean is not None:
+                    each = (of_mean / max(ctx.averaged, 1)).expand(ctx.averaged)
+                    grads[0] = each if grads[0] is None else grads[0] + each
                 found = spec.backward(_lifted(spec, _saved(ctx)), ctx.structure.nest(grads), _needs_of(wanted))
             return *(None,) * extras, *(_gradient(found, *w) for w in wanted)
 
@@ -356,21 +363,31 @@ def _gradient(found, bit: int | None, index: int | None, dims: int) -> Tensor | 
     return gradient if gradient is None or gradient.dim() == dims else gradient.squeeze(0)
 
 
-def _known_gradients(ctx, grads) -> tuple | None:
+def _known_gradients(ctx, grads, of_mean: Tensor | None) -> tuple | None:
     """Those found with the outputs, for the mean of the first; None where it is no multiple of the mean that is
     differentiated, or where the gradients are to be differentiated again."""
     first, *others = grads
     known, ctx.known = ctx.known, None  # once: the caller may write into them
-    if known is None or first is None or torch.is_grad_enabled() or any(g is not None for g in others):
+    if known is None or torch.is_grad_enabled() or any(g is not None for g in others):
         return None
+    if of_mean is not None:
+        return _scaled(known, of_mean) if first is None else None
     count = first.numel()
     if count == 0:
         return None
-    if not torch.equal(first, filled(first, (count,), 1 / count)):
-        factor = float(first.view(-1)[0])
-        if not bool((first == factor).all()):
-            return None
-        known = [[t * (factor * count) for t in g] if _is_list(g) else g * (factor * count) for g in known]
+    if torch.equal(first, filled(first, (count,), 1 / count)):
+        return known
+    factor = first.view(-1)[0]
+    return _scaled(known, factor * count) if bool((first == factor).all()) else None
+
+
+def _scaled(known, factor: Tensor):
+    """Gradients times a number that the device holds: it is waited for on the CPU alone."""
+    if factor.is_cpu and float(factor) == 1:
+        return known
+    tensors = [t for t in _flat_outputs(known) if t.numel()]
+    if tensors:
+        torch._foreach_mul_(tensors, factor)
     return known
 
 
@@ -426,7 +443,7 @@ def _fold_and_call(spec: OpSpec, batch: int, in_dims: Args, args: Args):
         shared_sizes[name] = [t.shape[0 if dim is None else 1] for t, dim in pairs]
         folded.append(values if _is_list(arg) else values[0])
 
-    outputs = call(spec, tuple(folded))
+    outputs, _ = call(spec, tuple(folded))
     single = not isinstance(outputs, tuple)  # one Tensor, or one Tensor[]
     unfolded = []
     for i, output in enumerate((outputs,) if single else outputs):

@@ -58,7 +58,8 @@ class OpSpec:
     gradient_of: tuple[str, ...] = ()  # of a backward op: output i is the gradient of this argument
     check: Callable | None = None  # refuses values that only the data tells, such as labels
     workloads: Callable[[Make], Iterable[Workload]] | None = None
-    with_gradient: bool = False  # a native `<name>_with_gradient` gives outputs and gradients in one pass
+    # a native `<name>_with_gradient` gives outputs, and gradients of the first one's mean, in one pass
+    with_gradient: bool = False
     autocast: str = "float32"  # under autocast: "lower" as matmul, "float32" as a loss, "widest" as an addition
     source: str = ""
     backends: tuple[str, ...] = ("cuda", "cpp", "triton", "reference")  # those that have it
@@ -94,7 +95,14 @@ class OpSpec:
     def __call__(self, *args):
         from fastmeta._library import call
 
-        return call(self, args)
+        return call(self, args)[0]
+
+    def with_mean(self, *args):
+        """The outputs, and the mean of the first: what to differentiate where a kernel finds gradients beside it."""
+        from fastmeta._library import call
+
+        outputs, mean = call(self, args, wants_mean=True)
+        return outputs, outputs[0].mean() if mean is None else mean
 
 
 REGISTRY: dict[str, OpSpec] = {}

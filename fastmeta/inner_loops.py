@@ -165,6 +165,22 @@ def meta_loss_mlp(
     Raises:
         TypeError, ValueError: as `adapt_mlp`.
     """
+    return _meta_loss_mlp_and_mean(
+        support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation, first_order, momentum,
+        weight_decay, norm, support_mask, query_mask, huber_delta, form, False
+    )[0]  # fmt: skip
+
+
+def mean_meta_loss_mlp(support_x, support_y, query_x, query_y, weights, biases, *, lr, steps, loss, activation,
+                       first_order) -> tuple[MetaLoss, Tensor]:  # fmt: skip
+    """`meta_loss_mlp`, and the mean of its losses: what to differentiate, as kernels find its gradient too."""
+    return _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation,
+                                   first_order)  # fmt: skip
+
+
+def _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation,
+                            first_order, momentum=0.0, weight_decay=0.0, norm=None, support_mask=None, query_mask=None,
+                            huber_delta=1.0, form="auto", wants_mean=True):  # fmt: skip
     loop = _Loop(support_x, support_y, (query_x, query_y, query_mask), weights, biases, lr, steps, loss, activation,
                  momentum, weight_decay, norm, support_mask, form)  # fmt: skip
     shared = (loop.rates, loop.element_rates, loss, activation, huber_delta, momentum, weight_decay, first_order)
@@ -172,8 +188,14 @@ def meta_loss_mlp(
     qx, query_gram = loop.first_layer(loop.query_x)
     args = (x, loop.support_y, loop.support_weight, qx, loop.query_y, loop.query_weight, gram, query_gram,
             loop.kernel_weights, loop.kernel_biases, *shared)  # fmt: skip
-    loss, logits = _inner_loop.meta_loss(*args, norm=_norm(norm)) if norm else _meta_loss_mlp.SPEC(*args)
-    return MetaLoss(loss, logits if logits.dtype == loop.dtype else logits.to(loop.dtype))
+    mean = None
+    if norm:
+        loss, logits = _inner_loop.meta_loss(*args, norm=_norm(norm))
+    elif wants_mean:
+        (loss, logits), mean = _meta_loss_mlp.SPEC.with_mean(*args)
+    else:
+        loss, logits = _meta_loss_mlp.SPEC(*args)
+    return MetaLoss(loss, logits if logits.dtype == loop.dtype else logits.to(loop.dtype)), mean
 
 
 class _Loop:

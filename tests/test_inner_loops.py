@@ -14,6 +14,7 @@ from torch.autograd import gradcheck
 
 from fastmeta._backends import use_backend
 from fastmeta.functional import adapt_mlp, functional_mlp, meta_loss_mlp
+from fastmeta.inner_loops import mean_meta_loss_mlp
 
 ROW_LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "huber")
 LOSSES = (*ROW_LOSSES, "maximum_entropy")
@@ -445,3 +446,38 @@ def test_gradients_known_from_the_forward_pass(form):
     again = torch.autograd.grad(loss, leaves)
     for left, right in zip(first, again, strict=True):
         torch.testing.assert_close(left, right)
+
+
+def test_the_mean_given_with_the_losses():
+    """Its gradient may come out of the forward pass, on the GPU too; nothing else asked of the same graph may."""
+    data, weights, biases = problem("cross_entropy", dtype=torch.float64)
+    rate = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64, device=DEVICE).requires_grad_()
+    leaves = [*weights, *biases, rate]
+    uneven = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, device=DEVICE)
+    uses = {
+        "mean": lambda loss, logits, mean: mean,
+        "a multiple": lambda loss, logits, mean: -3 * mean,
+        "mean and losses": lambda loss, logits, mean: mean + (uneven * loss).sum(),
+        "mean and logits": lambda loss, logits, mean: 2 * mean + logits.square().sum(),
+        "losses alone": lambda loss, logits, mean: (uneven * loss).sum(),
+    }
+    inner = {"lr": rate, "steps": 2, "loss": "cross_entropy", "activation": "relu", "first_order": False}
+
+    def found():
+        (loss, logits), mean = mean_meta_loss_mlp(*data, weights, biases, **inner)
+        return loss, logits, mean
+
+    for name, use in uses.items():
+        with use_backend("reference"):
+            loss, logits = meta_loss_mlp(*data, weights, biases, **inner)
+            expected = torch.autograd.grad(use(loss, logits, loss.mean()), leaves)
+        for options in ({}, {"create_graph": True}):
+            for ours, right in zip(torch.autograd.grad(use(*found()), leaves, **options), expected, strict=True):
+                torch.testing.assert_close(ours, right, msg=name)
+    mean = found()[2]
+    first = [g.clone() for g in torch.autograd.grad(mean, leaves, retain_graph=True)]
+    for left, right in zip(first, torch.autograd.grad(mean, leaves), strict=True):
+        torch.testing.assert_close(left, right)
+    with torch.no_grad():
+        loss, _, mean = found()
+        torch.testing.assert_close(mean, loss.mean())

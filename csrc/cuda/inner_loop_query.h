@@ -15,9 +15,20 @@ struct InnerQuery : InnerBlock<A> {
 
   __device__ __forceinline__ A* first_of(int state) const { return states + state + p.first_state; }
 
+  __device__ __forceinline__ void give_logits(int begin, int count) const {
+    const InnerLayer& last = p.layer[p.layers - 1];
+    A* out = of_task(p.logits, int64_t(p.query.rows) * last.out) + int64_t(begin) * last.out;
+    each(team, count, last.out,
+         [&](int r, int c) { out[r * last.out + c] = memory[last.query.delta + r * last.query.ld_delta + c]; });
+  }
+  // From each thread's part.
+  __device__ __forceinline__ void give_loss(A part) const {
+    set_part(0, part);
+    const A total = add_parts(1);
+    if (team.id == 0) *of_task(p.losses, 1) = total;
+  }
+
   __device__ __forceinline__ void query_forward() const {
-    const int classes = p.layer[p.layers - 1].out;
-    const InnerPlaces& last = p.layer[p.layers - 1].query;
     A total = 0;
     for (int begin = 0; begin < p.query.rows; begin += p.chunk) {
       const int count = smaller(p.chunk, p.query.rows - begin);
@@ -25,28 +36,31 @@ struct InnerQuery : InnerBlock<A> {
       __syncthreads();
       forward(p.query, begin, count, memory + p.query_x, p.ld_query_x, true, false);
       total += losses(p.query, begin, count, true, false, A(1), nullptr, nullptr);
-      A* out = of_task(p.logits, int64_t(p.query.rows) * classes) + int64_t(begin) * classes;
-      each(team, count, classes,
-           [&](int r, int c) { out[r * classes + c] = memory[last.delta + r * last.ld_delta + c]; });
+      give_logits(begin, count);
       __syncthreads();
     }
-    set_part(0, total);
-    total = add_parts(1);
-    if (team.id == 0) *of_task(p.losses, 1) = total;
+    give_loss(total);
   }
 
   // The query rows' gradients of everything: of the adapted weights to `adjoint`.
   __device__ __forceinline__ void query_backward() const {
     const int classes = p.layer[p.layers - 1].out, last = p.layers - 1;
-    const A scale = *of_task(static_cast<const void*>(p.losses), 1);
-    const A* extra = of_task(static_cast<const void*>(p.logits), int64_t(p.query.rows) * classes);
+    const bool gives = p.every_grad_loss != 0;
+    const A scale = gives ? A(p.every_grad_loss) : *of_task(static_cast<const void*>(p.losses), 1);
+    const A* extra = gives ? nullptr : of_task(static_cast<const void*>(p.logits), int64_t(p.query.rows) * classes);
+    A total = 0;
     fill_zero(states + p.adjoint, p.state);
     for (int begin = 0; begin < p.query.rows; begin += p.chunk) {
       const int count = smaller(p.chunk, p.query.rows - begin);
       take_input(p.query, begin, count, memory + p.query_x, p.ld_query_x);
       __syncthreads();
       forward(p.query, begin, count, memory + p.query_x, p.ld_query_x, true, false);
-      losses(p.query, begin, count, true, true, scale, nullptr, extra + int64_t(begin) * classes);
+      if (gives) {
+        give_logits(begin, count);
+        __syncthreads();  // their gradients take their place
+      }
+      total += losses(p.query, begin, count, true, true, scale, nullptr,
+                      extra ? extra + int64_t(begin) * classes : nullptr);
       __syncthreads();
       for (int l = last; l >= p.first; --l) {
         query_layer_gradient(l, count);
@@ -62,6 +76,7 @@ struct InnerQuery : InnerBlock<A> {
       if (gram()) query_gram(begin, count);
       __syncthreads();
     }
+    if (gives) give_loss(total);
   }
 
   __device__ __forceinline__ void query_layer_gradient(int l, int count) const {

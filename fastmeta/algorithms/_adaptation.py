@@ -27,7 +27,7 @@ from ..engines.inspect import MLPSpec, mlp_spec
 from ..engines.layerwise import _backward, _forward, rows, why_no_formulas
 from ..engines.layerwise import _layers as _layers_or_none
 from ..engines.vmap import VmapEngine, _buffers_per_task
-from ..inner_loops import adapt_mlp, meta_loss_mlp
+from ..inner_loops import adapt_mlp, mean_meta_loss_mlp
 from ._chunks import chunked_loss
 from .maml import FastWeights, _check_pair
 from .output import MetaOutput
@@ -113,8 +113,8 @@ class InnerLoopAlgorithm(nn.Module):
         if spec is None:
             fast = adapted(tail, inner, rates, support_x, support_y)
             return judged(self.loss, _VMAP.predict(tail, fast, query_x), query_y)
-        task_loss, logits = fused_meta_loss(spec, tail, inner, lr, support_x, support_y, query_x, query_y)
-        return judged(self.loss, logits, query_y, task_loss)
+        (task_loss, logits), mean = fused_meta_loss(spec, tail, inner, lr, support_x, support_y, query_x, query_y)
+        return judged(self.loss, logits, query_y, task_loss, mean)
 
 
 # arguments -----------------------------------------------------------------------------------------------------------
@@ -212,13 +212,13 @@ def fused_options(spec: MLPSpec, inner: InnerLoop) -> dict:
 
 
 def fused_meta_loss(spec: MLPSpec, model: nn.Module, inner: InnerLoop, lr, support_x, support_y, query_x, query_y):
-    """Query loss `[T]` and predictions `[T, Q, C]`."""
+    """Query loss `[T]` and predictions `[T, Q, C]`; and the mean of the losses."""
     slow = dict(model.named_parameters())
     _check_targets(spec, slow, inner, support_x, support_y, "support_y")
     _check_targets(spec, slow, inner, query_x, query_y, "query_y")
     targets = (inner.loss.kernel_targets(y) for y in (support_y, query_y))
     data = (rows(spec, support_x), next(targets), rows(spec, query_x), next(targets))
-    return meta_loss_mlp(*data, *_layers(spec, slow), lr=lr, **fused_options(spec, inner))
+    return mean_meta_loss_mlp(*data, *_layers(spec, slow), lr=lr, **fused_options(spec, inner))
 
 
 def fused_adapt(
@@ -347,12 +347,14 @@ def gradient_of_tasks(
     return task_gradients(model, inner, fast, _buffers_per_task(model, x.shape[0]), x, y)
 
 
-def judged(loss: Loss, logits: Tensor, query_y: Tensor, task_loss: Tensor | None = None) -> MetaOutput:
-    """The result of predictions `[T, Q, C]`; `task_loss` `[T]` where it is known already."""
+def judged(
+    loss: Loss, logits: Tensor, query_y: Tensor, task_loss: Tensor | None = None, mean: Tensor | None = None
+) -> MetaOutput:
+    """The result of predictions `[T, Q, C]`; `task_loss` `[T]` and its mean where they are known already."""
     if task_loss is None:
         loss.check(logits.shape, query_y, "query_y")
         task_loss = loss.per_task(logits, query_y)
     accuracy = None
     if query_y.dtype == torch.int64 and query_y.shape == logits.shape[:-1]:
         accuracy = (logits.argmax(-1) == query_y).to(task_loss.dtype).mean(1)
-    return MetaOutput(task_loss.mean(), task_loss, accuracy, logits)
+    return MetaOutput(task_loss.mean() if mean is None else mean, task_loss, accuracy, logits)

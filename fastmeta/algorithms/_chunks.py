@@ -28,7 +28,7 @@ def chunked_loss(
     for chunk in zip(*(tensor.split(size) for tensor in batch), strict=True):
         output = run(*chunk)
         if differentiable and output.loss.requires_grad:
-            share = output.task_loss.sum() / num_tasks
+            share = output.loss * (len(output.task_loss) / num_tasks)
             for i, gradient in enumerate(torch.autograd.grad(share, parameters, allow_unused=True)):
                 if gradient is not None:
                     gradients[i] = gradient if gradients[i] is None else gradients[i].add_(gradient)

@@ -159,15 +159,16 @@ class MAML(nn.Module):
         with inspected(self.model):
             engine = choose(self.engine, self.model, inner, support_x)
             if isinstance(engine, FusedEngine):
-                task_loss, logits = engine.meta_loss(self.model, inner, support_x, support_y, query_x, query_y)
+                (task_loss, logits), mean = engine.meta_loss(self.model, inner, support_x, support_y, query_x, query_y)
             else:
                 logits = engine.query(self.model, inner, support_x, support_y, query_x)
                 self.loss.check(logits.shape, query_y, "query_y")
                 task_loss = self.loss.per_task(logits, query_y)
+                mean = task_loss.mean()
         accuracy = None
         if query_y.dtype == torch.int64 and query_y.shape == logits.shape[:-1]:
             accuracy = (logits.argmax(-1) == query_y).to(task_loss.dtype).mean(1)
-        return MetaOutput(task_loss.mean(), task_loss, accuracy, logits)
+        return MetaOutput(mean, task_loss, accuracy, logits)
 
 
 def _check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:

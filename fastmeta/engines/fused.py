@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastmeta._backends import ACTIVATIONS, forced_backend, why_not
 from fastmeta.functional import functional_mlp
-from fastmeta.inner_loops import adapt_mlp, first_layer_cost, meta_loss_mlp
+from fastmeta.inner_loops import MetaLoss, adapt_mlp, first_layer_cost, mean_meta_loss_mlp
 from fastmeta.ops.meta_loss_mlp import SPEC
 
 from ._base import InnerLoop, Parameters
@@ -80,16 +80,16 @@ class FusedEngine(LayerwiseEngine):
             return functional_mlp(rows(spec, query_x), fast)
         if inner.loss.in_kernels == "cross_entropy":
             query_y = support_y.new_zeros(query_y.shape[:2])
-        return self.meta_loss(model, inner, support_x, support_y, query_x, query_y)[1]
+        return self.meta_loss(model, inner, support_x, support_y, query_x, query_y)[0].logits
 
     def meta_loss(
         self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Query loss `[T]` and predictions `[T, Q, C]` in one call."""
+    ) -> tuple[MetaLoss, Tensor]:
+        """Query loss `[T]` and predictions `[T, Q, C]` in one call; and the mean of the losses."""
         spec, slow = mlp_spec(model), parameters_of(model)
         _check_targets(spec, slow, inner, support_x, support_y, "support_y")
         _check_targets(spec, slow, inner, query_x, query_y, "query_y")
-        return meta_loss_mlp(
+        return mean_meta_loss_mlp(
             rows(spec, support_x),
             inner.loss.kernel_targets(support_y),
             rows(spec, query_x),

@@ -217,7 +217,7 @@ def check(ops, a, needs=None, run=both_orders):
         incoming = [torch.randn_like(t) for t in outputs]
         inputs = [t for n in gradients for t in flat(e[n])]
         total = sum((o * g).sum() for o, g in zip(outputs, incoming, strict=True))
-        wanted = torch.autograd.grad(total, inputs, allow_unused=True)
+        wanted = torch.autograd.grad(total, inputs, allow_unused=True, retain_graph=True)
         wanted = [torch.zeros_like(t) if g is None else g for g, t in zip(wanted, inputs, strict=True)]
         given = iter([g.to(dtype) for g in incoming])
         grads = [[next(given) for _ in o] if isinstance(o, list) else next(given) for o in expected]
@@ -228,6 +228,17 @@ def check(ops, a, needs=None, run=both_orders):
             kinds = [bits >> i & 1 for i, n in enumerate(gradients) for _ in flat(e[n])]
             none = torch.empty(0, dtype=torch.float64)
             agree(ours, [w if k else none for w, k in zip(wanted, kinds, strict=True)], dtype)
+        if name == "meta_loss_mlp":
+            check_one_pass(ops, a, arguments, expected, inputs, everything, run)
+
+
+def check_one_pass(ops, a, arguments, expected, inputs, everything, run):
+    """Outputs and the gradient of a multiple of the losses' sum in one launch."""
+    scale, dtype = 0.3, a["support_x"].dtype
+    wanted = torch.autograd.grad(scale * expected[0].sum(), inputs, allow_unused=True)
+    wanted = [torch.zeros_like(t) if g is None else g for g, t in zip(wanted, inputs, strict=True)]
+    ours = run(lambda: ops.meta_loss_mlp_with_gradient(*arguments, scale, everything))
+    agree(ours, [*expected, *wanted], dtype)
 
 
 # the checks ---------------------------------------------------------------------------------------------------------
