@@ -51,6 +51,7 @@ struct InnerLoop {
   int64_t widths[kMostInnerLayers + 1];  // in the Gram form widths[0] is 0
   bool gram, biased, first_order;
   int64_t steps, loss, activation;
+  int64_t tasks_each;  // of a range, at least
   T delta, momentum, weight_decay;
   Rows<T> support, query;  // adapt_mlp: no query
   Operand<T> weights[kMostInnerLayers], biases[kMostInnerLayers];  // by layer; in the Gram form not [0]

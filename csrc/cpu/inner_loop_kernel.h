@@ -4,6 +4,7 @@
 // direction of the adjoint, at the step's own weights.
 #pragma once
 
+#include "inner_loop_lanes.h"
 #include "inner_loop_worker.h"
 
 namespace fastmeta::FASTMETA_ISA {
@@ -314,6 +315,7 @@ struct InnerTask : InnerWorker<T> {
 
 template <class T>
 void inner_loop(const cpu::InnerLoop<T>& p, int64_t begin, int64_t end, int64_t group) {
+  if (ran_in_lanes(p, false, begin, end, group)) return;
   InnerTask<T> t(p, false);
   t.group = group;
   for (t.task = begin; t.task < end; ++t.task) {
@@ -327,6 +329,7 @@ void inner_loop(const cpu::InnerLoop<T>& p, int64_t begin, int64_t end, int64_t 
 
 template <class T>
 void inner_loop_gradient(const cpu::InnerLoop<T>& p, int64_t begin, int64_t end, int64_t group) {
+  if (ran_in_lanes(p, true, begin, end, group)) return;
   InnerTask<T> t(p, true);
   t.group = group;
   for (t.task = begin; t.task < end; ++t.task) {

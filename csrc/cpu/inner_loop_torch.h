@@ -156,6 +156,7 @@ class InnerProblem {
   template <class F>
   void run(bool backward, const F& kernel) const {
     if (tasks == 0) return;
+    loop->tasks_each = tasks / groups;
     parallel(groups, cost(backward) * (tasks / groups), [&](int64_t g) {
       const Range range = part(tasks, groups, g);
       kernel(*loop, range.begin, range.end, g);
