@@ -187,7 +187,7 @@ def mamls(make: Make) -> Iterator[Case]:
         model, loss, batch, maml = maml_batch(sizes, tasks, shots, queries, steps, make)
         regression = sizes[-1] == 1
         rows = {
-            "fastmeta": lambda maml=maml, batch=batch: torch.autograd.grad(maml(batch).loss, list(maml.parameters())),
+            "fastmeta": lambda maml=maml, batch=batch: list(maml.gradients(batch)[1].values()),
             "torch.func": lambda m=model, f=loss, b=batch, k=steps: peers.maml_by_vmap(m, f, b, 0.01, k),
             "torch.func compiled": peers.maml_compiled(model, loss, batch, 0.01, steps),
         }
@@ -204,7 +204,12 @@ def mamls(make: Make) -> Iterator[Case]:
             rows,
             {peer: faster for peer in rows if peer != "fastmeta"},
             flops=maml_flops(sizes, tasks, shots, queries, steps),
-            yardsticks={"supervised on the same rows": lambda m=model, f=loss, b=batch: peers.supervised(m, f, b)},
+            yardsticks={
+                "supervised on the same rows": lambda m=model, f=loss, b=batch: peers.supervised(m, f, b),
+                "fastmeta, a graph and its backward": lambda maml=maml, batch=batch: torch.autograd.grad(
+                    maml(batch).loss, list(maml.parameters())
+                ),
+            },
             at_most={} if at_most is None else {"supervised on the same rows": at_most},
         )
         yield case

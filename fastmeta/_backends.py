@@ -145,10 +145,10 @@ def _native_op(name: str):
 
 
 def _run_native(spec: OpSpec, args: Args):
-    return _native_op(spec.name)(*_native_arguments(spec, args))
+    return _native_op(spec.name)(*native_arguments(spec, args))
 
 
-def _native_arguments(spec: OpSpec, args: Args) -> list:
+def native_arguments(spec: OpSpec, args: Args) -> list:
     return [
         (arg if arg.is_contiguous() else arg.contiguous())
         if isinstance(arg, Tensor)
@@ -293,15 +293,23 @@ def run_with_gradient(spec: OpSpec, args: Args, needs: int, wants_mean: bool):
     without waiting.
     """
     device_type = next(_tensors(args)).device.type
-    if not (wants_mean or device_type == "cpu") or not _native.has_kernel(f"{spec.name}_with_gradient", device_type):
+    if not (wants_mean or device_type == "cpu") or not gives_gradient(spec, args):
         return None
-    backend = choose(spec, args)
-    if backend.run is not _run_native:
-        return None
+    return run_native_gradient(spec, args, native_arguments(spec, args), needs)
+
+
+def gives_gradient(spec: OpSpec, args: Args) -> bool:
+    """Whether the backend that runs this call has a kernel that finds outputs and gradient at once."""
+    device_type = next(_tensors(args)).device.type
+    return _native.has_kernel(f"{spec.name}_with_gradient", device_type) and choose(spec, args).run is _run_native
+
+
+def run_native_gradient(spec: OpSpec, args: Args, native: list, needs: int):
+    """`run_with_gradient` where `gives_gradient`; `native` are the `native_arguments` of `args`."""
     if spec.check is not None:
         spec.check(*args)
-    calls[spec.name, backend.name] += 1
-    tasks = leading_size(_tensors(args))
-    found = _native_op(f"{spec.name}_with_gradient")(*_native_arguments(spec, args), 1 / max(tasks, 1), needs)
+    first = next(_tensors(args))
+    calls[spec.name, "cpp" if first.is_cpu else "cuda"] += 1
+    found = _native_op(f"{spec.name}_with_gradient")(*native, 1 / max(leading_size(_tensors(args)), 1), needs)
     outputs = len(found) - len(spec.differentiable)
     return found[0] if outputs == 1 else tuple(found[:outputs]), found[outputs:]

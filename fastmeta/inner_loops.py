@@ -181,13 +181,10 @@ def mean_meta_loss_mlp(support_x, support_y, query_x, query_y, weights, biases, 
 def _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation,
                             first_order, momentum=0.0, weight_decay=0.0, norm=None, support_mask=None, query_mask=None,
                             huber_delta=1.0, form="auto", wants_mean=True):  # fmt: skip
-    loop = _Loop(support_x, support_y, (query_x, query_y, query_mask), weights, biases, lr, steps, loss, activation,
-                 momentum, weight_decay, norm, support_mask, form)  # fmt: skip
-    shared = (loop.rates, loop.element_rates, loss, activation, huber_delta, momentum, weight_decay, first_order)
-    x, gram = loop.first_layer(loop.support_x)
-    qx, query_gram = loop.first_layer(loop.query_x)
-    args = (x, loop.support_y, loop.support_weight, qx, loop.query_y, loop.query_weight, gram, query_gram,
-            loop.kernel_weights, loop.kernel_biases, *shared)  # fmt: skip
+    loop, args = _arguments(
+        support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation, first_order, momentum,
+        weight_decay, norm, support_mask, query_mask, huber_delta, form
+    )  # fmt: skip
     mean = None
     if norm:
         loss, logits = _inner_loop.meta_loss(*args, norm=_norm(norm))
@@ -196,6 +193,24 @@ def _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, bia
     else:
         loss, logits = _meta_loss_mlp.SPEC(*args)
     return MetaLoss(loss, logits if logits.dtype == loop.dtype else logits.to(loop.dtype)), mean
+
+
+def _arguments(support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation, first_order,
+               momentum=0.0, weight_decay=0.0, norm=None, support_mask=None, query_mask=None, huber_delta=1.0,
+               form="auto"):  # fmt: skip
+    loop = _Loop(support_x, support_y, (query_x, query_y, query_mask), weights, biases, lr, steps, loss, activation,
+                 momentum, weight_decay, norm, support_mask, form)  # fmt: skip
+    shared = (loop.rates, loop.element_rates, loss, activation, huber_delta, momentum, weight_decay, first_order)
+    x, gram = loop.first_layer(loop.support_x)
+    qx, query_gram = loop.first_layer(loop.query_x)
+    return loop, (x, loop.support_y, loop.support_weight, qx, loop.query_y, loop.query_weight, gram, query_gram,
+                  loop.kernel_weights, loop.kernel_biases, *shared)  # fmt: skip
+
+
+def dense_arguments(*tensors, **options) -> tuple | None:
+    """What `mean_meta_loss_mlp` of the same gives the op; None where the first layer's products are not the op's."""
+    loop, args = _arguments(*tensors, **options)
+    return None if loop.lowrank else args
 
 
 class _Loop:

@@ -102,7 +102,7 @@ struct Target {
   bool sum_rows = false;
 
   Target() = default;
-  Target(const Tensor& like, const Grid& grid) : tensor(torch::stable::new_empty(like, like.sizes())) {
+  Target(const Tensor& like, const Grid& grid) : tensor(new_like(like, true)) {
     size = like.numel();
     shape = grid.shape(like);
     sum_rows = !grid.flat && like.size(0) == 1;

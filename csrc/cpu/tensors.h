@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <numeric>
 #include <tuple>
@@ -16,11 +17,24 @@ namespace fastmeta::cpu {
 
 using torch::stable::Tensor;
 
+// The shim's own function: `new_empty` goes through the dispatcher, boxed, which takes longer than small kernels.
+inline Tensor new_tensor(const Tensor& like, const int64_t* sizes, int64_t dims) {
+  int64_t strides[8];
+  STD_TORCH_CHECK(dims <= 8, "tensors of up to 8 dimensions, not ", dims);
+  for (int64_t d = dims - 1, step = 1; d >= 0; step *= std::max<int64_t>(sizes[d--], 1)) strides[d] = step;
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()});
+  return new_tensor(like, sizes.begin(), int64_t(sizes.size()));
 }
 inline Tensor new_like(const Tensor& like, bool needed) {
-  return needed ? torch::stable::new_empty(like, like.sizes()) : new_tensor(like, {0});
+  const auto sizes = like.sizes();
+  return needed ? new_tensor(like, sizes.data(), int64_t(sizes.size())) : new_tensor(like, {0});
 }
 
 template <class T>

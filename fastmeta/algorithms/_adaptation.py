@@ -30,7 +30,7 @@ from ..engines.vmap import VmapEngine, _buffers_per_task
 from ..inner_loops import adapt_mlp, mean_meta_loss_mlp
 from ._chunks import chunked_loss
 from .maml import FastWeights, _check_pair
-from .output import MetaOutput
+from .output import MetaOutput, judged
 
 if TYPE_CHECKING:
     from ..engines._losses import Loss
@@ -345,16 +345,3 @@ def gradient_of_tasks(
         weights = dict(model.named_parameters()) | dict(fast)
         return mlp_gradients(mlp_spec(model), loss, weights, list(fast), x, y)
     return task_gradients(model, inner, fast, _buffers_per_task(model, x.shape[0]), x, y)
-
-
-def judged(
-    loss: Loss, logits: Tensor, query_y: Tensor, task_loss: Tensor | None = None, mean: Tensor | None = None
-) -> MetaOutput:
-    """The result of predictions `[T, Q, C]`; `task_loss` `[T]` and its mean where they are known already."""
-    if task_loss is None:
-        loss.check(logits.shape, query_y, "query_y")
-        task_loss = loss.per_task(logits, query_y)
-    accuracy = None
-    if query_y.dtype == torch.int64 and query_y.shape == logits.shape[:-1]:
-        accuracy = (logits.argmax(-1) == query_y).to(task_loss.dtype).mean(1)
-    return MetaOutput(task_loss.mean() if mean is None else mean, task_loss, accuracy, logits)

@@ -13,7 +13,8 @@ from ..engines.fused import FusedEngine
 from ..engines.inspect import inspected
 from ..engines.select import check_name
 from ._chunks import chunked_loss
-from .output import MetaOutput
+from ._direct import DirectGradient, direct_gradient, plain_call
+from .output import MetaOutput, judged
 
 if TYPE_CHECKING:
     from ..tasks import TaskBatch
@@ -59,9 +60,9 @@ class MAML(nn.Module):
     Every task starts at the slow weights and takes `inner_steps` steps `w <- w - inner_lr * grad
     L_support(w)` (their equation in section 2.2); `forward` returns the mean query loss at the weights so
     reached, whose gradient with respect to the slow weights is the meta-gradient of their equation 1, second
-    derivatives included. `first_order=True` treats the inner gradients as constants (first-order MAML, their
-    section 5.2). Departures: the mean over tasks, where the paper sums (scale the outer rate), and all tasks
-    at once.
+    derivatives included; `gradients` returns both. `first_order=True` treats the inner gradients as constants
+    (first-order MAML, their section 5.2). Departures: the mean over tasks, where the paper sums (scale the outer
+    rate), and all tasks at once.
 
     Args:
         model: any module from examples `[B, ...]` to predictions `[B, C]`; used as it is, and its parameters
@@ -113,6 +114,7 @@ class MAML(nn.Module):
         self.loss = as_loss(loss)
         self.engine = engine
         self.task_chunk = task_chunk
+        self._direct: DirectGradient | None = None  # the last one, for the next call
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
         """Run the inner loop on support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`."""
@@ -131,14 +133,34 @@ class MAML(nn.Module):
 
     def forward(self, batch: TaskBatch) -> MetaOutput:
         """Adapt to every task's support set and judge on its query set."""
-        support_x, support_y, query_x, query_y = batch
-        _check_pair("support_x", support_x, "support_y", support_y)
-        _check_pair("query_x", query_x, "query_y", query_y)
-        if support_x.shape[0] != query_x.shape[0]:
-            raise ValueError(f"support_x has {support_x.shape[0]} tasks, query_x has {query_x.shape[0]}")
-        if self.task_chunk is not None and support_x.shape[0] > self.task_chunk:
+        _check_batch(*batch)
+        if self._in_chunks(batch):
             return chunked_loss(self._tasks, batch, self.task_chunk, [p for p in self.parameters() if p.requires_grad])
         return self._tasks(*batch)
+
+    def gradients(self, batch: TaskBatch) -> tuple[MetaOutput, dict[str, Tensor]]:
+        """What `forward` returns, detached, and the gradient of its loss: `{name: gradient}` for every parameter of
+        `named_parameters()` that requires one. Equal to `torch.autograd.grad` of the loss, and for few small tasks much
+        faster: where a kernel finds both at once no graph is made. Nothing is added to `parameter.grad`.
+
+        Raises:
+            ValueError: as `forward`; with `task_chunk` inputs may not require gradients.
+        """
+        inner = self._inner(batch[1], batch[3])
+        with inspected(self.model):
+            if plain_call(batch) and not self._in_chunks(batch):
+                if self._direct is None or not self._direct.holds(self.model, inner, batch):
+                    _check_batch(*batch)
+                    self._direct = direct_gradient(self.engine, self.model, inner, batch)
+                if self._direct is not None:
+                    output, found = self._direct.run(batch)
+                    return output, {f"model.{name}": gradient for name, gradient in found.items()}
+        with torch.enable_grad():
+            output = self(batch)
+        wanted = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(output.loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
+        output = MetaOutput(*(None if field is None else field.detach() for field in output))
+        return output, dict(zip(wanted, found, strict=True))
 
     def explain(self, batch: TaskBatch) -> str:
         """Which engine serves this batch and why the others do not, as readable text. Runs nothing."""
@@ -154,21 +176,25 @@ class MAML(nn.Module):
         differentiable = torch.is_grad_enabled() and any(target.requires_grad for target in targets)
         return InnerLoop(self.inner_lr, self.inner_steps, self.first_order, self.loss, differentiable)
 
+    def _in_chunks(self, batch: TaskBatch) -> bool:
+        return self.task_chunk is not None and batch[0].shape[0] > self.task_chunk
+
     def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
         inner = self._inner(support_y, query_y)
         with inspected(self.model):
             engine = choose(self.engine, self.model, inner, support_x)
             if isinstance(engine, FusedEngine):
                 (task_loss, logits), mean = engine.meta_loss(self.model, inner, support_x, support_y, query_x, query_y)
-            else:
-                logits = engine.query(self.model, inner, support_x, support_y, query_x)
-                self.loss.check(logits.shape, query_y, "query_y")
-                task_loss = self.loss.per_task(logits, query_y)
-                mean = task_loss.mean()
-        accuracy = None
-        if query_y.dtype == torch.int64 and query_y.shape == logits.shape[:-1]:
-            accuracy = (logits.argmax(-1) == query_y).to(task_loss.dtype).mean(1)
-        return MetaOutput(mean, task_loss, accuracy, logits)
+                return judged(self.loss, logits, query_y, task_loss, mean)
+            logits = engine.query(self.model, inner, support_x, support_y, query_x)
+            return judged(self.loss, logits, query_y)
+
+
+def _check_batch(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> None:
+    _check_pair("support_x", support_x, "support_y", support_y)
+    _check_pair("query_x", query_x, "query_y", query_y)
+    if support_x.shape[0] != query_x.shape[0]:
+        raise ValueError(f"support_x has {support_x.shape[0]} tasks, query_x has {query_x.shape[0]}")
 
 
 def _check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:

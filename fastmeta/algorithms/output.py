@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..engines._losses import Loss
 
 
 class MetaOutput(NamedTuple):
@@ -19,3 +23,16 @@ class MetaOutput(NamedTuple):
     task_loss: Tensor
     accuracy: Tensor | None = None
     logits: Tensor | None = None
+
+
+def judged(
+    loss: Loss, logits: Tensor, query_y: Tensor, task_loss: Tensor | None = None, mean: Tensor | None = None
+) -> MetaOutput:
+    """The result of predictions `[T, Q, C]`; `task_loss` `[T]` and its mean where they are known already."""
+    if task_loss is None:
+        loss.check(logits.shape, query_y, "query_y")
+        task_loss = loss.per_task(logits, query_y)
+    accuracy = None
+    if query_y.dtype == torch.int64 and query_y.shape == logits.shape[:-1]:
+        accuracy = (logits.argmax(-1) == query_y).to(task_loss.dtype).mean(1)
+    return MetaOutput(task_loss.mean() if mean is None else mean, task_loss, accuracy, logits)

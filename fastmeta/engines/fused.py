@@ -86,17 +86,19 @@ class FusedEngine(LayerwiseEngine):
         self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> tuple[MetaLoss, Tensor]:
         """Query loss `[T]` and predictions `[T, Q, C]` in one call; and the mean of the losses."""
+        tensors, options = self.arguments(model, inner, support_x, support_y, query_x, query_y)
+        return mean_meta_loss_mlp(*tensors, **options)
+
+    def arguments(
+        self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> tuple[tuple, dict]:
+        """What `mean_meta_loss_mlp` takes: tensors, and options."""
         spec, slow = mlp_spec(model), parameters_of(model)
         _check_targets(spec, slow, inner, support_x, support_y, "support_y")
         _check_targets(spec, slow, inner, query_x, query_y, "query_y")
-        return mean_meta_loss_mlp(
-            rows(spec, support_x),
-            inner.loss.kernel_targets(support_y),
-            rows(spec, query_x),
-            inner.loss.kernel_targets(query_y),
-            *_layers(spec, slow),
-            **_options(spec, slow, inner),
-        )
+        support = rows(spec, support_x), inner.loss.kernel_targets(support_y)
+        query = rows(spec, query_x), inner.loss.kernel_targets(query_y)
+        return (*support, *query, *_layers(spec, slow)), _options(spec, slow, inner)
 
 
 def _options(spec: MLPSpec, slow: Parameters, inner: InnerLoop) -> dict:

@@ -123,8 +123,8 @@ def _look(model: nn.Module) -> tuple[MLPSpec | str, dict[str, nn.Parameter]]:
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
             hooked = hooked or prefix[:-1] or "model"
         for key, parameter in layer._parameters.items():
-            if parameter is not None and parameter not in seen:
-                seen.add(parameter)
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
                 named[prefix + key] = parameter
     spec = known.spec
     # Hooks and ties come and go without a new layer, so they are looked at every time.

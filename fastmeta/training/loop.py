@@ -18,6 +18,7 @@ from .signals import StopSignals
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ..algorithms import MetaOutput
     from ..tasks import TaskBatch
     from .evaluate import Evaluation
 
@@ -164,8 +165,7 @@ class Trainer:
             group["lr"] = learning_rate(step=self.step, **self._rate)
         batch = self.tasks.sample(self.task_batch, generator=self.generator)
         self.optimizer.zero_grad(set_to_none=True)
-        output = self.module(batch)
-        output.loss.backward()
+        output = self._differentiate(batch)
         self._guard.watch(self.step + 1, output.task_loss)
         if self._check_every_step:
             self._guard.check()
@@ -174,6 +174,16 @@ class Trainer:
         self._loss.add(output.loss)
         if output.accuracy is not None:
             self._accuracy.add(output.accuracy.mean())
+
+    def _differentiate(self, batch: TaskBatch) -> MetaOutput:
+        if self.module is not self.algorithm or not hasattr(self.algorithm, "gradients"):
+            output = self.module(batch)
+            output.loss.backward()
+            return output
+        output, gradients = self.algorithm.gradients(batch)  # without a graph, where a kernel finds them
+        for name, parameter in self.algorithm.named_parameters():
+            parameter.grad = gradients.get(name)
+        return output
 
     def finished(self) -> bool:
         """True once the steps or the minutes are used up."""

@@ -1,0 +1,99 @@
+"""The meta-gradient in one call of a kernel: no autograd graph, and what is the same from call to call found once.
+
+For a few small tasks the way through an `nn.Module` and autograd takes longer than the arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from fastmeta import _backends, _checks
+from fastmeta.engines import InnerLoop, choose
+from fastmeta.engines.fused import FusedEngine
+from fastmeta.engines.inspect import mlp_spec, parameters_of
+from fastmeta.engines.layerwise import rows
+from fastmeta.inner_loops import dense_arguments
+from fastmeta.ops.meta_loss_mlp import SPEC
+
+from .output import MetaOutput, judged
+
+if TYPE_CHECKING:
+    from ..tasks import TaskBatch
+
+_AT = {name: position for position, name in enumerate(SPEC.argument_names)}
+_OF_BATCH = ("support_x", "support_y", "query_x", "query_y")
+_WEIGHTS, _BIASES = (SPEC.differentiable.index(name) for name in ("weights", "biases"))
+
+
+class DirectGradient:
+    """One call with everything in it but the numbers: those of the batch, and those of the parameters, which it sees
+    through views. Made and used inside `inspected(model)`."""
+
+    def __init__(self, model: nn.Module, inner: InnerLoop, batch: TaskBatch, args: tuple):
+        self.spec, named = mlp_spec(model), parameters_of(model)
+        names = [*self.spec.weights, *(name for name in self.spec.biases if name is not None)]
+        self.parameters = [named[name] for name in names]
+        self.places = [(name, names.index(name)) for name in named]  # of the gradients, in the model's order
+        self.views = [p.detach().unsqueeze(0) for p in self.parameters]
+        self.inner, self.shapes, self.args = inner, _checks.key(*batch), list(args)
+        count = len(self.spec.weights)
+        self.args[_AT["weights"]], self.args[_AT["biases"]] = self.views[:count], self.views[count:]
+        self.native = _backends.native_arguments(SPEC, tuple(self.args))
+
+    def holds(self, model: nn.Module, inner: InnerLoop, batch: TaskBatch) -> bool:
+        """Whether it is the same call but for the numbers."""
+        named = parameters_of(model)
+        if inner != self.inner or mlp_spec(model) is not self.spec or len(named) != len(self.parameters):
+            return False
+        for name, place in self.places:
+            p, view = self.parameters[place], self.views[place]
+            if named.get(name) is not p or not p.requires_grad or p.data_ptr() != view.data_ptr():
+                return False
+            if p.shape != view.shape[1:] or p.dtype != view.dtype:
+                return False
+        return _checks.key(*batch) == self.shapes and _backends.gives_gradient(SPEC, self.args)
+
+    def run(self, batch: TaskBatch) -> tuple[MetaOutput, dict[str, Tensor]]:
+        """The output, and gradients by name in the model."""
+        args, native, loss = self.args.copy(), self.native.copy(), self.inner.loss
+        for name, given in zip(_OF_BATCH, batch, strict=True):
+            tensor = rows(self.spec, given) if name.endswith("x") else loss.kernel_targets(given)
+            args[_AT[name]], native[_AT[name]] = tensor, tensor.contiguous()
+        (task_loss, logits), gradients = _backends.run_native_gradient(SPEC, args, native, 1 << _WEIGHTS | 1 << _BIASES)
+        gradients = (*gradients[_WEIGHTS], *gradients[_BIASES])
+        output = judged(loss, logits, batch.query_y, task_loss)
+        return output, {name: gradients[place].squeeze(0) for name, place in self.places}
+
+
+def direct_gradient(engine: str, model: nn.Module, inner: InnerLoop, batch: TaskBatch) -> DirectGradient | None:
+    """What `DirectGradient` can be made of, inside `inspected(model)`; None where the op alone is not all of it."""
+    if not plain_call(batch):
+        return None
+    chosen = choose(engine, model, inner, batch.support_x)
+    if not isinstance(chosen, FusedEngine) or not all(p.requires_grad for p in parameters_of(model).values()):
+        return None
+    with torch.no_grad():
+        tensors, options = chosen.arguments(model, inner, *batch)
+        args = dense_arguments(*tensors, **options)
+    if args is None or len(parameters_of(model)) != len(args[_AT["weights"]]) + len(args[_AT["biases"]]):
+        return None
+    direct = DirectGradient(model, inner, batch, args)
+    # of what is no view a copy would be taken, which does not see what an optimizer writes
+    whole = all(view.is_contiguous() for view in direct.views)
+    return direct if whole and _backends.gives_gradient(SPEC, direct.args) else None
+
+
+def plain_call(batch: TaskBatch) -> bool:
+    """Whether nothing stands between the caller and the kernel: no transform, no graph through the batch."""
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+        or any(type(t) is not Tensor or t.requires_grad for t in batch)
+    )
