@@ -188,6 +188,8 @@ def test_many_small_tasks(loss, activation, dtype, one_thread):
         (37, 7, (1, 12, 13, 3), {}),
         (26, 45, (4, 21, 2), {"per_task": True, "steps": 3}),
         (12, 1, (2, 3), {"bias": False, "first_order": True}),
+        (29, 4, (3, 7, 2), {"elementwise": True}),
+        (13, 4, (3, 7, 2), {"elementwise": True, "first_order": True, "bias": False}),
     ):
         args = arguments(make, tasks, 11, queries, widths, "dense", loss=loss, activation=activation, **options)
         for needs in (0xFF, 0x30):

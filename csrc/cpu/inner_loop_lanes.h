@@ -30,7 +30,8 @@ struct LaneLoop {
 
   T *start, *states, *rows, *x, *target, *row_weight, *rates, *logits, *numbers;
   T *query_x, *query_target, *query_weight, *query_values, *query_delta[2], *d_query_x;
-  T *v, *sum, *moment, *direction, *d_rates, *rates_sum, *d_x;
+  T *v, *r, *sum, *moment, *direction, *d_rates, *rates_sum, *d_x;
+  T *element_rates, *d_element_rates, *element_sum;
   T *dot_value[cpu::kMostInnerLayers], *dot_z[cpu::kMostInnerLayers], *dot_delta[2];
 
   LaneLoop(const cpu::InnerLoop<T>& p, bool gradient)
@@ -41,7 +42,7 @@ struct LaneLoop {
         gradient(gradient),
         relu(p.activation == cpu::kRelu),
         curved(is_curved(p.activation)),
-        sweeps(gradient && (!p.first_order || p.d_rates.base)),
+        sweeps(gradient && (!p.first_order || p.d_rates.base || p.d_weight_rates[0].base)),
         curvature(sweeps && !p.first_order) {
     for (int64_t l = 0; l < layers; ++l) {
       shared = shared && p.weights[l].step == 0 && (!p.biased || p.biases[l].step == 0);
@@ -62,7 +63,7 @@ struct LaneLoop {
   // Whether it takes this problem, and gains by it. Rows 4096 bytes apart all fall into one set of the first-level cache.
   bool serves() const {
     constexpr int64_t number = W * int64_t(sizeof(T));
-    const bool plain = p.momentum == 0 && p.weight_decay == 0 && !p.elementwise;
+    const bool plain = p.momentum == 0 && p.weight_decay == 0;
     const bool rows_alone = p.loss != cpu::kMaximumEntropy;
     bool empty = support == 0 || steps == 0 || (p.query_pass && p.query.count == 0), collides = false;
     for (int64_t l = 0; l <= layers; ++l) {
@@ -78,6 +79,7 @@ struct LaneLoop {
     if (!gradient) return;
     fill_zero(sum, size * W);
     fill_zero(rates_sum, steps * layers * W);
+    if (p.elementwise) fill_zero(element_sum, size * W);
   }
 
   void plan(StepRows& s, int64_t n, bool second, bool deltas) {
@@ -117,6 +119,12 @@ struct LaneLoop {
     d_rates = take_gradient(steps * layers);
     rates_sum = take_gradient(steps * layers);
     d_x = take(p.d_support_x.base ? support * inputs : 0);
+    const int64_t elements = p.elementwise ? size : 0;
+    element_rates = take(elements);
+    d_element_rates = take_gradient(elements);
+    element_sum = take_gradient(elements);
+    r = take_gradient(elements);
+    moment = take(elements || p.d_rates.base ? size : 0);
     // query rows are done with before the way back begins: both in the same place
     const size_t place = c.used;
     query_x = take(query_rows * inputs);
@@ -127,7 +135,6 @@ struct LaneLoop {
     d_query_x = take(p.d_query_x.base ? query_rows * inputs : 0);
     const size_t end = c.used;
     c.used = place;
-    moment = take(p.d_rates.base ? size : 0);
     direction = take_gradient(widest);
     for (int64_t l = 0; l < layers; ++l) {
       dot_value[l] = take_gradient(l > 0 ? support * p.widths[l] : 0);
@@ -253,17 +260,37 @@ struct LaneLoop {
     map_vectors<T>(steps * layers * W, [&](int64_t i) __attribute__((always_inline)) {
       store(rates + i, -load(rates + i));
     });
+    for (int64_t l = 0; l < layers && p.elementwise; ++l)
+      take_layer(l, p.weight_rates[l], p.bias_rates[l], element_rates);
     for (int64_t k = 0; k < steps; ++k) {
       const T* state = state_before(k);
       T *at = step_rows(k), *to = state_after(k);
       support_gradient(state, at);
       for (int64_t l = 0; l < layers; ++l) {
         const T *delta = at + step.delta[l], *factor = rates + (k * layers + l) * W;
+        if (p.elementwise) {
+          gradient_at(l, at);
+          step_by_elements(weight(l, state), weight_at[l], p.widths[l] * p.widths[l + 1], load(factor), to);
+          step_by_elements(bias(l, state), bias_at[l], p.biased ? p.widths[l + 1] : 0, load(factor), to);
+          continue;
+        }
         gradient_of(l, support, delta, input(at, l), weight(l, state), factor, to);
         bias_gradient_of(l, support, delta, bias(l, state), factor, to);
       }
     }
     return state_after(steps - 1);
+  }
+  // of the step with these rows, to `moment`
+  void gradient_at(int64_t l, const T* at) const {
+    gradient_of(l, support, at + step.delta[l], input(at, l), {}, nullptr, moment);
+    bias_gradient_of(l, support, at + step.delta[l], {}, nullptr, moment);
+  }
+  void step_by_elements(LaneNumbers<T> from, int64_t at, int64_t n, Vec<T> factor, T* to) const {
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t to_at = (at + i) * W;
+      const Vec<T> before = from.shared ? broadcast(from.base[i]) : load(from.base + i * W);
+      store(to + to_at, before + factor * load(element_rates + to_at) * load(moment + to_at));
+    }
   }
   void take_layer(int64_t l, const cpu::Operand<T>& w, const cpu::Operand<T>& b, T* to) const {
     take(w, 0, p.widths[l] * p.widths[l + 1], to + weight_at[l] * W);
@@ -331,37 +358,59 @@ struct LaneLoop {
   void sweep() {
     for (int64_t k = steps - 1; k >= 0; --k) {
       T* at = step_rows(k);
-      if (p.d_rates.base) gradients_of_rates(k, at);
-      if (curvature) hessian_product(at, state_before(k), rates + k * layers * W);
+      const T* factors = rates + k * layers * W;
+      if (p.d_rates.base || (p.elementwise && p.d_weight_rates[0].base)) gradients_of_rates(k, at, factors);
+      if (!curvature) continue;
+      if (p.elementwise) {
+        by_layer([&](int64_t l, int64_t i) __attribute__((always_inline)) {
+          store(r + i, load(factors + l * W) * load(element_rates + i) * load(v + i));
+        });
+        hessian_product(at, state_before(k), r, nullptr);
+      } else {
+        hessian_product(at, state_before(k), v, factors);
+      }
     }
   }
-  void gradients_of_rates(int64_t k, const T* at) {
+  template <class F>
+  void by_layer(const F& f) const {
     for (int64_t l = 0; l < layers; ++l) {
-      const T* delta = at + step.delta[l];
-      gradient_of(l, support, delta, input(at, l), {}, nullptr, moment);
-      bias_gradient_of(l, support, delta, {}, nullptr, moment);
       const int64_t end = l + 1 < layers ? weight_at[l + 1] : size;
+      for (int64_t i = weight_at[l] * W; i < end * W; i += W) f(l, i);
+    }
+  }
+  void gradients_of_rates(int64_t k, const T* at, const T* factors) {
+    for (int64_t l = 0; l < layers; ++l) {
+      gradient_at(l, at);
+      const int64_t end = l + 1 < layers ? weight_at[l + 1] : size;
+      const Vec<T> factor = load(factors + l * W);
       Vec<T> total = {};
       for (int64_t i = weight_at[l]; i < end;) {  // sums of a few: of all in one row they would lose digits
         Vec<T> part = {};
-        for (const int64_t stop = smaller(end, i + 32); i < stop; ++i) part += load(v + i * W) * load(moment + i * W);
+        for (const int64_t stop = smaller(end, i + 32); i < stop; ++i) {
+          Vec<T> product = load(v + i * W) * load(moment + i * W);
+          if (p.elementwise) {
+            store(d_element_rates + i * W, load(d_element_rates + i * W) + factor * product);
+            product *= load(element_rates + i * W);
+          }
+          part += product;
+        }
         total += part;
       }
       store(d_rates + (k * layers + l) * W, -total);
     }
   }
 
-  // v += H (rates * v); inputs' gradients on the way
-  void hessian_product(T* at, const T* state, const T* factors) {
+  // v += H direction, where the direction is in `way` (times factors by layer, where given); inputs' gradients too
+  void hessian_product(T* at, const T* state, const T* way, const T* factors) {
     for (int64_t l = 0; l < layers; ++l) {
       const bool hidden = l + 1 < layers;
-      const T *factor = factors + l * W, *mask = relu && hidden ? at + step.slope[l] : nullptr;
+      const T *factor = factors ? factors + l * W : nullptr, *mask = relu && hidden ? at + step.slope[l] : nullptr;
       T* to = mask ? dot_value[l + 1] : dot_z[l];
-      LaneProduct<T> along = through(l, true, weight(l, v), input(at, l), to);
+      LaneProduct<T> along = through(l, true, weight(l, way), input(at, l), to);
       along.factor = factor;
-      if (p.biased) {
-        for (int64_t i = 0, from = bias_at[l] * W; i < along.c_row * W; i += W)
-          store(direction + i, load(factor) * load(v + from + i));
+      along.start = bias(l, way);
+      if (p.biased && factor) {
+        for (int64_t i = 0; i < along.c_row * W; i += W) store(direction + i, load(factor) * load(along.start.base + i));
         along.start = {direction};
       }
       if (l == 0) along.mask = mask;
@@ -382,8 +431,8 @@ struct LaneLoop {
     for (int64_t l = layers - 1; l >= 0; --l) {
       const T* plain = at + step.delta[l];
       if (l > 0 || p.d_support_x.base) {
-        LaneProduct<T> along = through(l, false, weight(l, v), plain, l > 0 ? below : d_x);
-        along.factor = factors + l * W;
+        LaneProduct<T> along = through(l, false, weight(l, way), plain, l > 0 ? below : d_x);
+        along.factor = factors ? factors + l * W : nullptr;
         if (l == 0) along.start = {d_x};
         along.start_row = along.c_row;
         multiply(support, along);
@@ -395,6 +444,7 @@ struct LaneLoop {
         if (l > 0 && curved)
           tangent_of_delta<T>(below, at + step.slope[l - 1], dot_z[l - 1], below, support * rest.c_row * W);
       }
+      // the way may be v itself: changed only now that it has been read
       gradient_of(l, support, delta, input(at, l), weight(l, v), nullptr, v, l > 0 ? plain : nullptr, dot_value[l]);
       bias_gradient_of(l, support, delta, bias(l, v), nullptr, v);
       T* free = l == layers - 1 ? other : delta;
@@ -411,10 +461,15 @@ struct LaneLoop {
   void finish_gradients() {
     if (p.d_support_x.base) give(d_x, support * p.widths[0], p.d_support_x);
     for (int64_t l = 0; l < layers; ++l) {
-      finish(v, weight_at[l], p.widths[l] * p.widths[l + 1], p.d_weights[l], sum);
-      if (p.biased) finish(v, bias_at[l], p.widths[l + 1], p.d_biases[l], sum);
+      finish_layer(l, v, p.d_weights, p.d_biases, sum);
+      if (p.elementwise) finish_layer(l, d_element_rates, p.d_weight_rates, p.d_bias_rates, element_sum);
     }
     finish(d_rates, 0, steps * layers, p.d_rates, rates_sum);
+  }
+  void finish_layer(int64_t l, const T* from, const cpu::Target<T>* weights, const cpu::Target<T>* biases,
+                    T* sums) const {
+    finish(from, weight_at[l], p.widths[l] * p.widths[l + 1], weights[l], sums);
+    if (p.biased) finish(from, bias_at[l], p.widths[l + 1], biases[l], sums);
   }
   void finish(const T* from, int64_t at, int64_t n, const cpu::Target<T>& to, T* sums) const {
     if (!to.base) return;
@@ -427,10 +482,15 @@ struct LaneLoop {
   void write_sums() {
     task = 0;
     for (int64_t l = 0; l < layers; ++l) {
-      write_sum(sum + weight_at[l] * W, p.widths[l] * p.widths[l + 1], p.d_weights[l]);
-      if (p.biased) write_sum(sum + bias_at[l] * W, p.widths[l + 1], p.d_biases[l]);
+      write_sums_of_layer(l, sum, p.d_weights, p.d_biases);
+      if (p.elementwise) write_sums_of_layer(l, element_sum, p.d_weight_rates, p.d_bias_rates);
     }
     write_sum(rates_sum, steps * layers, p.d_rates);
+  }
+  void write_sums_of_layer(int64_t l, const T* sums, const cpu::Target<T>* weights,
+                           const cpu::Target<T>* biases) const {
+    write_sum(sums + weight_at[l] * W, p.widths[l] * p.widths[l + 1], weights[l]);
+    if (p.biased) write_sum(sums + bias_at[l] * W, p.widths[l + 1], biases[l]);
   }
   void write_sum(const T* from, int64_t n, const cpu::Target<T>& target) const {
     if (!target.base || !target.sum) return;
@@ -458,6 +518,7 @@ struct LaneLoop {
         continue;
       }
       if (p.d_support_x.base) fill_zero(d_x, support * p.widths[0] * W);
+      if (p.elementwise) fill_zero(d_element_rates, size * W);
       if (p.query_pass || sweeps) {
         const T* state = adapt();
         if (p.query_pass) query_pass(state, true);
