@@ -181,10 +181,9 @@ def mean_meta_loss_mlp(support_x, support_y, query_x, query_y, weights, biases, 
 def _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation,
                             first_order, momentum=0.0, weight_decay=0.0, norm=None, support_mask=None, query_mask=None,
                             huber_delta=1.0, form="auto", wants_mean=True):  # fmt: skip
-    loop, args = _arguments(
-        support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation, first_order, momentum,
-        weight_decay, norm, support_mask, query_mask, huber_delta, form
-    )  # fmt: skip
+    loop = _Loop(support_x, support_y, (query_x, query_y, query_mask), weights, biases, lr, steps, loss, activation,
+                 momentum, weight_decay, norm, support_mask, form)  # fmt: skip
+    args = loop.meta_loss_arguments(loss, activation, huber_delta, momentum, weight_decay, first_order)
     mean = None
     if norm:
         loss, logits = _inner_loop.meta_loss(*args, norm=_norm(norm))
@@ -195,22 +194,12 @@ def _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, bia
     return MetaLoss(loss, logits if logits.dtype == loop.dtype else logits.to(loop.dtype)), mean
 
 
-def _arguments(support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation, first_order,
-               momentum=0.0, weight_decay=0.0, norm=None, support_mask=None, query_mask=None, huber_delta=1.0,
-               form="auto"):  # fmt: skip
-    loop = _Loop(support_x, support_y, (query_x, query_y, query_mask), weights, biases, lr, steps, loss, activation,
-                 momentum, weight_decay, norm, support_mask, form)  # fmt: skip
-    shared = (loop.rates, loop.element_rates, loss, activation, huber_delta, momentum, weight_decay, first_order)
-    x, gram = loop.first_layer(loop.support_x)
-    qx, query_gram = loop.first_layer(loop.query_x)
-    return loop, (x, loop.support_y, loop.support_weight, qx, loop.query_y, loop.query_weight, gram, query_gram,
-                  loop.kernel_weights, loop.kernel_biases, *shared)  # fmt: skip
-
-
-def dense_arguments(*tensors, **options) -> tuple | None:
+def dense_arguments(support_x, support_y, query_x, query_y, weights, biases, *, lr, steps, loss, activation,
+                    first_order) -> tuple | None:  # fmt: skip
     """What `mean_meta_loss_mlp` of the same gives the op; None where the first layer's products are not the op's."""
-    loop, args = _arguments(*tensors, **options)
-    return None if loop.lowrank else args
+    loop = _Loop(support_x, support_y, (query_x, query_y, None), weights, biases, lr, steps, loss, activation, 0.0, 0.0,
+                 None, None, "auto")  # fmt: skip
+    return None if loop.lowrank else loop.meta_loss_arguments(loss, activation, 1.0, 0.0, 0.0, first_order)
 
 
 class _Loop:
@@ -370,6 +359,13 @@ class _Loop:
             cost = first_layer_cost(rows, queries, width, self.weights[0].shape[-2], self.steps)
             return self.steps > 0 and cost.lowrank < cost.onchip
         return form == "lowrank"
+
+    def meta_loss_arguments(self, *shared) -> tuple:
+        """What the op takes; `shared` are its last arguments, from the loss's name on."""
+        x, gram = self.first_layer(self.support_x)
+        qx, query_gram = self.first_layer(self.query_x)
+        return (x, self.support_y, self.support_weight, qx, self.query_y, self.query_weight, gram, query_gram,
+                self.kernel_weights, self.kernel_biases, self.rates, self.element_rates, *shared)  # fmt: skip
 
     def first_layer(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` and no Gram matrix, or in low-rank form the first layer's product and the Gram matrix."""

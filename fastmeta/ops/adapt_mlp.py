@@ -69,7 +69,7 @@ SPEC = register(
         samples=samples,
         ranks=(("weights", 3), ("biases", 2)),
         second_order="loop",
-        backends=("cuda", "cpp", "reference"),
+        backends=("cuda", "cpp", "triton", "reference"),
         source="Finn et al. 2017, algorithm 1; Pearlmutter 1994",
     )
 )

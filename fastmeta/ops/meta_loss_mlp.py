@@ -79,7 +79,7 @@ SPEC = register(
         ranks=(("weights", 3), ("biases", 2)),
         second_order="loop",
         with_gradient=True,
-        backends=("cuda", "cpp", "reference"),
+        backends=("cuda", "cpp", "triton", "reference"),
         source="Finn et al. 2017, equation 1; Pearlmutter 1994",
     )
 )
