@@ -19,7 +19,10 @@ import pytest
 CAPABILITIES = (80, 90, 100)
 TARGETS = (("float32", 80), ("float32", 90), ("float32", 100), ("bfloat16", 90))  # dtype, compute capability * 10
 # constants that choose what a kernel does; the others are sizes
-BRANCHES = ("METRIC", "ACTIVATION", "HAS_BASE", "HAS_RATE", "HAS_BIAS", "SHARED_X", "PRECISION", "INDEX")
+BRANCHES = (
+    "METRIC", "LOSS", "ACTIVATION", "HAS_BASE", "HAS_RATE", "HAS_BIAS", "SHARED_X", "PRECISION", "INDEX", "GIVEN",
+    "MOMENTUM",
+)  # fmt: skip
 # bytes that a block may have on the smallest GPU of compute capability 8 or later
 SHARED_MEMORY = 99 * 1024
 
@@ -28,8 +31,8 @@ def _type_of(argument) -> str:
     import torch
 
     if isinstance(argument, torch.Tensor):
-        names = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.int64: "i64"}
-        return f"*{names[argument.dtype]}"
+        names = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
+        return f"*{names[str(argument.dtype).removeprefix('torch.')]}"
     if isinstance(argument, float):
         return "fp32"
     # as at a real launch, an integer 1 is compiled in
@@ -94,12 +97,10 @@ def _compile(dtype: str, description: str, capability: int) -> dict:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from fastmeta.kernels._common import OPTIONS
-
     launch = _launches(dtype)[description]
-    target, options = GPUTarget("cuda", capability, 32), {"num_warps": launch.num_warps, **OPTIONS}
+    target = GPUTarget("cuda", capability, 32)
     with contextlib.redirect_stdout(io.StringIO()) as log:
-        compiled = triton.compile(_source(launch), target=target, options=options)
+        compiled = triton.compile(_source(launch), target=target, options=launch.options)
     return {
         "kernel": description,
         "dtype": dtype,

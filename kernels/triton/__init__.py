@@ -7,14 +7,17 @@ here; `why_not` says what cannot be served.
 
 from __future__ import annotations
 
+import importlib
+
 from torch import Tensor
 
-from fastmeta.kernels._common import DTYPES, MAX_PROGRAMS
+from fastmeta.kernels._common import DTYPES, INNER_LOOP_DTYPES, MAX_PROGRAMS
 
 OPS = (
     "fast_weight_update", "class_prototypes", "pairwise_distance", "prototypical_loss", "functional_mlp",
-    "contrastive_loss",
+    "contrastive_loss", "adapt_mlp", "meta_loss_mlp",
 )  # fmt: skip
+INNER_LOOPS = ("adapt_mlp", "meta_loss_mlp")
 
 
 def _tensors(args):
@@ -27,12 +30,19 @@ def _tensors(args):
 
 def why_not(op_name: str, *args) -> str | None:
     """Why the kernels cannot serve the call `op_name(*args)`, as a sentence; None if they can."""
-    if op_name.removesuffix("_bwd") not in OPS:
+    name = op_name.removesuffix("_bwd")
+    if name not in OPS:
         return f"there is no kernel for {op_name}"
+    dtypes = INNER_LOOP_DTYPES if name in INNER_LOOPS else DTYPES
     for t in _tensors(args):
-        if t.is_floating_point() and t.dtype not in DTYPES:
-            allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        if t.is_floating_point() and t.dtype not in dtypes:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             return f"dtype {str(t.dtype).removeprefix('torch.')} is not one of {allowed}"
+    if name in INNER_LOOPS:
+        if any(arg is None for arg in args):  # an engine asks before it knows them all
+            return None
+        module = importlib.import_module(f"fastmeta.kernels.{name}")
+        return (module.why_not if name == op_name else module.why_not_bwd)(*args)
     programs = _programs_at_most(op_name, args)
     if programs > MAX_PROGRAMS:
         return f"{programs} programs > {MAX_PROGRAMS} of a grid"

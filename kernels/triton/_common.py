@@ -14,6 +14,7 @@ from torch import Tensor
 
 MAX_PROGRAMS = 2**31 - 1  # of grid.x; the other axes end at 65535, so no kernel uses them
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INNER_LOOP_DTYPES = (torch.float32, torch.float64)  # half precision has no digits left after some steps
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 METRICS = ("sqeuclidean", "euclidean", "cosine", "dot", "manhattan")
 ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid", "silu", "gelu", "sine")
@@ -32,7 +33,7 @@ class Launch:
     kernel: object
     arguments: tuple
     constants: dict
-    num_warps: int
+    options: dict
 
 
 _recorded: list[Launch] | None = None
@@ -57,19 +58,23 @@ def _tensors(values: Iterable):
             yield from _tensors(value)
 
 
-def launch(kernel, programs: int, *arguments, num_warps: int = 4, **constants) -> None:
-    """Run `programs` programs of `kernel` on the device of its tensors; none is none, not an error."""
+def launch(kernel, programs: int, *arguments, num_warps: int = 4, maxnreg: int | None = None, **constants) -> None:
+    """Run `programs` programs of `kernel` on the device of its tensors; none is none, not an error.
+
+    maxnreg: registers that a thread may have, where the assembler should not decide.
+    """
     if programs == 0:
         return
     if programs > MAX_PROGRAMS:
         raise ValueError(f"{kernel.__name__}: {programs} programs > {MAX_PROGRAMS} of a grid")
+    options = {"num_warps": num_warps, **OPTIONS, **({} if maxnreg is None else {"maxnreg": maxnreg})}
     if _recorded is not None:
-        _recorded.append(Launch(kernel, arguments, constants, num_warps))
+        _recorded.append(Launch(kernel, arguments, constants, options))
         return
     device = next(_tensors(arguments)).device
     other = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if other else nullcontext():
-        kernel[(programs,)](*arguments, num_warps=num_warps, **OPTIONS, **constants)
+        kernel[(programs,)](*arguments, **options, **constants)
 
 
 # sizes and types ------------------------------------------------------------------------------------------------
