@@ -48,7 +48,7 @@ def prototypical_losses(make: Make) -> Iterator[Case]:
 
         def with_gradient(loss, support=support, query=query, labels=(support_labels, query_labels), ways=ways):
             def run():
-                total = loss(support, labels[0], query, labels[1], ways).sum()
+                total = loss(support, labels[0], query, labels[1], ways).mean()
                 return total, torch.autograd.grad(total, (support, query))
 
             return run
