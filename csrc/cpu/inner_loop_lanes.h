@@ -23,6 +23,7 @@ struct LaneLoop {
   const bool gradient, relu, curved, sweeps, curvature;
   bool shared = true;                         // the first state
   int64_t task = 0, count = 0, group = 0;     // of the pack: its first task, and how many
+  bool is_first = true;                       // of the range
   int64_t weight_at[cpu::kMostInnerLayers], bias_at[cpu::kMostInnerLayers], size = 0;  // of a state
   int64_t widest = 0, query_rows;
   StepRows step, chunk;
@@ -76,10 +77,6 @@ struct LaneLoop {
   void begin() {
     Carver carver{static_cast<char*>(cpu::thread_scratch(bytes))};
     carve(carver);
-    if (!gradient) return;
-    fill_zero(sum, size * W);
-    fill_zero(rates_sum, steps * layers * W);
-    if (p.elementwise) fill_zero(element_sum, size * W);
   }
 
   void plan(StepRows& s, int64_t n, bool second, bool deltas) {
@@ -475,8 +472,10 @@ struct LaneLoop {
     if (!to.base) return;
     if (!to.sum) return give(from + at * W, n, to);
     const IntVec<T> inside = lanes_below<T>(count);
-    for (int64_t i = at * W; i < (at + n) * W; i += W)
-      store(sums + i, load(sums + i) + (inside ? load(from + i) : Vec<T>{}));
+    for (int64_t i = at * W; i < (at + n) * W; i += W) {
+      const Vec<T> own = inside ? load(from + i) : Vec<T>{};
+      store(sums + i, is_first ? own : load(sums + i) + own);
+    }
   }
   // at the end of the range
   void write_sums() {
@@ -509,6 +508,7 @@ struct LaneLoop {
     group = of_group;
     for (task = first; task < end; task += W) {
       count = smaller(W, end - task);
+      is_first = task == first;
       if (!gradient) {
         const T* state = adapt();
         if (p.query_pass)

@@ -195,8 +195,8 @@ class InnerGradient {
     if (!summed_) {
       target.step = size_;
     } else if (groups_ > 1) {
-      partials_ = new_tensor(like, {groups_ * size_});
-      target.base = mutable_data<T>(partials_);
+      partials_ = std::make_unique_for_overwrite<T[]>(size_t(groups_ * size_));
+      target.base = partials_.get();
       target.group_step = size_;
     }
     if (summed_) std::fill_n(target.base, groups_ * size_, T(0));
@@ -209,7 +209,7 @@ class InnerGradient {
 
  private:
   static inline T nothing_ = 0;
-  Tensor partials_;
+  std::unique_ptr<T[]> partials_;
   int64_t groups_, size_;
   bool summed_ = false;
   T* base_ = nullptr;

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..tasks import TaskBatch
 
 _AT = {name: position for position, name in enumerate(SPEC.argument_names)}
-_OF_BATCH = ("support_x", "support_y", "query_x", "query_y")
+_X, _Y = ([_AT[f"{part}_{kind}"] for part in ("support", "query")] for kind in "xy")
 _WEIGHTS, _BIASES = (SPEC.differentiable.index(name) for name in ("weights", "biases"))
 
 
@@ -36,37 +36,38 @@ class DirectGradient:
     def __init__(self, model: nn.Module, inner: InnerLoop, batch: TaskBatch, args: tuple):
         self.spec, named = mlp_spec(model), parameters_of(model)
         names = [*self.spec.weights, *(name for name in self.spec.biases if name is not None)]
-        self.parameters = [named[name] for name in names]
-        self.places = [(name, names.index(name)) for name in named]  # of the gradients, in the model's order
-        self.views = [p.detach().unsqueeze(0) for p in self.parameters]
+        self.views = [named[name].detach().unsqueeze(0) for name in names]
+        # of parameters in the model's order, what tells that the views still show them, and the place of their gradient
+        self.shown = [(name, p, p.data_ptr(), p.shape, names.index(name)) for name, p in named.items()]
         self.inner, self.shapes, self.args = inner, _checks.key(*batch), list(args)
         count = len(self.spec.weights)
         self.args[_AT["weights"]], self.args[_AT["biases"]] = self.views[:count], self.views[count:]
         self.native = _backends.native_arguments(SPEC, tuple(self.args))
+        self.forced = _backends.forced_backend()
 
     def holds(self, model: nn.Module, inner: InnerLoop, batch: TaskBatch) -> bool:
         """Whether it is the same call but for the numbers."""
         named = parameters_of(model)
-        if inner != self.inner or mlp_spec(model) is not self.spec or len(named) != len(self.parameters):
+        if inner != self.inner or mlp_spec(model) is not self.spec or len(named) != len(self.shown):
             return False
-        for name, place in self.places:
-            p, view = self.parameters[place], self.views[place]
-            if named.get(name) is not p or not p.requires_grad or p.data_ptr() != view.data_ptr():
+        for name, p, address, shape, _ in self.shown:  # the views keep the memory: nothing else can be there
+            if named.get(name) is not p or p.data_ptr() != address or p.shape != shape or not p.requires_grad:
                 return False
-            if p.shape != view.shape[1:] or p.dtype != view.dtype:
-                return False
-        return _checks.key(*batch) == self.shapes and _backends.gives_gradient(SPEC, self.args)
+        return _checks.key(*batch) == self.shapes and _backends.forced_backend() == self.forced
 
     def run(self, batch: TaskBatch) -> tuple[MetaOutput, dict[str, Tensor]]:
         """The output, and gradients by name in the model."""
         args, native, loss = self.args.copy(), self.native.copy(), self.inner.loss
-        for name, given in zip(_OF_BATCH, batch, strict=True):
-            tensor = rows(self.spec, given) if name.endswith("x") else loss.kernel_targets(given)
-            args[_AT[name]], native[_AT[name]] = tensor, tensor.contiguous()
+        for at, given in zip(_X, (batch.support_x, batch.query_x), strict=True):
+            args[at] = rows(self.spec, given)
+            native[at] = args[at].contiguous()
+        for at, given in zip(_Y, (batch.support_y, batch.query_y), strict=True):
+            args[at] = loss.kernel_targets(given)
+            native[at] = args[at].contiguous()
         (task_loss, logits), gradients = _backends.run_native_gradient(SPEC, args, native, 1 << _WEIGHTS | 1 << _BIASES)
         gradients = (*gradients[_WEIGHTS], *gradients[_BIASES])
         output = judged(loss, logits, batch.query_y, task_loss)
-        return output, {name: gradients[place].squeeze(0) for name, place in self.places}
+        return output, {name: gradients[place].squeeze(0) for name, _, _, _, place in self.shown}
 
 
 def direct_gradient(engine: str, model: nn.Module, inner: InnerLoop, batch: TaskBatch) -> DirectGradient | None:
