@@ -50,8 +50,9 @@ def _tensors(value) -> list[torch.Tensor]:
 def interleaved(contenders: dict[str, Contender], seconds: float = 4.0, seed: int = 0) -> dict[str, list[float]]:
     """Seconds per call of each contender, one figure a round, in a new random order each round.
 
-    A contender quicker than 5 ms runs several times a round, and the figure is the mean of those. One call before the
-    clock starts brings threads and caches back from what ran before: what is timed is a training loop's next step.
+    A contender quicker than 5 ms runs several times a round, and the figure is the mean of those. Half as many calls
+    before the clock starts bring threads and caches back from what ran before, which one does not after a contender that
+    fills hundreds of megabytes: what is timed is a training loop's next step.
     """
     repeats = {}
     for name, run in contenders.items():
@@ -69,7 +70,9 @@ def interleaved(contenders: dict[str, Contender], seconds: float = 4.0, seed: in
 
 
 def _time(run: Contender, repeats: int) -> float:
-    synchronize(run())
+    for _ in range(1 + repeats // 2):
+        results = run()
+    synchronize(results)
     start = time.perf_counter()
     for _ in range(repeats):
         results = run()

@@ -111,6 +111,22 @@ struct Pointers {
   }
 };
 
+// Tasks [begin, end), a pack.
+template <class T>
+void run_pack(const Problem& problem, const Net<T>& net, const PerTask<const T>& x, T* out, Range tasks,
+              const Kernels<T>& kernels) {
+  MlpPack<T> pack{problem.layers, problem.widths.data(), problem.activation, problem.rows, tasks.end - tasks.begin};
+  const auto operand = [&](const PerTask<const T>& t) {
+    return Operand<T>{t.at(tasks.begin), t.shared || t.base == nullptr ? 0 : t.size};
+  };
+  pack.x = operand(x);
+  for (size_t l = 0; l < net.weights.size(); ++l) pack.weights[l] = operand(net.weights[l]);
+  for (size_t l = 0; l < net.biases.size(); ++l) pack.biases[l] = operand(net.biases[l]);
+  pack.out_step = problem.rows * problem.widths.back();
+  pack.out = out + tasks.begin * pack.out_step;
+  kernels.mlp_pack(pack);
+}
+
 Tensor functional_mlp(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, int64_t activation) {
   const Problem problem(x, weights, biases, activation);
   Tensor out = problem.new_output(x);
@@ -121,6 +137,13 @@ Tensor functional_mlp(Tensor x, std::vector<Tensor> weights, std::vector<Tensor>
     const int64_t parts = row_parts(problem.tasks, problem.rows, 32), outputs = problem.widths.back();
     T* to = mutable_data<T>(out);
     const Kernels<T>& best = kernels_for<T>(problem.widths.data(), problem.layers);
+    const int64_t lanes = best.mlp_lanes(problem.widths.data(), problem.layers, problem.rows);
+    if (lanes > 0 && 4 * (problem.tasks / torch::stable::get_num_threads()) >= 3 * lanes) {
+      const int64_t packs = (problem.tasks + lanes - 1) / lanes;
+      return parallel(packs, lanes * problem.rows * problem.flops, [&](int64_t i) {
+        run_pack<T>(problem, net, input, to, part(problem.tasks, packs, i), best);
+      });
+    }
     parallel(problem.tasks * parts, problem.rows * problem.flops / parts, [&](int64_t i) {
       const int64_t t = i / parts;
       const Range range = part(problem.rows, parts, i % parts);

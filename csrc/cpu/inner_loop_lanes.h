@@ -4,7 +4,7 @@
 // caller's own, where tasks share it: a null state.
 #pragma once
 
-#include "inner_loop_lanes_gemm.h"
+#include "lanes.h"
 #include "inner_loop_lanes_rows.h"
 #include "inner_loop_worker.h"
 
@@ -145,7 +145,7 @@ struct LaneLoop {
 
   // n numbers of each task, from its number `at` on; lanes without a task become 0
   void take(const cpu::Operand<T>& from, int64_t at, int64_t n, T* to) const {
-    transpose<T>(count, n, of_task<T>(from, task) + at, from.step, to, W, W);
+    to_lanes<T>(count, n, of_task<T>(from, task) + at, from.step, to);
   }
   void take_labels(const cpu::Operand<int64_t>& from, int64_t at, int64_t n, T* to) const {
     fill_zero(to, n * W);

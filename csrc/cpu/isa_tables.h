@@ -5,6 +5,7 @@
 #include "contrastive_loss_kernel.h"
 #include "fast_weight_update_kernel.h"
 #include "functional_mlp_kernel.h"
+#include "functional_mlp_lanes.h"
 #include "inner_loop_kernel.h"
 #include "pairwise_distance_kernel.h"
 #include "prototypical_loss_kernel.h"
@@ -36,6 +37,8 @@ constexpr cpu::Kernels<T> table() {
           loss_gradient<T>,
           mlp<T>,
           mlp_gradient<T>,
+          mlp_lanes<T>,
+          mlp_pack<T>,
           contrast<T>,
           contrast_gradient<T>,
           pack_transposed<T>,

@@ -124,6 +124,17 @@ struct MlpItem {
   const bool* add_biases;
 };
 
+// `count` tasks with all their rows, forward.
+template <class T>
+struct MlpPack {
+  int64_t layers;
+  const int64_t* widths;  // layers + 1
+  int64_t activation, rows, count;
+  Operand<T> x, weights[kMaxLayers], biases[kMaxLayers];  // of the first task
+  T* out;
+  int64_t out_step;
+};
+
 template <class T>
 struct Kernels {
   void (*update)(const UpdateItem<T>&);
@@ -136,6 +147,8 @@ struct Kernels {
   void (*loss_gradient)(const LossItem<T>&);
   void (*mlp)(const MlpItem<T>&);
   void (*mlp_gradient)(const MlpItem<T>&);
+  int64_t (*mlp_lanes)(const int64_t* widths, int64_t layers, int64_t rows);
+  void (*mlp_pack)(const MlpPack<T>&);
   void (*contrast)(const ContrastItem<T>&);
   void (*contrast_gradient)(const ContrastItem<T>&);
   void (*pack)(int64_t columns, int64_t depth, const T* from, int64_t ld, T* to);

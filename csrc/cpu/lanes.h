@@ -10,6 +10,17 @@
 
 namespace fastmeta::FASTMETA_ISA {
 
+// n numbers of each of `count` tasks, `step` apart, to lanes; those without a task become 0. All lanes of some numbers
+// before the next: what is written stays in the first-level cache until it is whole.
+template <class T>
+void to_lanes(int64_t count, int64_t n, const T* from, int64_t step, T* to) {
+  constexpr int64_t W = kWidth<T>, B = kBlock<T>;
+  const int64_t whole = count == W ? n / B * B : 0;
+  for (int64_t j = 0; j < whole; j += B)
+    for (int64_t i = 0; i < W; i += B) transpose_block<T>(from + i * step + j, step, to + j * W + i, W);
+  transpose<T>(count, n - whole, from + whole, step, to + whole * W, W, W);
+}
+
 // Numbers of each task; or `shared`: the same for all of them, without lanes.
 template <class T>
 struct LaneNumbers {
