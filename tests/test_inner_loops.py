@@ -13,14 +13,8 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from fastmeta._backends import use_backend
-from fastmeta._spec import Make
 from fastmeta.functional import adapt_mlp, functional_mlp, meta_loss_mlp
 from fastmeta.inner_loops import mean_meta_loss_mlp
-from fastmeta.ops._inner_loop import arguments
-from fastmeta.ops.adapt_mlp import SPEC as ADAPT
-from fastmeta.ops.meta_loss_mlp import BACKWARD as META_LOSS_GRADIENT
-from fastmeta.ops.meta_loss_mlp import SPEC as META_LOSS
-from fastmeta.testing import check_op
 
 ROW_LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "huber")
 LOSSES = (*ROW_LOSSES, "maximum_entropy")
@@ -168,38 +162,6 @@ def test_equals_the_loop_over_tasks(
     truth = by_hand(data, weights, biases, rate, steps, loss, activation, momentum=momentum, decay=decay,
                     first_order=first_order)  # fmt: skip
     assert_same(ours.loss, truth, leaves, rtol=1e-9)
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("loss", ROW_LOSSES)
-def test_many_small_tasks(loss, activation, dtype, one_thread):
-    """The C++ kernel runs as many small tasks at once as a vector has lanes, where a thread has so many."""
-    make = Make(dtype, DEVICE)
-    for tasks, queries, widths, options in (
-        (37, 7, (1, 12, 13, 3), {}),
-        (26, 45, (4, 21, 2), {"per_task": True, "steps": 3}),
-        (12, 1, (2, 3), {"bias": False, "first_order": True}),
-        (29, 4, (3, 7, 2), {"elementwise": True}),
-        (13, 4, (3, 7, 2), {"elementwise": True, "first_order": True, "bias": False}),
-    ):
-        args = arguments(make, tasks, 11, queries, widths, "dense", loss=loss, activation=activation, **options)
-        for needs in (0xFF, 0x30):
-            outputs = META_LOSS.fake(*args)
-            check_op(META_LOSS_GRADIENT, (*(make.normal(*o.shape) for o in outputs), *args, needs))
-        check_op(META_LOSS, args)
-        check_op(META_LOSS, args, order=1)
-        support = [args[i] for i in (0, 1, 2, 6, *range(8, len(args)))]
-        check_op(ADAPT, support)
-        check_op(ADAPT, support, order=1)
 
 
 @pytest.mark.parametrize("form", ["onchip", "lowrank"])

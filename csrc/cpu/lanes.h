@@ -15,7 +15,7 @@ namespace fastmeta::FASTMETA_ISA {
 template <class T>
 void to_lanes(int64_t count, int64_t n, const T* from, int64_t step, T* to) {
   constexpr int64_t W = kWidth<T>, B = kBlock<T>;
-  const int64_t whole = count == W ? n / B * B : 0;
+  const int64_t whole = count == W && W % B == 0 ? n / B * B : 0;
   for (int64_t j = 0; j < whole; j += B)
     for (int64_t i = 0; i < W; i += B) transpose_block<T>(from + i * step + j, step, to + j * W + i, W);
   transpose<T>(count, n - whole, from + whole, step, to + whole * W, W, W);
