@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +51,17 @@ def test_every_op_agrees_with_its_reference(isa):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) > 100
+
+
+@pytest.mark.parametrize("isa", instruction_sets()[:-1] if _native.why_missing is None else [])
+def test_packs_of_tasks_agree_with_the_reference(isa):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).with_name("test_lanes.py"))],
+        env={**os.environ, "FASTMETA_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_one_that_is_not_there_is_refused_by_name():
