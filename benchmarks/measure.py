@@ -51,8 +51,8 @@ def interleaved(contenders: dict[str, Contender], seconds: float = 4.0, seed: in
     """Seconds per call of each contender, one figure a round, in a new random order each round.
 
     A contender quicker than 5 ms runs several times a round, and the figure is the mean of those. Half as many calls
-    before the clock starts bring threads and caches back from what ran before, which one does not after a contender that
-    fills hundreds of megabytes: what is timed is a training loop's next step.
+    before the clock starts bring threads and caches back from what ran before (one alone does not, after a contender
+    that fills hundreds of megabytes): what is timed is a training loop's next step.
     """
     repeats = {}
     for name, run in contenders.items():

@@ -6,6 +6,9 @@
 STABLE_TORCH_LIBRARY(fastmeta_native, m) {
   m.def("fast_weight_update(Tensor[] params, Tensor[] grads, Tensor[] lrs, float lr) -> Tensor[]");
   m.def(
+      "fast_weight_update_shaped(Tensor[] params, Tensor[] grads, Tensor[] lrs, float lr, int tasks, int[] columns) "
+      "-> Tensor[]");
+  m.def(
       "fast_weight_update_bwd(Tensor[] grad_outs, Tensor[] grads, Tensor[] lrs, float lr, int needs) "
       "-> (Tensor[], Tensor[])");
   m.def("class_prototypes(Tensor embeddings, Tensor labels, int num_classes) -> Tensor");

@@ -313,3 +313,19 @@ def run_native_gradient(spec: OpSpec, args: Args, native: list, needs: int):
     found = _native_op(f"{spec.name}_with_gradient")(*native, 1 / max(leading_size(_tensors(args)), 1), needs)
     outputs = len(found) - len(spec.differentiable)
     return found[0] if outputs == 1 else tuple(found[:outputs]), found[outputs:]
+
+
+def has_shaped_update(spec: OpSpec, args: Args) -> bool:
+    """Whether `run_shaped_update` may run this `fast_weight_update`, where no backend is asked for."""
+    device_type = next(_tensors(args)).device.type
+    return (
+        _native.has_kernel("fast_weight_update_shaped", device_type)
+        and forced_backend() is None
+        and choose(spec, args).run is _run_native
+    )
+
+
+def run_shaped_update(params, grads, lrs, lr: float, tasks: int, columns: list[int]) -> list[Tensor]:
+    """`fast_weight_update` of contiguous tensors of any shape, as `[tasks, columns]` or what repeats to that."""
+    calls["fast_weight_update", "cpp"] += 1
+    return _native_op("fast_weight_update_shaped")(list(params), list(grads), list(lrs), lr, tasks, columns)

@@ -99,6 +99,23 @@ def call(spec: OpSpec, args: Args, wants_mean: bool = False):
     return structure.join_outputs(flat), flat[-1] if wants_mean else None
 
 
+def plain_call(tensors) -> bool:
+    """Whether nothing stands between the caller and a kernel: no transform, no tracing, and no graph."""
+    if (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    graph = torch.is_grad_enabled()
+    for t in tensors:
+        if type(t) not in _PLAIN or (graph and t.requires_grad):
+            return False
+    return True
+
+
 def _lifted(spec: OpSpec, args: Args) -> Args:
     """The arguments with the task dimension that shared tensors may come without."""
     if not spec.ranks:

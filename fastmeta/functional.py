@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastmeta import _checks
+from fastmeta import _backends, _checks
 from fastmeta._backends import ACTIVATIONS, METRICS
+from fastmeta._library import plain_call
 from fastmeta._spec import leading_size
 from fastmeta.fast_weights import MLPFastWeights
 from fastmeta.inner_loops import adapt_mlp, meta_loss_mlp
@@ -270,24 +271,21 @@ def fast_weight_update(params: Any, grads: Any, lr: Any) -> Any:
     plan = _plans.get(key) if key is not None else None
     if plan is None:
         return _planned_update(params, grads, lr, key)
-    to_kernel, rates, from_kernel = plan
-    if isinstance(rates, float):
-        flat = [t if shape is None else t.reshape(shape) for t, shape in zip((*params, *grads), to_kernel, strict=True)]
-        outs = _fast_weight_update.SPEC(flat[: len(params)], flat[len(params) :], [], rates)
-    else:
-        lrs = [lr] * len(params) if isinstance(lr, Tensor) else lr
-        flat = [
-            t if shape is None else t.reshape(shape)
-            for t, shape in zip((*params, *grads, *lrs), to_kernel, strict=True)
-        ]
-        n = len(params)
-        outs = _fast_weight_update.SPEC(flat[:n], flat[n : 2 * n], flat[2 * n :], 0.0)
+    to_kernel, rates, from_kernel, as_they_are = plan
+    lrs = () if isinstance(rates, float) else [lr] * len(params) if isinstance(lr, Tensor) else lr
+    tensors, n = (*params, *grads, *lrs), len(params)
+    if as_they_are is not None and _backends.forced_backend() is None and plain_call(tensors):
+        if all(t.is_contiguous() for t in tensors):
+            return type(params)(_backends.run_shaped_update(params, grads, lrs, rates or 0.0, *as_they_are))
+    flat = [t if shape is None else t.reshape(shape) for t, shape in zip(tensors, to_kernel, strict=True)]
+    outs = _fast_weight_update.SPEC(flat[:n], flat[n : 2 * n], flat[2 * n :], rates or 0.0)
     return type(params)(
         out if shape is None else out.reshape(shape) for out, shape in zip(outs, from_kernel, strict=True)
     )
 
 
-_plans: dict = {}  # of updates whose arguments have been checked: the shapes to and from the kernel, and the rate
+# of updates whose arguments have been checked: shapes to the kernel, the rate, shapes from the kernel, `_as_they_are`
+_plans: dict = {}
 
 
 def _planned_update(params: Any, grads: Any, lr: Any, key) -> Any:
@@ -343,9 +341,29 @@ def _planned_update(params: Any, grads: Any, lr: Any, key) -> Any:
     if key is not None and same_types and (not r2 or tensors_as_rates):
         if len(_plans) >= 1024:
             _plans.clear()
-        _plans[key] = (to_kernel, None if r2 else float(rates[0]), from_kernel)
+        as_they_are = _as_they_are(given, p2, g2, r2, outs, from_kernel)
+        _plans[key] = (to_kernel, None if r2 else float(rates[0]), from_kernel, as_they_are)
     outs = [out if shape is None else out.reshape(shape) for out, shape in zip(outs, from_kernel, strict=True)]
     return pytree.tree_unflatten(outs, structure)
+
+
+def _as_they_are(given, p2, g2, r2, outs, from_kernel) -> tuple[int, list[int]] | None:
+    """Tasks and columns, if the C++ kernel reads the tensors as given as it reads what they are reshaped to: every
+    reshape takes longer than the update of a small tensor."""
+    tasks, columns = leading_size([*p2, *g2, *r2]), [p.shape[1] for p in p2]
+    spec, n = _fast_weight_update.SPEC, len(p2)
+    if tasks == 1 or not _backends.has_shaped_update(spec, (p2, g2, r2, 0.0)):
+        return None
+    for i, (t, matrix) in enumerate(zip(given, (*p2, *g2, *r2), strict=True)):
+        size, width = t.numel(), columns[i % n]
+        read = (tasks, width) if size == tasks * width else (1, width) if size == width else (size, 1)
+        if read != tuple(matrix.shape):
+            return None
+    for p, g, width, out, shape in zip(given, given[n:], columns, outs, from_kernel, strict=False):
+        whole = p if p.numel() == tasks * width else g
+        if whole.shape != (out.shape if shape is None else shape):
+            return None
+    return tasks, columns
 
 
 def _names(params) -> list[str]:

@@ -22,6 +22,13 @@ int64_t leading_size(std::initializer_list<const std::vector<Tensor>*> lists) {
   return tasks;
 }
 
+// What an operand is read as.
+struct Matrix {
+  int64_t rows, columns;
+  int64_t numel() const { return rows * columns; }
+};
+Matrix matrix(const Tensor& t) { return {t.size(0), t.size(1)}; }
+
 // How an operand repeats: row stride 0 for one row for all, `columns` false for one number for a whole row.
 struct Shape {
   int64_t row = 0;
@@ -34,12 +41,12 @@ struct Grid {
   int64_t rows, columns, row_block, column_block;
   bool flat = true;
 
-  Grid(int64_t tasks, int64_t n, std::initializer_list<const Tensor*> operands) : rows(tasks), columns(n) {
-    for (const Tensor* t : operands) {
-      const bool whole = t->size(0) == tasks && t->size(1) == n, number = t->numel() == 1;
+  Grid(int64_t tasks, int64_t n, std::initializer_list<Matrix> operands) : rows(tasks), columns(n) {
+    for (const Matrix& t : operands) {
+      const bool whole = t.rows == tasks && t.columns == n, number = t.numel() == 1;
       flat = flat && (whole || number);
-      STD_TORCH_CHECK((t->size(0) == tasks || t->size(0) == 1) && (t->size(1) == n || t->size(1) == 1), kOp, ": shape [",
-                      t->size(0), ", ", t->size(1), "] does not fit [", tasks, ", ", n, "]");
+      STD_TORCH_CHECK((t.rows == tasks || t.rows == 1) && (t.columns == n || t.columns == 1), kOp, ": shape [", t.rows,
+                      ", ", t.columns, "] does not fit [", tasks, ", ", n, "]");
     }
     if (flat) {
       rows = 1;
@@ -49,18 +56,41 @@ struct Grid {
     row_block = std::max<int64_t>(1, kBlockElements / column_block);
   }
 
-  Shape shape(const Tensor& t) const {
+  Shape shape(const Matrix& t) const {
     if (flat) return {columns, t.numel() == columns};
-    return {t.size(0) == 1 ? 0 : t.size(1), t.size(1) == columns};
+    return {t.rows == 1 ? 0 : t.columns, t.columns == columns};
   }
   int64_t row_blocks() const { return columns ? divide_up(rows, row_block) : 0; }
   int64_t column_blocks() const { return divide_up(columns, column_block); }
 };
 
-std::vector<Tensor> fast_weight_update(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> lrs,
-                                       double lr) {
+// The update of one tensor, cut into items.
+template <class T>
+void add_items(std::vector<UpdateItem<T>>& items, int64_t tasks, int64_t n, const T* param, Matrix p, const T* grad,
+               Matrix g, const T* rates, Matrix l, double lr, T* to) {
+  const Grid grid(tasks, n, {p, g, l});
+  const Shape ps = grid.shape(p), gs = grid.shape(g), ls = rates ? grid.shape(l) : Shape{};
+  for (int64_t r = 0; grid.columns && r < grid.rows; r += grid.row_block)
+    for (int64_t c = 0; c < grid.columns; c += grid.column_block)
+      items.push_back({param + r * ps.row + (ps.columns ? c : 0), grad + r * gs.row + (gs.columns ? c : 0),
+                       rates ? rates + r * ls.row + (ls.columns ? c : 0) : nullptr, T(lr), ps.row, gs.row, ls.row,
+                       ps.columns, gs.columns, ls.columns, to + r * grid.columns + c, grid.columns,
+                       std::min(grid.row_block, grid.rows - r), std::min(grid.column_block, grid.columns - c)});
+}
+template <class T>
+void run_items(const std::vector<UpdateItem<T>>& items) {
+  parallel(int64_t(items.size()), items.empty() ? 0 : items[0].rows * items[0].columns,
+           [&](int64_t i) { kernels<T>().update(items[size_t(i)]); });
+}
+
+void check_lists(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& lrs) {
   STD_TORCH_CHECK(params.size() == grads.size() && (lrs.empty() || lrs.size() == params.size()), kOp,
                   ": needs one gradient, and one rate or none, per parameter");
+}
+
+std::vector<Tensor> fast_weight_update(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> lrs,
+                                       double lr) {
+  check_lists(params, grads, lrs);
   const int64_t tasks = leading_size({&params, &grads, &lrs});
   std::vector<Tensor> out;
   out.reserve(params.size());
@@ -69,24 +99,47 @@ std::vector<Tensor> fast_weight_update(std::vector<Tensor> params, std::vector<T
     using T = decltype(zero);
     std::vector<UpdateItem<T>> items;
     for (size_t i = 0; i < params.size(); ++i) {
-      const int64_t n = params[i].size(1);
-      out.push_back(new_tensor(params[i], {tasks, n}));
-      const Tensor& rate = lrs.empty() ? params[i] : lrs[i];
-      const Grid grid(tasks, n, {&params[i], &grads[i], &rate});
-      const Shape p = grid.shape(params[i]), g = grid.shape(grads[i]), l = lrs.empty() ? Shape{} : grid.shape(rate);
-      const T* param = data<T>(params[i]);
-      const T* grad = data<T>(grads[i]);
-      const T* rates = lrs.empty() ? nullptr : data<T>(rate);
-      T* to = mutable_data<T>(out[i]);
-      for (int64_t r = 0; grid.columns && r < grid.rows; r += grid.row_block)
-        for (int64_t c = 0; c < grid.columns; c += grid.column_block)
-          items.push_back({param + r * p.row + (p.columns ? c : 0), grad + r * g.row + (g.columns ? c : 0),
-                           rates ? rates + r * l.row + (l.columns ? c : 0) : nullptr, T(lr), p.row, g.row, l.row,
-                           p.columns, g.columns, l.columns, to + r * grid.columns + c, grid.columns,
-                           std::min(grid.row_block, grid.rows - r), std::min(grid.column_block, grid.columns - c)});
+      const Matrix p = matrix(params[i]);
+      out.push_back(new_tensor(params[i], {tasks, p.columns}));
+      add_items<T>(items, tasks, p.columns, data<T>(params[i]), p, data<T>(grads[i]), matrix(grads[i]),
+                   lrs.empty() ? nullptr : data<T>(lrs[i]), lrs.empty() ? p : matrix(lrs[i]), lr,
+                   mutable_data<T>(out[i]));
     }
-    parallel(int64_t(items.size()), items.empty() ? 0 : items[0].rows * items[0].columns,
-             [&](int64_t i) { kernels<T>().update(items[size_t(i)]); });
+    run_items(items);
+  });
+  return out;
+}
+
+// The same of tensors as they are, contiguous and of any shape: tensor i is read as [tasks, columns[i]], or by its number
+// of elements as what is shared by tasks or by columns. Results have the shape of the whole one of parameter and gradient.
+std::vector<Tensor> fast_weight_update_shaped(std::vector<Tensor> params, std::vector<Tensor> grads,
+                                              std::vector<Tensor> lrs, double lr, int64_t tasks,
+                                              std::vector<int64_t> columns) {
+  check_lists(params, grads, lrs);
+  STD_TORCH_CHECK(columns.size() == params.size(), kOp, ": needs a number of columns per parameter");
+  std::vector<Tensor> out;
+  out.reserve(params.size());
+  if (params.empty()) return out;
+  by_dtype(kOp, params[0], [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<UpdateItem<T>> items;
+    for (size_t i = 0; i < params.size(); ++i) {
+      const int64_t n = columns[i];
+      const auto read = [&](const Tensor& t) -> Matrix {
+        const int64_t size = t.numel();
+        STD_TORCH_CHECK(t.is_contiguous() && (size == tasks * n || size == n || size == tasks || size == 1), kOp,
+                        ": a tensor of ", size, " elements for ", tasks, " tasks of ", n);
+        if (size == tasks * n) return {tasks, n};
+        return size == n ? Matrix{1, n} : Matrix{size, 1};
+      };
+      const Matrix p = read(params[i]);
+      const Tensor& like = p.numel() == tasks * n ? params[i] : grads[i];
+      STD_TORCH_CHECK(like.numel() == tasks * n, kOp, ": needs a parameter or a gradient per task");
+      out.push_back(new_like(like, true));
+      add_items<T>(items, tasks, n, data<T>(params[i]), p, data<T>(grads[i]), read(grads[i]),
+                   lrs.empty() ? nullptr : data<T>(lrs[i]), lrs.empty() ? p : read(lrs[i]), lr, mutable_data<T>(out[i]));
+    }
+    run_items(items);
   });
   return out;
 }
@@ -104,7 +157,7 @@ struct Target {
   Target() = default;
   Target(const Tensor& like, const Grid& grid) : tensor(new_like(like, true)) {
     size = like.numel();
-    shape = grid.shape(like);
+    shape = grid.shape(matrix(like));
     sum_rows = !grid.flat && like.size(0) == 1;
     column_blocks = shape.columns ? 1 : grid.column_blocks();
     parts = (sum_rows ? grid.row_blocks() : 1) * column_blocks;
@@ -139,8 +192,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> fast_weight_update_bwd(std:
     for (size_t i = 0; i < grads.size(); ++i) {
       const int64_t n = grads[i].size(1);
       const Tensor& rate = lrs.empty() ? grads[i] : lrs[i];
-      const Grid grid(tasks, n, {&grad_outs[i], &grads[i], &rate});
-      const Shape g = grid.shape(grads[i]), l = lrs.empty() ? Shape{} : grid.shape(rate);
+      const Grid grid(tasks, n, {matrix(grad_outs[i]), matrix(grads[i]), matrix(rate)});
+      const Shape g = grid.shape(matrix(grads[i])), l = lrs.empty() ? Shape{} : grid.shape(matrix(rate));
       const Target<T> d_grad = needs & 1 ? Target<T>(grads[i], grid) : Target<T>();
       const Target<T> d_lr = (needs & 2) && !lrs.empty() ? Target<T>(rate, grid) : Target<T>();
       d_grads.push_back(needs & 1 ? d_grad.tensor : new_tensor(grads[i], {0}));
@@ -176,6 +229,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> fast_weight_update_bwd(std:
 
 STABLE_TORCH_LIBRARY_IMPL(fastmeta_native, CPU, m) {
   m.impl("fast_weight_update", TORCH_BOX(&fast_weight_update));
+  m.impl("fast_weight_update_shaped", TORCH_BOX(&fast_weight_update_shaped));
   m.impl("fast_weight_update_bwd", TORCH_BOX(&fast_weight_update_bwd));
 }
 

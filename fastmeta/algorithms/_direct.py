@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fastmeta import _backends, _checks
 from fastmeta.engines import InnerLoop, choose
@@ -72,8 +71,6 @@ class DirectGradient:
 
 def direct_gradient(engine: str, model: nn.Module, inner: InnerLoop, batch: TaskBatch) -> DirectGradient | None:
     """What `DirectGradient` can be made of, inside `inspected(model)`; None where the op alone is not all of it."""
-    if not plain_call(batch):
-        return None
     chosen = choose(engine, model, inner, batch.support_x)
     if not isinstance(chosen, FusedEngine) or not all(p.requires_grad for p in parameters_of(model).values()):
         return None
@@ -86,15 +83,3 @@ def direct_gradient(engine: str, model: nn.Module, inner: InnerLoop, batch: Task
     # of what is no view a copy would be taken, which does not see what an optimizer writes
     whole = all(view.is_contiguous() for view in direct.views)
     return direct if whole and _backends.gives_gradient(SPEC, direct.args) else None
-
-
-def plain_call(batch: TaskBatch) -> bool:
-    """Whether nothing stands between the caller and the kernel: no transform, no graph through the batch."""
-    return not (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
-        or any(type(t) is not Tensor or t.requires_grad for t in batch)
-    )

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .._library import plain_call
 from ..engines import InnerLoop, as_loss, choose, explain
 from ..engines.fused import FusedEngine
 from ..engines.inspect import inspected
 from ..engines.select import check_name
 from ._chunks import chunked_loss
-from ._direct import DirectGradient, direct_gradient, plain_call
+from ._direct import DirectGradient, direct_gradient
 from .output import MetaOutput, judged
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class MAML(nn.Module):
         """
         inner = self._inner(batch[1], batch[3])
         with inspected(self.model):
-            if plain_call(batch) and not self._in_chunks(batch):
+            if not self._in_chunks(batch) and plain_call(batch) and not any(t.requires_grad for t in batch):
                 if self._direct is None or not self._direct.holds(self.model, inner, batch):
                     _check_batch(*batch)
                     self._direct = direct_gradient(self.engine, self.model, inner, batch)
