@@ -352,7 +352,7 @@ def _as_they_are(given, p2, g2, r2, outs, from_kernel) -> tuple[int, list[int]] 
     reshape takes longer than the update of a small tensor."""
     tasks, columns = leading_size([*p2, *g2, *r2]), [p.shape[1] for p in p2]
     spec, n = _fast_weight_update.SPEC, len(p2)
-    if tasks == 1 or not _backends.has_shaped_update(spec, (p2, g2, r2, 0.0)):
+    if not _backends.has_shaped_update(spec, (p2, g2, r2, 0.0)):
         return None
     for i, (t, matrix) in enumerate(zip(given, (*p2, *g2, *r2), strict=True)):
         size, width = t.numel(), columns[i % n]
