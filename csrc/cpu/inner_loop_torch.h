@@ -185,8 +185,9 @@ class InnerGradient {
  public:
   Tensor tensor;
 
-  InnerGradient(const InnerProblem<T>& problem, const Tensor& like, bool needed, Target<T>& target)
-      : tensor(new_like(like, needed)), groups_(problem.groups), size_(InnerProblem<T>::size(like)) {
+  // `bare`: of what all tasks share without the dimension of tasks
+  InnerGradient(const InnerProblem<T>& problem, const Tensor& like, bool needed, Target<T>& target, bool bare = false)
+      : tensor(new_like(like, needed, bare && like.size(0) == 1)), groups_(problem.groups), size_(InnerProblem<T>::size(like)) {
     target = {};
     if (!needed) return;
     summed_ = like.size(0) == 1 && problem.tasks != 1;
@@ -223,14 +224,14 @@ template <class T>
 struct SharedGradients {
   InnerGradients<T> all;
 
-  Tensor one(const InnerProblem<T>& problem, const Tensor& like, bool needed, Target<T>& target) {
-    all.push_back(std::make_unique<InnerGradient<T>>(problem, like, needed, target));
+  Tensor one(const InnerProblem<T>& problem, const Tensor& like, bool needed, Target<T>& target, bool bare = false) {
+    all.push_back(std::make_unique<InnerGradient<T>>(problem, like, needed, target, bare));
     return all.back()->tensor;
   }
   std::vector<Tensor> list(const InnerProblem<T>& problem, const std::vector<Tensor>& like, bool needed,
-                           Target<T>* targets) {
+                           Target<T>* targets, bool bare = false) {
     std::vector<Tensor> out;
-    for (size_t i = 0; i < like.size(); ++i) out.push_back(one(problem, like[i], needed, targets[i]));
+    for (size_t i = 0; i < like.size(); ++i) out.push_back(one(problem, like[i], needed, targets[i], bare));
     return out;
   }
   std::vector<Tensor> element_rates(const InnerProblem<T>& problem, const std::vector<Tensor>& like, bool needed) {

@@ -27,8 +27,8 @@ Gradients run_gradient(InnerProblem<T>& problem, const InnerArguments& a, const 
                    gradients.one(problem, query_x, needs & 2, p.d_query_x),
                    gradients.one(problem, a.gram_support, needs & 4, p.d_gram_support),
                    gradients.one(problem, gram_query, needs & 8, p.d_gram_query),
-                   gradients.list(problem, a.weights, needs & 16, p.d_weights + problem.first),
-                   gradients.list(problem, a.biases, needs & 32, p.d_biases + problem.first),
+                   gradients.list(problem, a.weights, needs & 16, p.d_weights + problem.first, needs & 256),
+                   gradients.list(problem, a.biases, needs & 32, p.d_biases + problem.first, needs & 256),
                    gradients.one(problem, a.rates, needs & 64, p.d_rates),
                    gradients.element_rates(problem, a.element_rates, needs & 128)};
   if (!problem.gram) p.d_gram_support = p.d_gram_query = {};

@@ -32,9 +32,10 @@ inline Tensor new_tensor(const Tensor& like, const int64_t* sizes, int64_t dims)
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return new_tensor(like, sizes.begin(), int64_t(sizes.size()));
 }
-inline Tensor new_like(const Tensor& like, bool needed) {
+// `skipped` of its first dimensions left out
+inline Tensor new_like(const Tensor& like, bool needed, int64_t skipped = 0) {
   const auto sizes = like.sizes();
-  return needed ? new_tensor(like, sizes.data(), int64_t(sizes.size())) : new_tensor(like, {0});
+  return needed ? new_tensor(like, sizes.data() + skipped, int64_t(sizes.size()) - skipped) : new_tensor(like, {0});
 }
 
 template <class T>

@@ -26,22 +26,27 @@ if TYPE_CHECKING:
 _AT = {name: position for position, name in enumerate(SPEC.argument_names)}
 _X, _Y = ([_AT[f"{part}_{kind}"] for part in ("support", "query")] for kind in "xy")
 _WEIGHTS, _BIASES = (SPEC.differentiable.index(name) for name in ("weights", "biases"))
+# and, on the CPU, without the dimension of tasks where they share a layer: views of results take longer than their sums
+_NEEDS = 1 << _WEIGHTS | 1 << _BIASES | 1 << len(SPEC.differentiable)
 
 
 class DirectGradient:
     """One call with everything in it but the numbers: those of the batch, and those of the parameters, which it sees
     through views. Made and used inside `inspected(model)`."""
 
-    def __init__(self, model: nn.Module, inner: InnerLoop, batch: TaskBatch, args: tuple):
+    def __init__(self, model: nn.Module, inner: InnerLoop, batch: TaskBatch, args: tuple, prefix: str):
         self.spec, named = mlp_spec(model), parameters_of(model)
         names = [*self.spec.weights, *(name for name in self.spec.biases if name is not None)]
         self.views = [named[name].detach().unsqueeze(0) for name in names]
-        # of parameters in the model's order, what tells that the views still show them, and the place of their gradient
-        self.shown = [(name, p, p.data_ptr(), p.shape, names.index(name)) for name, p in named.items()]
+        # in the model's order: what tells that the views still show the parameters, and where their gradients are found
+        self.shown = [(name, p, p.data_ptr(), p.shape) for name, p in named.items()]
+        self.results = [(prefix + name, p.dim(), names.index(name)) for name, p in named.items()]
         self.inner, self.shapes, self.args = inner, _checks.key(*batch), list(args)
         count = len(self.spec.weights)
         self.args[_AT["weights"]], self.args[_AT["biases"]] = self.views[:count], self.views[count:]
         self.native = _backends.native_arguments(SPEC, tuple(self.args))
+        for at in (*_X, *_Y):  # the batch is not kept
+            self.args[at] = self.native[at] = None
         self.forced = _backends.forced_backend()
 
     def holds(self, model: nn.Module, inner: InnerLoop, batch: TaskBatch) -> bool:
@@ -49,13 +54,13 @@ class DirectGradient:
         named = parameters_of(model)
         if inner != self.inner or mlp_spec(model) is not self.spec or len(named) != len(self.shown):
             return False
-        for name, p, address, shape, _ in self.shown:  # the views keep the memory: nothing else can be there
+        for name, p, address, shape in self.shown:  # the views keep the memory: nothing else can be there
             if named.get(name) is not p or p.data_ptr() != address or p.shape != shape or not p.requires_grad:
                 return False
         return _checks.key(*batch) == self.shapes and _backends.forced_backend() == self.forced
 
     def run(self, batch: TaskBatch) -> tuple[MetaOutput, dict[str, Tensor]]:
-        """The output, and gradients by name in the model."""
+        """The output, and gradients by name."""
         args, native, loss = self.args.copy(), self.native.copy(), self.inner.loss
         for at, given in zip(_X, (batch.support_x, batch.query_x), strict=True):
             args[at] = rows(self.spec, given)
@@ -63,14 +68,21 @@ class DirectGradient:
         for at, given in zip(_Y, (batch.support_y, batch.query_y), strict=True):
             args[at] = loss.kernel_targets(given)
             native[at] = args[at].contiguous()
-        (task_loss, logits), gradients = _backends.run_native_gradient(SPEC, args, native, 1 << _WEIGHTS | 1 << _BIASES)
+        (task_loss, logits), gradients = _backends.run_native_gradient(SPEC, args, native, _NEEDS)
         gradients = (*gradients[_WEIGHTS], *gradients[_BIASES])
         output = judged(loss, logits, batch.query_y, task_loss)
-        return output, {name: gradients[place].squeeze(0) for name, _, _, _, place in self.shown}
+        found = {}
+        for name, dims, place in self.results:
+            gradient = gradients[place]
+            found[name] = gradient if gradient.dim() == dims else gradient.squeeze(0)
+        return output, found
 
 
-def direct_gradient(engine: str, model: nn.Module, inner: InnerLoop, batch: TaskBatch) -> DirectGradient | None:
-    """What `DirectGradient` can be made of, inside `inspected(model)`; None where the op alone is not all of it."""
+def direct_gradient(
+    engine: str, model: nn.Module, inner: InnerLoop, batch: TaskBatch, prefix: str
+) -> DirectGradient | None:
+    """`DirectGradient`, made inside `inspected(model)`; None where the op alone is not all of it. prefix: of the names
+    of gradients, before those in the model."""
     chosen = choose(engine, model, inner, batch.support_x)
     if not isinstance(chosen, FusedEngine) or not all(p.requires_grad for p in parameters_of(model).values()):
         return None
@@ -79,7 +91,7 @@ def direct_gradient(engine: str, model: nn.Module, inner: InnerLoop, batch: Task
         args = dense_arguments(*tensors, **options)
     if args is None or len(parameters_of(model)) != len(args[_AT["weights"]]) + len(args[_AT["biases"]]):
         return None
-    direct = DirectGradient(model, inner, batch, args)
+    direct = DirectGradient(model, inner, batch, args, prefix)
     # of what is no view a copy would be taken, which does not see what an optimizer writes
     whole = all(view.is_contiguous() for view in direct.views)
     return direct if whole and _backends.gives_gradient(SPEC, direct.args) else None

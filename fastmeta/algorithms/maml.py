@@ -152,10 +152,9 @@ class MAML(nn.Module):
             if not self._in_chunks(batch) and plain_call(batch) and not any(t.requires_grad for t in batch):
                 if self._direct is None or not self._direct.holds(self.model, inner, batch):
                     _check_batch(*batch)
-                    self._direct = direct_gradient(self.engine, self.model, inner, batch)
+                    self._direct = direct_gradient(self.engine, self.model, inner, batch, "model.")
                 if self._direct is not None:
-                    output, found = self._direct.run(batch)
-                    return output, {f"model.{name}": gradient for name, gradient in found.items()}
+                    return self._direct.run(batch)
         with torch.enable_grad():
             output = self(batch)
         wanted = {name: p for name, p in self.named_parameters() if p.requires_grad}
