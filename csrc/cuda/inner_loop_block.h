@@ -11,15 +11,17 @@
 
 namespace fastmeta::cuda {
 
-template <class A>
+template <class A, bool kChip>
 struct InnerBlock {
+  using Near = Field<A, kChip>;
+
   const InnerLoop& p;
-  A* const memory;   // rows
-  A* const states;
+  const Near memory;  // rows
+  const Near states;
   const Team team;
   int task = 0;
 
-  __device__ __forceinline__ InnerBlock(const InnerLoop& p, A* memory, A* states)
+  __device__ __forceinline__ InnerBlock(const InnerLoop& p, Near memory, Near states)
       : p(p), memory(memory), states(states), team(rotated(p)) {}
 
   // States and rows of earlier steps, in the scratch.
@@ -55,36 +57,58 @@ struct InnerBlock {
     return column < a.columns ? of_task(a.bias_rate)[row] : A(0);
   }
 
-  __device__ __forceinline__ void fill_zero(A* to, int count) const {
+  __device__ __forceinline__ void fill_zero(Near to, int count) const {
     each_quad(team, count, [&](int i) { put_quad(to + i, Quad<A>{}); });
   }
-  __device__ __forceinline__ void copy(const A* from, A* to, int count) const {
+  template <class From, class To>
+  __device__ __forceinline__ void copy(From from, To to, int count) const {
     each_quad(team, count, [&](int i) { put_quad(to + i, quad(from + i)); });
   }
 
-  // Weights [out, in] and biases [out] in far memory, to where the layer is in `state`.
-  __device__ __forceinline__ void take_layer(const InnerLayer& a, const A* weight, const A* bias, A* state) const {
-    each_fetched<A>(
-        team, whole(a.out), a.ldw,
-        [&](int r, int c) {
-          if (r >= a.out || c >= a.columns) return A(0);
-          return c < a.in ? weight[r * a.in + c] : bias[r];
+  // Rows [rows, columns] of far memory to `all` rows of `ld`: behind the last column `after(row)`, else zeros.
+  template <class After>
+  __device__ __forceinline__ void take(const A* from, int rows, int columns, Near to, int all, int ld,
+                                       const After& after) const {
+    const bool aligned = columns % 4 == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(Quad<A>) == 0;
+    const int quads = aligned ? columns / 4 : 0;
+    each_fetched<4, Quad<A>>(
+        team, all, quads,
+        [&](int r, int q) { return r < rows ? quad(from + int64_t(r) * columns + 4 * q) : Quad<A>{}; },
+        [&](int r, int q, const Quad<A>& v) { put_quad(to + r * ld + 4 * q, v); });
+    each_fetched<2, Quad<A>>(
+        team, all, ld / 4 - quads,
+        [&](int r, int q) {
+          const int c = 4 * (quads + q);
+          Quad<A> v{};
+          if (r < rows) {
+            const A* row = from + int64_t(r) * columns + c;
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+              if (c + j < columns) v.v[j] = row[j];
+            const A last = after(r);
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+              if (c + j == columns) v.v[j] = last;
+          }
+          return v;
         },
-        [&](int r, int c, A v) { state[a.at + r * a.ldw + c] = v; });
+        [&](int r, int q, const Quad<A>& v) { put_quad(to + r * ld + 4 * (quads + q), v); });
   }
-  __device__ __forceinline__ void give_layer(const InnerLayer& a, const A* state, A* weight, bool add_weight, A* bias,
-                                             bool add_bias) const {
+
+  // Weights [out, in] and biases [out] in far memory, to where the layer is in `state`.
+  __device__ __forceinline__ void take_layer(const InnerLayer& a, const A* weight, const A* bias, Near state) const {
+    take(weight, a.out, a.in, state + a.at, a.rows, a.ldw, [&](int r) { return p.biased ? bias[r] : A(0); });
+  }
+  __device__ __forceinline__ void give_layer(const InnerLayer& a, Near state, A* weight, A* bias) const {
     each(team, a.out, a.columns, [&](int r, int c) {
       A* to = c < a.in ? weight ? weight + r * a.in + c : nullptr : bias ? bias + r : nullptr;
-      if (!to) return;
-      const A v = state[a.at + r * a.ldw + c];
-      *to = (c < a.in ? add_weight : add_bias) ? *to + v : v;
+      if (to) *to = state[a.at + r * a.ldw + c];
     });
   }
 
   // The weights that the task starts from.
   __device__ __forceinline__ void take_weights() const {
-    A* state = states + p.weights;
+    const Near state = states + p.weights;
     for (int l = p.first; l < p.layers; ++l) {
       const InnerLayer& a = p.layer[l];
       take_layer(a, of_task(a.weight), of_task(a.bias), state);
@@ -92,59 +116,53 @@ struct InnerBlock {
     fill_zero(state + p.first_state, p.state - p.first_state);
   }
 
-  // Rows [rows, columns] of far memory, to rows of `ld`: behind the last column `after`, then zeros.
-  __device__ __forceinline__ void take_rows(const A* from, int rows, int columns, A after, A* to, int ld) const {
-    each_fetched<A>(
-        team, rows, ld, [&](int r, int c) { return c < columns ? from[r * columns + c] : c == columns ? after : A(0); },
-        [&](int r, int c, A v) { to[r * ld + c] = v; });
-  }
   // The first layer's input, or inner products with the support rows.
-  __device__ __forceinline__ void take_input(const InnerRows& rows, int begin, int count, A* to, int ld) const {
+  __device__ __forceinline__ void take_input(const InnerRows& rows, int begin, int count, Near to, int ld) const {
     const int s = p.support.rows, in = p.layer[0].in;
     if (gram())
-      take_rows(of_task(rows.gram, int64_t(rows.rows) * s) + int64_t(begin) * s, count, s, A(0), to, ld);
+      take(of_task(rows.gram, int64_t(rows.rows) * s) + int64_t(begin) * s, count, s, to, count, ld,
+           [](int) { return A(0); });
     else
-      take_rows(of_task(rows.x, int64_t(rows.rows) * in) + int64_t(begin) * in, count, in, A(p.biased), to, ld);
+      take(of_task(rows.x, int64_t(rows.rows) * in) + int64_t(begin) * in, count, in, to, count, ld,
+           [&](int) { return A(p.biased); });
   }
 
   // ---- the net ------------------------------------------------------------------------------------------------------
 
   // Pre-activations of rows, `places.delta` of the last layer: the logits. The block must wait before and has waited
   // after. x: what `take_input` left; `second`: keep second derivatives too.
-  __device__ __forceinline__ void forward(const InnerRows& rows, int begin, int count, const A* x, int ldx, bool query,
+  __device__ __forceinline__ void forward(const InnerRows& rows, int begin, int count, Near x, int ldx, bool query,
                                           bool second) const {
-    const A* state = states + p.weights;
+    const Near state = states + p.weights;
     for (int l = 0; l < p.layers; ++l) {
       const InnerLayer& a = p.layer[l];
       const InnerPlaces& to = query ? a.query : a.support;
       const bool hidden = l + 1 < p.layers;
-      A* out = memory + (hidden ? to.value : to.delta);
-      const int ld = hidden ? p.layer[l + 1].ld_in : to.ld_delta;
-      const int written = hidden ? a.out + p.biased : a.out;
+      const Near out = held(memory + (hidden ? to.value : to.delta));
+      const int ld = held(hidden ? p.layer[l + 1].ld_in : to.ld_delta), width = held(a.out);
+      const int written = hidden ? width + p.biased : width;
+      const A least = hidden && relu() ? A(0) : -A(INFINITY), behind = hidden ? A(p.biased) : A(0);
       const auto put = [&](int r, int c, A z) {
+        z = z < least ? least : z;  // NaN stays
         // behind the last column the one that biases are multiplied by
-        if (c >= a.out)
-          z = hidden && c == a.out ? A(p.biased) : A(0);
-        else if (hidden && relu())
-          z = z < 0 ? A(0) : z;
-        out[r * ld + c] = z;
+        out[r * ld + c] = c < width ? z : c == width ? behind : A(0);
       };
       if (l < p.first) {
         const A* given = of_task(rows.x, int64_t(rows.rows) * a.out) + int64_t(begin) * a.out;
-        rows_by_matrix<A>(team, count, written, p.support.rows, {x, ldx, state + p.first_state, a.ldw}, {}, A(1),
+        rows_by_matrix<A, kChip>(team, count, written, p.support.rows, {x, ldx, state + p.first_state, a.ldw}, {}, A(1),
                           [&](int r, int c, const Quad<A>& v) {
 #pragma unroll
                             for (int j = 0; j < 4; ++j)
                               put(r, c + j, c + j < a.out ? given[r * a.out + c + j] - v.v[j] : A(0));
                           });
       } else {
-        const A* input = l == 0 ? x : memory + (query ? p.layer[l - 1].query : p.layer[l - 1].support).value;
-        rows_by_rows<A>(team, count, a.out, written, a.columns, {input, a.ld_in, state + a.at, a.ldw}, {}, A(1), put);
+        const Near input = l == 0 ? x : memory + (query ? p.layer[l - 1].query : p.layer[l - 1].support).value;
+        rows_by_rows<A, kChip>(team, count, a.out, written, a.columns, {input, a.ld_in, state + a.at, a.ldw}, {}, A(1), put);
       }
       __syncthreads();
       if (!hidden || !is_curved(p.activation)) continue;
       each(team, count, a.out, [&](int r, int c) {
-        const Curve<A> curve = curve_at(p.activation, out[r * ld + c]);
+        const Curve<A> curve = curve_at(p.activation, A(out[r * ld + c]));
         out[r * ld + c] = curve.value;
         memory[to.slope + r * ld + c] = curve.slope;
         if (second) memory[to.bend + r * ld + c] = curve.bend;
@@ -154,7 +172,7 @@ struct InnerBlock {
   }
 
   __device__ __forceinline__ Trajectories<A> trajectories(const InnerRows& rows) const {
-    return {team, rows, task, memory + p.path_room};
+    return {team, rows, task, &memory[p.path_room]};
   }
 
   // Losses of rows from the logits at `p.layer[last].delta`; with `gradient` the logits' gradients take their place.
@@ -164,11 +182,11 @@ struct InnerBlock {
     const InnerLayer& a = p.layer[p.layers - 1];
     const InnerPlaces& to = query ? a.query : a.support;
     if (p.loss == Loss::maximum_entropy)
-      return trajectories(rows).loss(memory + to.delta, to.ld_delta, whole(a.out), gradient, scale, curve, extra);
+      return trajectories(rows).loss(&memory[to.delta], to.ld_delta, whole(a.out), gradient, scale, curve, extra);
     const int64_t start = int64_t(task) * rows.rows + begin;
     A total = 0;
     for (int r = team.id; r < count; r += team.threads) {
-      A* logits = memory + to.delta + r * to.ld_delta;
+      A* logits = &memory[to.delta + r * to.ld_delta];
       LossRow<A> row{};
       row.classes = a.out;
       row.padded = whole(a.out);
@@ -192,10 +210,9 @@ struct InnerBlock {
     const bool bent = second && is_curved(p.activation);
     for (int l = p.layers - 1; l > 0; --l) {
       const InnerLayer &a = p.layer[l], &below = p.layer[l - 1];
-      A* delta = memory + below.support.delta;
-      const A* slope = memory + below.support.slope;
-      A* bend = memory + below.support.bend;
-      rows_by_matrix<A>(team, p.support.rows, a.in, a.out,
+      const Near delta = held(memory + below.support.delta), slope = held(memory + below.support.slope);
+      const Near bend = memory + below.support.bend;
+      rows_by_matrix<A, kChip>(team, p.support.rows, a.in, a.out,
                         {memory + a.support.delta, a.support.ld_delta, states + p.weights + a.at, a.ldw}, {}, A(1),
                         [&](int r, int c, const Quad<A>& v) {
                           const Quad<A> kept = quad(slope + r * a.ld_in + c);
@@ -214,23 +231,23 @@ struct InnerBlock {
     }
   }
 
-  __device__ __forceinline__ const A* input_of(int l) const {
+  __device__ __forceinline__ Near input_of(int l) const {
     return memory + (l == 0 ? p.x : p.layer[l - 1].support.value);
   }
   // What a gradient of the support loss at a layer is made of.
-  __device__ __forceinline__ Term<A> gradient_term(const InnerLayer& a, int l) const {
+  __device__ __forceinline__ Term<A, kChip> gradient_term(const InnerLayer& a, int l) const {
     return {memory + a.support.delta, a.support.ld_delta, input_of(l), a.ld_in};
   }
 
   // W' = W - rate * M', M' = momentum * M + gradient + weight_decay * W
   __device__ __forceinline__ void update(int step) const {
-    A *state = states + p.weights, *moment = states + p.moment;
+    const Near state = states + p.weights, moment = states + p.moment;
     const A decay = A(p.weight_decay), keep = A(step > 0 ? p.momentum : 0);
     A* kept = p.keeps_moments ? archive() + p.kept_moments + int64_t(step) * p.state : nullptr;
     for (int l = p.first; l < p.layers; ++l) {
       const InnerLayer& a = p.layer[l];
       const A layer_rate = rate(step, l);
-      sums_over_rows<A>(team, a.out, a.columns, p.support.rows, gradient_term(a, l), {},
+      sums_over_rows<A, kChip>(team.turned(a.turn), a.out, a.columns, p.support.rows, gradient_term(a, l), {},
                         [&](int r, int c, Quad<A> g) {
                           const int i = a.at + r * a.ldw + c;
                           Quad<A> w = quad(state + i);
@@ -276,9 +293,9 @@ struct InnerBlock {
   __device__ __forceinline__ void adapt(bool keep) const {
     for (int k = 0; k < p.steps; ++k) {
       const bool archived = keep && k + 1 < p.steps;
-      if (keep && k > 0) copy(states + p.weights, archive() + p.kept_states + int64_t(k - 1) * p.state, p.state);
+      if (keep) copy(states + p.weights, archive() + p.kept_states + int64_t(k) * p.state, p.state);
       forward(p.support, 0, p.support.rows, memory + p.x, p.ldx, false, keep && p.curvature);
-      A* curve = keep && p.curvature ? memory + p.curve : nullptr;
+      A* curve = keep && p.curvature ? &memory[p.curve] : nullptr;
       losses(p.support, 0, p.support.rows, false, true, A(1), curve, nullptr);
       __syncthreads();
       support_deltas(keep && p.curvature);
@@ -299,10 +316,10 @@ struct InnerBlock {
   // Of all threads' parts of sum `number`, to the thread of that number, for numbers below `count`.
   __device__ __forceinline__ A add_parts(int count) const {
     const int each = team.threads / kParts;
-    A* parts = memory + p.sums + count * team.threads;
+    const Near parts = memory + p.sums + count * team.threads;
     __syncthreads();
     if (team.id < kParts * count) {
-      const A* from = memory + p.sums + team.id * each;
+      const Near from = memory + p.sums + team.id * each;
       A sum = 0;
       for (int i = 0; i < each; ++i) sum += from[i];
       parts[team.id] = sum;

@@ -6,22 +6,22 @@
 
 namespace fastmeta::cuda {
 
-// What registers are shared out for: with two blocks of so many threads each has 80, enough for none to be spilled, and
-// there is room for six blocks of 128. Weights in far memory take more registers than that.
-constexpr int kInnerBound = 384;
+// What registers are shared out for: with two of the largest blocks a thread has 128, enough for none to be spilled, and
+// there is room for eight blocks of 64. Weights in far memory take more registers than that.
 template <class A, bool kChip>
 constexpr int kInnerBlocks = kChip && sizeof(A) == sizeof(float) ? 2 : 1;
 
 // kChip: a block's memory is its shared memory; else its states are not, and its rows may be.
 // kMeta: with query rows, else for the adapted weights.
 template <class A, bool kChip, bool kMeta, bool kBackward>
-__global__ void __launch_bounds__(kInnerBound, (kInnerBlocks<A, kChip>))
+__global__ void __launch_bounds__(kInnerThreads, (kInnerBlocks<A, kChip>))
     inner_loop_kernel(const __grid_constant__ InnerLoop p) {
   FM_DYNAMIC_SHARED(shared);
   A* far = static_cast<A*>(p.scratch) + p.block_scratch * blockIdx.x + p.kept;
   A* states = kChip ? reinterpret_cast<A*>(shared) : far;
   A* rows = !kChip && p.rows_on_chip ? reinterpret_cast<A*>(shared) : states + p.states_size;
-  InnerTask<A> t(p, rows, states);
+  using Near = Field<A, kChip>;
+  InnerTask<A, kChip> t(p, Near(rows), Near(states));
   for (t.task = int(blockIdx.x); t.task < p.tasks; t.task += int(gridDim.x)) {
     t.start();
     if (kBackward) t.start_gradients();
@@ -101,12 +101,12 @@ InnerPlan plan_inner_loop(Dtype dtype, InnerLoop& p) {
   by_exact_dtype(dtype, [&](auto type) {
     using A = typename decltype(type)::type;
     const InnerDevice device;
-    plan.block_elements = lay_out(p, kBackward, kMeta, sizeof(A), device.shared, plan.on_chip);
     p.processors = device.processors;
+    plan.block_elements = lay_out(p, kBackward, kMeta, sizeof(A), device.shared, plan.on_chip);
     plan.shared = size_t(plan.on_chip ? plan.block_elements : p.rows_on_chip ? p.rows_size : 0) * sizeof(A);
     const int64_t off_chip = plan.on_chip ? 0 : p.rows_on_chip ? p.states_size : plan.block_elements;
     p.block_scratch = p.kept + ((off_chip + 3) & ~int64_t(3));
-    p.partials = shared_gradients(p).size;
+    p.partials = shared_gradients(p).block;
     with_inner_kernel<A, kMeta, kBackward>(
         plan.on_chip, [&](auto kernel) { plan.blocks = device.blocks(kernel, p.threads, plan.shared, plan.on_chip); });
     const int64_t each = p.block_scratch + p.partials;

@@ -1,15 +1,13 @@
 // Where everything lies in a block's memory: planned on the host, for the shared memory there is.
 #pragma once
 
-#include "device.h"
+#include "inner_loop_products.h"
 
 #include <fastmeta/launch_inner_loop.h>
 
 namespace fastmeta::cuda {
 
-constexpr int kInnerThreads = 288;  // at most
-
-__host__ __device__ __forceinline__ int whole(int n) { return (n + 3) & ~3; }
+constexpr int kInnerThreads = 256;  // at most
 
 namespace inner_layout {
 
@@ -31,19 +29,22 @@ inline bool bent(const InnerLoop& p) {
 
 inline void states(InnerLoop& p) {
   Carver c;
-  for (int l = 0; l < p.layers; ++l) {
+  for (int l = p.layers - 1; l >= 0; --l) {
     InnerLayer& a = p.layer[l];
     a.columns = a.in + p.biased;
     a.ldw = apart(a.columns);
     a.ld_in = whole(a.columns);
-    if (l >= p.first) a.at = c.take(whole(a.out), a.ldw);
+    // rows are read four at once, those that are too many times zero: behind most layers is another
+    a.rows = l > p.first ? a.out : whole(a.out);
+    if (l >= p.first) a.at = c.take(a.rows, a.ldw);
   }
   p.first_state = int(c.used);
   if (p.first) {
     InnerLayer& a = p.layer[0];
     a.columns = a.out;
     a.ldw = whole(a.out);
-    a.at = c.take(whole(p.support.rows), a.ldw);
+    a.rows = whole(p.support.rows);
+    a.at = c.take(a.rows, a.ldw);
   }
   constexpr int64_t kMost = (int64_t(1) << 31) - 4;  // the bridge refuses a block's memory of that size
   p.state = int(smaller(c.used, kMost));
@@ -90,11 +91,30 @@ inline void query(InnerLoop& p, Carver& c) {
   }
 }
 
+// Most take the place of what they are the last to need: the last layer's deltas that of the loss's curvature, its
+// logits that of the deltas below, the first layer's deltas that of what they are the tangents of.
 inline void tangents(InnerLoop& p, Carver& c) {
-  for (int l = 0; l < p.layers; ++l) {
+  const int last = p.layers - 1, rows = p.support.rows;
+  for (int l = 0; l < last; ++l) {
     InnerLayer& a = p.layer[l];
-    a.dot_value = l + 1 < p.layers ? c.take(p.support.rows, p.layer[l + 1].ld_in) : 0;
-    a.dot_delta = c.take(p.support.rows, a.support.ld_delta);
+    a.dot_value = c.take(rows, p.layer[l + 1].ld_in);
+    const bool needed = l > 0 || (p.d_support_x && !p.first);
+    a.dot_delta = needed ? c.take(rows, a.support.ld_delta) : a.support.delta;
+  }
+  const int ld = p.layer[last].support.ld_delta;
+  const bool fits = last > 0 && ld <= p.layer[last - 1].support.ld_delta && p.loss != Loss::maximum_entropy;
+  p.dot_logits = fits ? p.layer[last - 1].dot_delta : c.take(rows, ld);
+  p.layer[last].dot_delta = p.loss == Loss::maximum_entropy ? p.dot_logits : p.curve;
+}
+
+// Layers that one is summed up after the other begin with the warp behind the last one's last.
+inline void turns(InnerLoop& p) {
+  int warps = 0;
+  for (int l = p.first; l < p.layers; ++l) {
+    InnerLayer& a = p.layer[l];
+    a.turn = 32 * warps;
+    const int64_t tiles = int64_t(divide_up(a.out, 4)) * divide_up(a.columns, 4);
+    warps = int((warps + divide_up<int64_t>(tiles, 32)) % (p.threads / 32));
   }
 }
 
@@ -117,6 +137,7 @@ inline Sizes place(InnerLoop& p, bool backward, bool has_query, int chunk) {
   }
   p.keeps_moments = p.wants_rates && p.momentum != 0;
   states(p);
+  turns(p);
   Carver kept;
   const auto state = [&](bool wanted) { return wanted ? kept.take(1, p.state) : 0; };
   p.weights = state(true);
@@ -141,14 +162,13 @@ inline Sizes place(InnerLoop& p, bool backward, bool has_query, int chunk) {
   int64_t used = steps.used;
   for (const Carver& other : {query_rows, dots, sums}) used = other.used > used ? other.used : used;
   p.kept_states = 0;
-  p.kept_records = p.sweeps ? int64_t(p.steps - 1) * p.state : 0;
+  p.kept_records = p.sweeps ? int64_t(p.steps) * p.state : 0;
   p.kept_moments = p.kept_records + (p.sweeps ? int64_t(p.steps - 1) * p.record_size : 0);
   p.kept = p.kept_moments + (p.keeps_moments ? int64_t(p.steps) * p.state : 0);
-  // four columns are read at once, at the last row too
-  return {kept.used + 8, used + 8};
+  return {kept.used + 4, used + 4};
 }
 
-// Threads that suit the most tiles that a product has.
+// Threads that suit the most tiles that a product has: half as many where tasks enough keep a multiprocessor busy.
 inline int threads_for(const InnerLoop& p) {
   const int64_t rows = p.query.rows > p.support.rows ? p.query.rows : p.support.rows;
   int64_t most = 0;
@@ -157,7 +177,7 @@ inline int threads_for(const InnerLoop& p) {
     const int64_t out = divide_up(a.out, 4), in = l >= p.first ? divide_up(a.in + p.biased, 4) : 0;
     for (int64_t tiles : {out * in, divide_up<int64_t>(rows, 2) * out}) most = tiles > most ? tiles : most;
   }
-  return most > 160 ? kInnerThreads : 128;
+  return most > 160 ? kInnerThreads : p.tasks > 4 * p.processors ? 64 : 128;
 }
 
 }  // namespace inner_layout

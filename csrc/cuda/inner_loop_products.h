@@ -23,14 +23,46 @@ __device__ __forceinline__ void put_quad(A* to, const Quad<A>& q) {
 
 struct Team {
   int id, threads;
+
+  // The same with its last warp, or several, first.
+  __device__ __forceinline__ Team turned(int by) const {
+    const int other = id - by;
+    return {other < 0 ? other + threads : other, threads};
+  }
 };
+
+// A number that is kept where it is: those that a kernel's arguments give for a layer are fetched anew at each use, if
+// the compiler is free to.
+__device__ __forceinline__ int held(int i) {
+#ifndef FASTMETA_HOST
+  asm("" : "+r"(i));
+#endif
+  return i;
+}
+__device__ __forceinline__ unsigned held(unsigned i) { return unsigned(held(int(i))); }
+
+__host__ __device__ __forceinline__ int whole(int n) { return (n + 3) & ~3; }
+
+// n / by of numbers that are not negative: most often a third of a division's instructions.
+__device__ __forceinline__ int divided(int n, int by) {
+  if (n >= 1 << 22) return n / by;
+#ifdef FASTMETA_HOST
+  int q = int(float(n) / float(by));
+#else
+  int q = int(__fdividef(float(n), float(by)));
+#endif
+  const int rest = n - q * by;
+  if (rest < 0) --q;
+  if (rest >= by) ++q;
+  return q;
+}
 
 // f(row, column) for each element, neighbouring threads on neighbouring columns.
 template <class F>
 __device__ __forceinline__ void each(Team team, int rows, int columns, const F& f) {
   if (columns <= 0) return;
-  int r = team.id / columns, c = team.id - r * columns;
-  const int more_rows = team.threads / columns, more_columns = team.threads - more_rows * columns;
+  int r = divided(team.id, columns), c = team.id - r * columns;
+  const int more_rows = divided(team.threads, columns), more_columns = team.threads - more_rows * columns;
   while (r < rows) {
     f(r, c);
     r += more_rows;
@@ -42,20 +74,20 @@ __device__ __forceinline__ void each(Team team, int rows, int columns, const F& 
   }
 }
 
-// The same for what comes from far memory: four elements are asked for before the first is used.
-template <class A, class Get, class Put>
+// The same for what comes from far memory: kAhead are asked for before the first is used.
+template <int kAhead, class V, class Get, class Put>
 __device__ __forceinline__ void each_fetched(Team team, int rows, int columns, const Get& get, const Put& put) {
   if (columns <= 0) return;
-  int r = team.id / columns, c = team.id - r * columns;
-  const int more_rows = team.threads / columns, more_columns = team.threads - more_rows * columns;
+  int r = divided(team.id, columns), c = team.id - r * columns;
+  const int more_rows = divided(team.threads, columns), more_columns = team.threads - more_rows * columns;
   while (r < rows) {
-    int at_row[4], at_column[4];
-    A value[4];
+    int at_row[kAhead], at_column[kAhead];
+    V value[kAhead];
 #pragma unroll
-    for (int u = 0; u < 4; ++u) {
+    for (int u = 0; u < kAhead; ++u) {
       at_row[u] = r;
       at_column[u] = c;
-      value[u] = r < rows ? get(r, c) : A(0);
+      if (r < rows) value[u] = get(r, c);
       r += more_rows;
       c += more_columns;
       if (c >= columns) {
@@ -64,7 +96,7 @@ __device__ __forceinline__ void each_fetched(Team team, int rows, int columns, c
       }
     }
 #pragma unroll
-    for (int u = 0; u < 4; ++u)
+    for (int u = 0; u < kAhead; ++u)
       if (at_row[u] < rows) put(at_row[u], at_column[u], value[u]);
   }
 }
@@ -75,42 +107,126 @@ __device__ __forceinline__ void each_quad(Team team, int count, const F& f) {
   for (int i = 4 * team.id; i < count; i += 4 * team.threads) f(i);
 }
 
-// Both sides of a product; a is nullptr where there is none.
+// Memory from some place on, like a pointer. kShared: all of it is the block's shared memory, where an address is a number
+// of half the size.
+template <class A, bool kShared>
+struct Field {
+  A* at = nullptr;
+  __device__ __forceinline__ Field() {}
+  __device__ __forceinline__ explicit Field(A* p) : at(p) {}
+  __device__ __forceinline__ A& operator[](int i) const { return at[i]; }
+  __device__ __forceinline__ Field operator+(int i) const { return Field(at + i); }
+};
+#ifndef FASTMETA_HOST
 template <class A>
+struct Field<A, true> {
+  unsigned at = 0;  // bytes
+  __device__ __forceinline__ Field() {}
+  __device__ __forceinline__ explicit Field(A* p) {
+    FM_DYNAMIC_SHARED(shared);
+    at = unsigned(reinterpret_cast<unsigned char*>(p) - shared);
+  }
+  __device__ __forceinline__ A& operator[](int i) const {
+    FM_DYNAMIC_SHARED(shared);
+    return *reinterpret_cast<A*>(shared + (at + unsigned(i) * unsigned(sizeof(A))));
+  }
+  __device__ __forceinline__ Field operator+(int i) const {
+    Field f;
+    f.at = at + unsigned(i) * unsigned(sizeof(A));
+    return f;
+  }
+};
+#endif
+template <class A, bool kShared>
+__device__ __forceinline__ Field<A, kShared> held(Field<A, kShared> f) {
+#ifndef FASTMETA_HOST
+  if constexpr (kShared) f.at = held(f.at);
+#endif
+  return f;
+}
+template <class A, bool kShared>
+__device__ __forceinline__ Quad<A> quad(Field<A, kShared> f) {
+  return quad(&f[0]);
+}
+template <class A, bool kShared>
+__device__ __forceinline__ void put_quad(Field<A, kShared> f, const Quad<A>& q) {
+  put_quad(&f[0], q);
+}
+
+// Both sides of a product, or none.
+template <class A, bool kShared>
 struct Term {
-  const A* a = nullptr;
+  Field<A, kShared> a;
   int lda = 0;
-  const A* b = nullptr;
+  Field<A, kShared> b;
   int ldb = 0;
+
+  __device__ __forceinline__ bool is_given() const { return ldb != 0; }
 };
 
 constexpr int kTileRows = 2;
 
+// One result for each thread at a time, where there are no more: few columns share a tile badly.
+template <class A, bool kShared, class Out>
+__device__ __forceinline__ void rows_by_few_rows(Team team, int rows, int columns, int written, int depth,
+                                                 const Term<A, kShared>& first, const Term<A, kShared>& second, A scale,
+                                                 const Out& out) {
+  const int across = whole(written), count = rows * across;
+  for (int i = team.id; i < count; i += team.threads) {
+    const int row = divided(i, across), column = i - row * across;
+    A sum = 0;
+    const auto add = [&](const Term<A, kShared>& t) {
+      Field<A, kShared> a = held(t.a + row * t.lda), b = held(t.b + column * t.ldb);
+      A part[2] = {};
+#pragma unroll 2
+      for (int k = 0; k < depth; k += 4) {
+        const Quad<A> x = quad(a), y = quad(b);
+        a = a + 4;
+        b = b + 4;
+#pragma unroll
+        for (int d = 0; d < 4; ++d) part[d % 2] += x.v[d] * y.v[d];
+      }
+      sum += part[0] + part[1];
+    };
+    if (column < columns) {
+      if (second.is_given()) add(second);
+      sum *= scale;
+      if (first.is_given()) add(first);
+    }
+    out(row, column, sum);
+  }
+}
+
 // out(i, j, sum over k of a[i, k] b[j, k]): `first` plus `scale` times `second`. Columns up to a whole number of four
 // from `written` on are handed out; beyond `columns` they mean nothing.
-template <class A, class Out>
+template <class A, bool kShared, class Out>
 __device__ __forceinline__ void rows_by_rows(Team team, int rows, int columns, int written, int depth,
-                                             const Term<A>& first, const Term<A>& second, A scale, const Out& out) {
+                                             const Term<A, kShared>& first, const Term<A, kShared>& second, A scale, const Out& out) {
+  if (rows * written <= 2 * team.threads)
+    return rows_by_few_rows<A, kShared>(team, rows, columns, written, depth, first, second, scale, out);
   const int across = divide_up(written, 4), tiles = divide_up(rows, kTileRows) * across;
-  if (columns <= 0) depth = 0;
   for (int tile = team.id; tile < tiles; tile += team.threads) {
-    const int ty = tile / across, tx = tile - ty * across;
+    const int ty = divided(tile, across), tx = tile - ty * across;
     A sum[kTileRows][4] = {};
-    const auto add = [&](const Term<A>& t) {
-      const A *a[kTileRows], *b[4];
+    const auto add = [&](const Term<A, kShared>& t) {
+      Field<A, kShared> a[kTileRows], b[4];
 #pragma unroll
-      for (int i = 0; i < kTileRows; ++i) a[i] = t.a + smaller(kTileRows * ty + i, rows - 1) * t.lda;
+      for (int i = 0; i < kTileRows; ++i) a[i] = held(t.a + smaller(kTileRows * ty + i, rows - 1) * t.lda);
       // neighbouring threads have neighbouring columns: rows of b that start in different banks
 #pragma unroll
-      for (int j = 0; j < 4; ++j) b[j] = t.b + (columns > 0 ? smaller(tx + j * across, columns - 1) : 0) * t.ldb;
-#pragma unroll 1
+      for (int j = 0; j < 4; ++j) b[j] = held(t.b + smaller(tx + j * across, columns - 1) * t.ldb);
+#pragma unroll 2
       for (int k = 0; k < depth; k += 4) {
         Quad<A> x[kTileRows];
 #pragma unroll
-        for (int i = 0; i < kTileRows; ++i) x[i] = quad(a[i] + k);
+        for (int i = 0; i < kTileRows; ++i) {
+          x[i] = quad(a[i]);
+          a[i] = a[i] + 4;
+        }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const Quad<A> y = quad(b[j] + k);
+          const Quad<A> y = quad(b[j]);
+          b[j] = b[j] + 4;
 #pragma unroll
           for (int d = 0; d < 4; ++d) {
 #pragma unroll
@@ -119,7 +235,7 @@ __device__ __forceinline__ void rows_by_rows(Team team, int rows, int columns, i
         }
       }
     };
-    if (second.a) {
+    if (second.is_given()) {
       add(second);
 #pragma unroll
       for (int i = 0; i < kTileRows; ++i) {
@@ -127,7 +243,7 @@ __device__ __forceinline__ void rows_by_rows(Team team, int rows, int columns, i
         for (int j = 0; j < 4; ++j) sum[i][j] *= scale;
       }
     }
-    if (first.a) add(first);
+    if (first.is_given()) add(first);
 #pragma unroll
     for (int i = 0; i < kTileRows; ++i) {
       const int row = kTileRows * ty + i;
@@ -140,27 +256,31 @@ __device__ __forceinline__ void rows_by_rows(Team team, int rows, int columns, i
 
 // out(i, j, four sums over k of a[i, k] b[k, j + 0 .. 3]), with `first`, `second` and `written` as above. b has rows
 // of zeros up to a whole number of four.
-template <class A, class Out>
-__device__ __forceinline__ void rows_by_matrix(Team team, int rows, int written, int depth, const Term<A>& first,
-                                               const Term<A>& second, A scale, const Out& out) {
+template <class A, bool kShared, class Out>
+__device__ __forceinline__ void rows_by_matrix(Team team, int rows, int written, int depth, const Term<A, kShared>& first,
+                                               const Term<A, kShared>& second, A scale, const Out& out) {
   const int across = divide_up(written, 4), tiles = divide_up(rows, kTileRows) * across;
   for (int tile = team.id; tile < tiles; tile += team.threads) {
-    const int ty = tile / across, tx = tile - ty * across;
+    const int ty = divided(tile, across), tx = tile - ty * across;
     Quad<A> sum[kTileRows] = {};
-    const auto add = [&](const Term<A>& t) {
-      const A* a[kTileRows];
+    const auto add = [&](const Term<A, kShared>& t) {
+      Field<A, kShared> b = held(t.b + 4 * tx);
+      Field<A, kShared> a[kTileRows];
 #pragma unroll
-      for (int i = 0; i < kTileRows; ++i) a[i] = t.a + smaller(kTileRows * ty + i, rows - 1) * t.lda;
-      const A* b = t.b + 4 * tx;
-#pragma unroll 1
+      for (int i = 0; i < kTileRows; ++i) a[i] = held(t.a + smaller(kTileRows * ty + i, rows - 1) * t.lda);
+      const int down = held(t.ldb);
+#pragma unroll 2
       for (int k = 0; k < depth; k += 4) {
         Quad<A> x[kTileRows];
 #pragma unroll
-        for (int i = 0; i < kTileRows; ++i) x[i] = quad(a[i] + k);
+        for (int i = 0; i < kTileRows; ++i) {
+          x[i] = quad(a[i]);
+          a[i] = a[i] + 4;
+        }
 #pragma unroll
         for (int d = 0; d < 4; ++d) {
           const Quad<A> y = quad(b);
-          b += t.ldb;
+          b = b + down;
 #pragma unroll
           for (int i = 0; i < kTileRows; ++i) {
 #pragma unroll
@@ -169,7 +289,7 @@ __device__ __forceinline__ void rows_by_matrix(Team team, int rows, int written,
         }
       }
     };
-    if (second.a) {
+    if (second.is_given()) {
       add(second);
 #pragma unroll
       for (int i = 0; i < kTileRows; ++i) {
@@ -186,21 +306,22 @@ __device__ __forceinline__ void rows_by_matrix(Team team, int rows, int written,
   }
 }
 
-// out(i, j, four sums over k of a[k, i] b[k, j + 0 .. 3]): of `first` and `second`
-template <class A, class Out>
-__device__ __forceinline__ void sums_over_rows(Team team, int rows, int columns, int depth, const Term<A>& first,
-                                               const Term<A>& second, const Out& out) {
+// out(i, j, four sums over k of a[k, i] b[k, j + 0 .. 3]): of `first` and `second`.
+template <class A, bool kShared, class Out>
+__device__ __forceinline__ void sums_over_rows(Team team, int rows, int columns, int depth, const Term<A, kShared>& first,
+                                               const Term<A, kShared>& second, const Out& out) {
   const int across = divide_up(columns, 4), tiles = divide_up(rows, 4) * across;
   for (int tile = team.id; tile < tiles; tile += team.threads) {
-    const int ty = tile / across, tx = tile - ty * across;
+    const int ty = divided(tile, across), tx = tile - ty * across;
     Quad<A> sum[4] = {};
-    const auto add = [&](const Term<A>& t) {
-      const A *a = t.a + 4 * ty, *b = t.b + 4 * tx;
+    const auto add = [&](const Term<A, kShared>& t) {
+      Field<A, kShared> a = held(t.a + 4 * ty), b = held(t.b + 4 * tx);
+      const int a_down = held(t.lda), b_down = held(t.ldb);
 #pragma unroll 2
       for (int k = 0; k < depth; ++k) {
         const Quad<A> x = quad(a), y = quad(b);
-        a += t.lda;
-        b += t.ldb;
+        a = a + a_down;
+        b = b + b_down;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -209,7 +330,7 @@ __device__ __forceinline__ void sums_over_rows(Team team, int rows, int columns,
       }
     };
     add(first);
-    if (second.a) add(second);
+    if (second.is_given()) add(second);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if (4 * ty + i < rows) out(4 * ty + i, 4 * tx, sum[i]);

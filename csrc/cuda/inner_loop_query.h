@@ -5,15 +5,16 @@
 
 namespace fastmeta::cuda {
 
-template <class A>
-struct InnerQuery : InnerBlock<A> {
-  using Base = InnerBlock<A>;
+template <class A, bool kChip>
+struct InnerQuery : InnerBlock<A, kChip> {
+  using Base = InnerBlock<A, kChip>;
+  using Near = typename Base::Near;
   using Base::add_parts, Base::fill_zero, Base::forward, Base::gram, Base::losses, Base::memory, Base::of_task, Base::p;
   using Base::set_part, Base::states, Base::take_input, Base::team;
 
-  __device__ __forceinline__ InnerQuery(const InnerLoop& p, A* memory, A* states) : Base(p, memory, states) {}
+  __device__ __forceinline__ InnerQuery(const InnerLoop& p, Near memory, Near states) : Base(p, memory, states) {}
 
-  __device__ __forceinline__ A* first_of(int state) const { return states + state + p.first_state; }
+  __device__ __forceinline__ Near first_of(int state) const { return states + state + p.first_state; }
 
   __device__ __forceinline__ void give_logits(int begin, int count) const {
     const InnerLayer& last = p.layer[p.layers - 1];
@@ -81,16 +82,16 @@ struct InnerQuery : InnerBlock<A> {
 
   __device__ __forceinline__ void query_layer_gradient(int l, int count) const {
     const InnerLayer& a = p.layer[l];
-    const A* input = memory + (l == 0 ? p.query_x : p.layer[l - 1].query.value);
-    A* to = states + p.adjoint + a.at;
-    sums_over_rows<A>(team, a.out, a.columns, count, {memory + a.query.delta, a.query.ld_delta, input, a.ld_in}, {},
+    const Near input = memory + (l == 0 ? p.query_x : p.layer[l - 1].query.value);
+    const Near to = held(states + p.adjoint + a.at);
+    sums_over_rows<A, kChip>(team, a.out, a.columns, count, {memory + a.query.delta, a.query.ld_delta, input, a.ld_in}, {},
                       [&](int r, int c, const Quad<A>& v) { add_quad(to + r * a.ldw + c, v); });
   }
 
   __device__ __forceinline__ void query_deltas(int l, int count) const {
     const InnerLayer& a = p.layer[l];
     const InnerPlaces& below = p.layer[l - 1].query;
-    rows_by_matrix<A>(team, count, a.in, a.out,
+    rows_by_matrix<A, kChip>(team, count, a.in, a.out,
                       {memory + a.query.delta, a.query.ld_delta, states + p.weights + a.at, a.ldw}, {}, A(1),
                       [&](int r, int c, const Quad<A>& v) {
                         const int i = r * a.ld_in + c;
@@ -107,14 +108,14 @@ struct InnerQuery : InnerBlock<A> {
   __device__ __forceinline__ void query_gram(int begin, int count) const {
     const InnerLayer& a = p.layer[0];
     const int s = p.support.rows;
-    const A* delta = memory + a.query.delta;
+    const Near delta = memory + a.query.delta;
     if (p.d_query_x) {
       A* out = of_task(p.d_query_x, int64_t(p.query.rows) * a.out) + int64_t(begin) * a.out;
       each(team, count, a.out, [&](int r, int c) { out[r * a.out + c] = delta[r * a.query.ld_delta + c]; });
     }
     if (p.d_gram_query) {
       A* out = of_task(p.d_gram_query, int64_t(p.query.rows) * s) + int64_t(begin) * s;
-      rows_by_rows<A>(team, count, s, s, a.out, {delta, a.query.ld_delta, first_of(p.weights), a.ldw}, {}, A(1),
+      rows_by_rows<A, kChip>(team, count, s, s, a.out, {delta, a.query.ld_delta, first_of(p.weights), a.ldw}, {}, A(1),
                       [&](int r, int c, A v) {
                         if (c < s) out[r * s + c] = -v;
                       });
@@ -122,14 +123,15 @@ struct InnerQuery : InnerBlock<A> {
     add_seen(count, memory + p.query_x, delta, a.query.ld_delta);
   }
   // The first layer's adjoint as what the support rows see of it.
-  __device__ __forceinline__ void add_seen(int count, const A* gram_rows, const A* delta, int ld) const {
+  __device__ __forceinline__ void add_seen(int count, Near gram_rows, Near delta, int ld) const {
     const InnerLayer& a = p.layer[0];
-    A* to = first_of(p.adjoint);
-    sums_over_rows<A>(team, p.support.rows, a.out, count, {gram_rows, p.ldx, delta, ld}, {},
+    const Near to = first_of(p.adjoint);
+    sums_over_rows<A, kChip>(team, p.support.rows, a.out, count, {gram_rows, p.ldx, delta, ld}, {},
                       [&](int r, int c, const Quad<A>& v) { add_quad(to + r * a.ldw + c, v); });
   }
 
-  __device__ __forceinline__ static void add_quad(A* to, const Quad<A>& v) {
+  template <class To>
+  __device__ __forceinline__ static void add_quad(To to, const Quad<A>& v) {
     Quad<A> sum = quad(to);
 #pragma unroll
     for (int j = 0; j < 4; ++j) sum.v[j] += v.v[j];
@@ -139,14 +141,15 @@ struct InnerQuery : InnerBlock<A> {
   // Rows' gradient with respect to the first layer's input [count, in], dense form: `deltas` times the weights, plus
   // `scale` times `others` times the direction.
   struct Deltas {
-    const A* rows = nullptr;
+    Near rows;
     int ld = 0;
   };
   __device__ __forceinline__ void input_gradient(int count, Deltas deltas, Deltas others, A scale, A* out,
                                                  bool add) const {
     const InnerLayer& a = p.layer[0];
-    rows_by_matrix<A>(team, count, a.in, a.out, {deltas.rows, deltas.ld, states + p.weights + a.at, a.ldw},
-                      {others.rows, others.ld, states + p.direction + a.at, a.ldw}, scale,
+    Term<A, kChip> second{};
+    if (others.ld) second = {others.rows, others.ld, states + p.direction + a.at, a.ldw};
+    rows_by_matrix<A, kChip>(team, count, a.in, a.out, {deltas.rows, deltas.ld, states + p.weights + a.at, a.ldw}, second, scale,
                       [&](int r, int c, const Quad<A>& v) {
                         A* to = out + int64_t(r) * a.in + c;
 #pragma unroll

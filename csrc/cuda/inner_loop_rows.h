@@ -119,14 +119,15 @@ __device__ __forceinline__ A loss_row(Loss kind, const LossRow<A>& r, const A* p
   return loss;
 }
 
-// The Hessian of a row's loss times the tangent of its logits, in place.
+// The Hessian of a row's loss times the tangent of its logits, in the place of `curve`, zero up to `padded`.
 template <class A>
-__device__ __forceinline__ void times_curvature(Loss kind, int classes, A weight, const A* curve, A* dot) {
+__device__ __forceinline__ void times_curvature(Loss kind, int classes, int padded, A weight, A* curve, const A* dot) {
   A mean = 0;
   if (kind == Loss::cross_entropy)
     for (int j = 0; j < classes; ++j) mean += dot[j] * curve[j];
   const A factor = kind == Loss::cross_entropy ? weight : A(1);
-  for (int j = 0; j < classes; ++j) dot[j] = (dot[j] - mean) * curve[j] * factor;
+  for (int j = 0; j < classes; ++j) curve[j] = (dot[j] - mean) * curve[j] * factor;
+  for (int j = classes; j < padded; ++j) curve[j] = A(0);
 }
 
 }  // namespace fastmeta::cuda

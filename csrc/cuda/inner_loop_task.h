@@ -5,13 +5,14 @@
 
 namespace fastmeta::cuda {
 
-template <class A>
-struct InnerTask : InnerSweep<A> {
-  using Base = InnerSweep<A>;
-  using Base::adds, Base::first_of, Base::gram, Base::memory, Base::of_task, Base::p, Base::states, Base::take_input;
-  using Base::target, Base::team;
+template <class A, bool kChip>
+struct InnerTask : InnerSweep<A, kChip> {
+  using Base = InnerSweep<A, kChip>;
+  using Near = typename Base::Near;
+  using Base::add_quad, Base::adds, Base::copy, Base::first_of, Base::gram, Base::memory, Base::of_task, Base::p;
+  using Base::states, Base::take_input, Base::target, Base::task, Base::team;
 
-  __device__ __forceinline__ InnerTask(const InnerLoop& p, A* memory, A* states) : Base(p, memory, states) {}
+  __device__ __forceinline__ InnerTask(const InnerLoop& p, Near memory, Near states) : Base(p, memory, states) {}
 
   __device__ __forceinline__ void start() const {
     this->take_weights();
@@ -21,8 +22,8 @@ struct InnerTask : InnerSweep<A> {
   __device__ __forceinline__ void give_adapted() const {
     for (int l = p.first; l < p.layers; ++l) {
       const InnerLayer& a = p.layer[l];
-      this->give_layer(a, states + p.weights, of_task(a.fast_weight, int64_t(a.out) * a.in), false,
-                       p.biased ? of_task(a.fast_bias, a.out) : nullptr, false);
+      this->give_layer(a, states + p.weights, of_task(a.fast_weight, int64_t(a.out) * a.in),
+                       p.biased ? of_task(a.fast_bias, a.out) : nullptr);
     }
     if (!gram()) return;
     const InnerLayer& a = p.layer[0];
@@ -70,11 +71,18 @@ struct InnerTask : InnerSweep<A> {
     }
   }
   __device__ __forceinline__ void finish_gradients() const {
+    if (p.weight_sums) {
+      A* sums = static_cast<A*>(p.weight_sums) + p.partials * blockIdx.x;
+      if (task == int(blockIdx.x))
+        copy(states + p.adjoint, sums, p.first_state);
+      else
+        each_quad(team, p.first_state, [&](int i) { add_quad(sums + i, quad(states + p.adjoint + i)); });
+    }
     for (int l = p.first; l < p.layers; ++l) {
       const InnerLayer& a = p.layer[l];
-      if (!a.d_weight.data && !a.d_bias.data) continue;
-      this->give_layer(a, states + p.adjoint, a.d_weight.data ? target(a.d_weight) : nullptr, adds(a.d_weight),
-                       a.d_bias.data ? target(a.d_bias) : nullptr, adds(a.d_bias));
+      A* weight = a.d_weight.task ? of_task(a.d_weight.data, a.d_weight.task) : nullptr;
+      A* bias = a.d_bias.task ? of_task(a.d_bias.data, a.d_bias.task) : nullptr;
+      if (weight || bias) this->give_layer(a, states + p.adjoint, weight, bias);
     }
   }
 };

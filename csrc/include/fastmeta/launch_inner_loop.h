@@ -51,8 +51,10 @@ struct InnerLayer {
   int in, out;
   // the layout
   int columns, ldw, ld_in, at;  // weights and, in the column behind them, biases: [out, columns] from `at` in a state
+  int rows;                     // there, those of zeros behind the last layer in a state counted
   InnerPlaces support, query;
   int dot_value, dot_delta;  // tangents of value and delta
+  int turn;  // threads that sums over rows of the layers before leave busy last
 };
 
 // One launch, as the kernel gets it. The caller fills in the first part, `plan_*` the second.
@@ -85,10 +87,11 @@ struct InnerLoop {
   int sweeps, curvature, wants_rates, keeps_moments;
   int state, first_state;  // elements of all weights; where in them the first layer's coefficients start
   int weights, adjoint, direction, moment_adjoint, moment;  // from the start of the block's states
-  int x, ldx, query_x, ld_query_x, record, record_size, curve, sums, path_room;
+  int x, ldx, query_x, ld_query_x, record, record_size, curve, dot_logits, sums, path_room;
   int64_t kept_states, kept_records, kept_moments, kept;  // in the block's scratch
   int64_t block_scratch, partials;                        // elements of each block
   void* scratch;
+  void* weight_sums;  // the first block's sum of gradients of shared weights, as a state has them; or nullptr
 };
 static_assert(sizeof(InnerLoop) <= 4096, "a kernel's arguments");
 
