@@ -11,7 +11,7 @@ constexpr int kInnerThreads = 256;  // at most
 
 namespace inner_layout {
 
-// Rows of weights, an odd number of times four elements long: eight rows start in different banks.
+// Rows an odd number of times four elements long: eight of them start in different banks.
 inline int apart(int n) { return 4 * (divide_up(n, 4) | 1); }
 
 struct Carver {
@@ -32,8 +32,7 @@ inline void states(InnerLoop& p) {
   for (int l = p.layers - 1; l >= 0; --l) {
     InnerLayer& a = p.layer[l];
     a.columns = a.in + p.biased;
-    a.ldw = apart(a.columns);
-    a.ld_in = whole(a.columns);
+    a.ldw = a.ld_in = apart(a.columns);
     // rows are read four at once, those that are too many times zero: behind most layers is another
     a.rows = l > p.first ? a.out : whole(a.out);
     if (l >= p.first) a.at = c.take(a.rows, a.ldw);

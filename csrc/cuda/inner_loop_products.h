@@ -204,15 +204,15 @@ __device__ __forceinline__ void rows_by_rows(Team team, int rows, int columns, i
                                              const Term<A, kShared>& first, const Term<A, kShared>& second, A scale, const Out& out) {
   if (rows * written <= 2 * team.threads)
     return rows_by_few_rows<A, kShared>(team, rows, columns, written, depth, first, second, scale, out);
-  const int across = divide_up(written, 4), tiles = divide_up(rows, kTileRows) * across;
+  const int across = divide_up(written, 4), down = divide_up(rows, kTileRows), tiles = down * across;
   for (int tile = team.id; tile < tiles; tile += team.threads) {
-    const int ty = divided(tile, across), tx = tile - ty * across;
+    const int tx = divided(tile, down), ty = tile - tx * down;
+    // neighbouring threads have neighbouring rows, which start in different banks
     A sum[kTileRows][4] = {};
     const auto add = [&](const Term<A, kShared>& t) {
       Field<A, kShared> a[kTileRows], b[4];
 #pragma unroll
-      for (int i = 0; i < kTileRows; ++i) a[i] = held(t.a + smaller(kTileRows * ty + i, rows - 1) * t.lda);
-      // neighbouring threads have neighbouring columns: rows of b that start in different banks
+      for (int i = 0; i < kTileRows; ++i) a[i] = held(t.a + smaller(ty + i * down, rows - 1) * t.lda);
 #pragma unroll
       for (int j = 0; j < 4; ++j) b[j] = held(t.b + smaller(tx + j * across, columns - 1) * t.ldb);
 #pragma unroll 2
@@ -246,7 +246,7 @@ __device__ __forceinline__ void rows_by_rows(Team team, int rows, int columns, i
     if (first.is_given()) add(first);
 #pragma unroll
     for (int i = 0; i < kTileRows; ++i) {
-      const int row = kTileRows * ty + i;
+      const int row = ty + i * down;
       if (row >= rows) continue;
 #pragma unroll
       for (int j = 0; j < 4; ++j) out(row, tx + j * across, sum[i][j]);

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kSumThreads)
       element = i - s.begin[which];
       const int64_t row = element / s.columns[which], column = element - row * s.columns[which];
       const A* from = partials + s.at[which] + row * s.ld[which] + column;
-#pragma unroll 4
+#pragma unroll 8
       for (int64_t b = part; b < blocks; b += kSumParts) sum += from[b * s.block];
     }
     parts[part][across] = sum;

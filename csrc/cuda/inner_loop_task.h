@@ -14,7 +14,27 @@ struct InnerTask : InnerSweep<A, kChip> {
 
   __device__ __forceinline__ InnerTask(const InnerLoop& p, Near memory, Near states) : Base(p, memory, states) {}
 
+  // Asks for what only comes to use later, to have it near by then.
+  __device__ __forceinline__ void fetch(const void* data, int64_t size, int64_t element) const {
+#ifndef FASTMETA_HOST
+    const char* from = static_cast<const char*>(data) + size * element * task;
+    for (int64_t i = 128 * team.id; i < size * element; i += 128 * team.threads)
+      asm volatile("prefetch.global.L1 [%0];" ::"l"(from + i));
+#endif
+  }
+  __device__ __forceinline__ void fetch_rows(const InnerRows& rows, bool x) const {
+    const InnerLayer& last = p.layer[p.layers - 1];
+    fetch(rows.weight, rows.rows, sizeof(A));
+    if (p.loss == Loss::cross_entropy)
+      fetch(rows.labels, rows.rows, sizeof(int64_t));
+    else if (p.loss != Loss::maximum_entropy)
+      fetch(rows.target, int64_t(rows.rows) * last.out, sizeof(A));
+    if (x && !gram()) fetch(rows.x, int64_t(rows.rows) * p.layer[0].in, sizeof(A));
+  }
+
   __device__ __forceinline__ void start() const {
+    fetch_rows(p.support, false);
+    if (p.query.rows) fetch_rows(p.query, true);
     this->take_weights();
     take_input(p.support, 0, p.support.rows, memory + p.x, p.ldx);
   }
