@@ -164,7 +164,7 @@ struct Term {
   __device__ __forceinline__ bool is_given() const { return ldb != 0; }
 };
 
-constexpr int kTileRows = 2;
+constexpr int kTileRows = 2;  // 1 where there are threads for it
 
 // One result for each thread at a time, where there are no more: few columns share a tile badly.
 template <class A, bool kShared, class Out>
@@ -197,29 +197,25 @@ __device__ __forceinline__ void rows_by_few_rows(Team team, int rows, int column
   }
 }
 
-// out(i, j, sum over k of a[i, k] b[j, k]): `first` plus `scale` times `second`. Columns up to a whole number of four
-// from `written` on are handed out; beyond `columns` they mean nothing.
-template <class A, bool kShared, class Out>
-__device__ __forceinline__ void rows_by_rows(Team team, int rows, int columns, int written, int depth,
+template <int kRows, class A, bool kShared, class Out>
+__device__ __forceinline__ void tiles_of_rows_by_rows(Team team, int rows, int columns, int written, int depth,
                                              const Term<A, kShared>& first, const Term<A, kShared>& second, A scale, const Out& out) {
-  if (rows * written <= 2 * team.threads)
-    return rows_by_few_rows<A, kShared>(team, rows, columns, written, depth, first, second, scale, out);
-  const int across = divide_up(written, 4), down = divide_up(rows, kTileRows), tiles = down * across;
+  const int across = divide_up(written, 4), down = divide_up(rows, kRows), tiles = down * across;
   for (int tile = team.id; tile < tiles; tile += team.threads) {
     const int tx = divided(tile, down), ty = tile - tx * down;
     // neighbouring threads have neighbouring rows, which start in different banks
-    A sum[kTileRows][4] = {};
+    A sum[kRows][4] = {};
     const auto add = [&](const Term<A, kShared>& t) {
-      Field<A, kShared> a[kTileRows], b[4];
+      Field<A, kShared> a[kRows], b[4];
 #pragma unroll
-      for (int i = 0; i < kTileRows; ++i) a[i] = held(t.a + smaller(ty + i * down, rows - 1) * t.lda);
+      for (int i = 0; i < kRows; ++i) a[i] = held(t.a + smaller(ty + i * down, rows - 1) * t.lda);
 #pragma unroll
       for (int j = 0; j < 4; ++j) b[j] = held(t.b + smaller(tx + j * across, columns - 1) * t.ldb);
 #pragma unroll 2
       for (int k = 0; k < depth; k += 4) {
-        Quad<A> x[kTileRows];
+        Quad<A> x[kRows];
 #pragma unroll
-        for (int i = 0; i < kTileRows; ++i) {
+        for (int i = 0; i < kRows; ++i) {
           x[i] = quad(a[i]);
           a[i] = a[i] + 4;
         }
@@ -230,7 +226,7 @@ __device__ __forceinline__ void rows_by_rows(Team team, int rows, int columns, i
 #pragma unroll
           for (int d = 0; d < 4; ++d) {
 #pragma unroll
-            for (int i = 0; i < kTileRows; ++i) sum[i][j] += x[i].v[d] * y.v[d];
+            for (int i = 0; i < kRows; ++i) sum[i][j] += x[i].v[d] * y.v[d];
           }
         }
       }
@@ -238,14 +234,14 @@ __device__ __forceinline__ void rows_by_rows(Team team, int rows, int columns, i
     if (second.is_given()) {
       add(second);
 #pragma unroll
-      for (int i = 0; i < kTileRows; ++i) {
+      for (int i = 0; i < kRows; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) sum[i][j] *= scale;
       }
     }
     if (first.is_given()) add(first);
 #pragma unroll
-    for (int i = 0; i < kTileRows; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       const int row = ty + i * down;
       if (row >= rows) continue;
 #pragma unroll
@@ -254,26 +250,38 @@ __device__ __forceinline__ void rows_by_rows(Team team, int rows, int columns, i
   }
 }
 
-// out(i, j, four sums over k of a[i, k] b[k, j + 0 .. 3]), with `first`, `second` and `written` as above. b has rows
-// of zeros up to a whole number of four.
+// out(i, j, sum over k of a[i, k] b[j, k]): `first` plus `scale` times `second`. Columns up to a whole number of four
+// from `written` on are handed out; beyond `columns` they mean nothing.
 template <class A, bool kShared, class Out>
-__device__ __forceinline__ void rows_by_matrix(Team team, int rows, int written, int depth, const Term<A, kShared>& first,
+__device__ __forceinline__ void rows_by_rows(Team team, int rows, int columns, int written, int depth,
+                                             const Term<A, kShared>& first, const Term<A, kShared>& second, A scale,
+                                             const Out& out) {
+  if (rows * written <= 2 * team.threads)
+    rows_by_few_rows<A, kShared>(team, rows, columns, written, depth, first, second, scale, out);
+  else if (rows * written <= 4 * team.threads)
+    tiles_of_rows_by_rows<1, A, kShared>(team, rows, columns, written, depth, first, second, scale, out);
+  else
+    tiles_of_rows_by_rows<kTileRows, A, kShared>(team, rows, columns, written, depth, first, second, scale, out);
+}
+
+template <int kRows, class A, bool kShared, class Out>
+__device__ __forceinline__ void tiles_of_rows_by_matrix(Team team, int rows, int written, int depth, const Term<A, kShared>& first,
                                                const Term<A, kShared>& second, A scale, const Out& out) {
-  const int across = divide_up(written, 4), tiles = divide_up(rows, kTileRows) * across;
+  const int across = divide_up(written, 4), tiles = divide_up(rows, kRows) * across;
   for (int tile = team.id; tile < tiles; tile += team.threads) {
     const int ty = divided(tile, across), tx = tile - ty * across;
-    Quad<A> sum[kTileRows] = {};
+    Quad<A> sum[kRows] = {};
     const auto add = [&](const Term<A, kShared>& t) {
       Field<A, kShared> b = held(t.b + 4 * tx);
-      Field<A, kShared> a[kTileRows];
+      Field<A, kShared> a[kRows];
 #pragma unroll
-      for (int i = 0; i < kTileRows; ++i) a[i] = held(t.a + smaller(kTileRows * ty + i, rows - 1) * t.lda);
+      for (int i = 0; i < kRows; ++i) a[i] = held(t.a + smaller(kRows * ty + i, rows - 1) * t.lda);
       const int down = held(t.ldb);
 #pragma unroll 2
       for (int k = 0; k < depth; k += 4) {
-        Quad<A> x[kTileRows];
+        Quad<A> x[kRows];
 #pragma unroll
-        for (int i = 0; i < kTileRows; ++i) {
+        for (int i = 0; i < kRows; ++i) {
           x[i] = quad(a[i]);
           a[i] = a[i] + 4;
         }
@@ -282,7 +290,7 @@ __device__ __forceinline__ void rows_by_matrix(Team team, int rows, int written,
           const Quad<A> y = quad(b);
           b = b + down;
 #pragma unroll
-          for (int i = 0; i < kTileRows; ++i) {
+          for (int i = 0; i < kRows; ++i) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) sum[i].v[j] += x[i].v[d] * y.v[j];
           }
@@ -292,18 +300,30 @@ __device__ __forceinline__ void rows_by_matrix(Team team, int rows, int written,
     if (second.is_given()) {
       add(second);
 #pragma unroll
-      for (int i = 0; i < kTileRows; ++i) {
+      for (int i = 0; i < kRows; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) sum[i].v[j] *= scale;
       }
     }
     add(first);
 #pragma unroll
-    for (int i = 0; i < kTileRows; ++i) {
-      const int row = kTileRows * ty + i;
+    for (int i = 0; i < kRows; ++i) {
+      const int row = kRows * ty + i;
       if (row < rows) out(row, 4 * tx, sum[i]);
     }
   }
+}
+
+// out(i, j, four sums over k of a[i, k] b[k, j + 0 .. 3]), with `first`, `second` and `written` as above. b has rows
+// of zeros up to a whole number of four.
+template <class A, bool kShared, class Out>
+__device__ __forceinline__ void rows_by_matrix(Team team, int rows, int written, int depth,
+                                               const Term<A, kShared>& first, const Term<A, kShared>& second, A scale,
+                                               const Out& out) {
+  if (rows * written <= 4 * team.threads)
+    tiles_of_rows_by_matrix<1, A, kShared>(team, rows, written, depth, first, second, scale, out);
+  else
+    tiles_of_rows_by_matrix<kTileRows, A, kShared>(team, rows, written, depth, first, second, scale, out);
 }
 
 // out(i, j, four sums over k of a[k, i] b[k, j + 0 .. 3]): of `first` and `second`.
