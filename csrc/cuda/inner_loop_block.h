@@ -150,14 +150,15 @@ struct InnerBlock {
       if (l < p.first) {
         const A* given = of_task(rows.x, int64_t(rows.rows) * a.out) + int64_t(begin) * a.out;
         rows_by_matrix<A, kChip>(team, count, written, p.support.rows, {x, ldx, state + p.first_state, a.ldw}, {}, A(1),
-                          [&](int r, int c, const Quad<A>& v) {
+                                 [&](int r, int c, const Quad<A>& v) {
 #pragma unroll
-                            for (int j = 0; j < 4; ++j)
-                              put(r, c + j, c + j < a.out ? given[r * a.out + c + j] - v.v[j] : A(0));
-                          });
+                                   for (int j = 0; j < 4; ++j)
+                                     put(r, c + j, c + j < a.out ? given[r * a.out + c + j] - v.v[j] : A(0));
+                                 });
       } else {
         const Near input = l == 0 ? x : memory + (query ? p.layer[l - 1].query : p.layer[l - 1].support).value;
-        rows_by_rows<A, kChip>(team, count, a.out, written, a.columns, {input, a.ld_in, state + a.at, a.ldw}, {}, A(1), put);
+        rows_by_rows<A, kChip>(team, count, a.out, written, a.columns, {input, a.ld_in, state + a.at, a.ldw}, {}, A(1),
+                               put);
       }
       __syncthreads();
       if (!hidden || !is_curved(p.activation)) continue;
@@ -213,20 +214,20 @@ struct InnerBlock {
       const Near delta = held(memory + below.support.delta), slope = held(memory + below.support.slope);
       const Near bend = memory + below.support.bend;
       rows_by_matrix<A, kChip>(team, p.support.rows, a.in, a.out,
-                        {memory + a.support.delta, a.support.ld_delta, states + p.weights + a.at, a.ldw}, {}, A(1),
-                        [&](int r, int c, const Quad<A>& v) {
-                          const Quad<A> kept = quad(slope + r * a.ld_in + c);
-                          Quad<A> d;
+                               {memory + a.support.delta, a.support.ld_delta, states + p.weights + a.at, a.ldw}, {},
+                               A(1), [&](int r, int c, const Quad<A>& v) {
+                                 const Quad<A> kept = quad(slope + r * a.ld_in + c);
+                                 Quad<A> d;
 #pragma unroll
-                          for (int j = 0; j < 4; ++j)
-                            d.v[j] = c + j < a.in ? v.v[j] * slope_of(p.activation, kept.v[j]) : A(0);
-                          put_quad(delta + r * below.support.ld_delta + c, d);
-                          if (!bent) return;
-                          Quad<A> b = quad(bend + r * a.ld_in + c);
+                                 for (int j = 0; j < 4; ++j)
+                                   d.v[j] = c + j < a.in ? v.v[j] * slope_of(p.activation, kept.v[j]) : A(0);
+                                 put_quad(delta + r * below.support.ld_delta + c, d);
+                                 if (!bent) return;
+                                 Quad<A> b = quad(bend + r * a.ld_in + c);
 #pragma unroll
-                          for (int j = 0; j < 4; ++j) b.v[j] *= v.v[j];
-                          put_quad(bend + r * a.ld_in + c, b);
-                        });
+                                 for (int j = 0; j < 4; ++j) b.v[j] *= v.v[j];
+                                 put_quad(bend + r * a.ld_in + c, b);
+                               });
       __syncthreads();
     }
   }
@@ -248,29 +249,29 @@ struct InnerBlock {
       const InnerLayer& a = p.layer[l];
       const A layer_rate = rate(step, l);
       sums_over_rows<A, kChip>(team.turned(a.turn), a.out, a.columns, p.support.rows, gradient_term(a, l), {},
-                        [&](int r, int c, Quad<A> g) {
-                          const int i = a.at + r * a.ldw + c;
-                          Quad<A> w = quad(state + i);
-                          if (p.plain) {
+                               [&](int r, int c, Quad<A> g) {
+                                 const int i = a.at + r * a.ldw + c;
+                                 Quad<A> w = quad(state + i);
+                                 if (p.plain) {
 #pragma unroll
-                            for (int j = 0; j < 4; ++j) w.v[j] -= layer_rate * g.v[j];
-                            return put_quad(state + i, w);
-                          }
-                          if (p.momentum != 0) {
-                            const Quad<A> m = quad(moment + i);
+                                   for (int j = 0; j < 4; ++j) w.v[j] -= layer_rate * g.v[j];
+                                   return put_quad(state + i, w);
+                                 }
+                                 if (p.momentum != 0) {
+                                   const Quad<A> m = quad(moment + i);
 #pragma unroll
-                            for (int j = 0; j < 4; ++j) g.v[j] += keep != A(0) ? keep * m.v[j] : A(0);
-                          }
+                                   for (int j = 0; j < 4; ++j) g.v[j] += keep != A(0) ? keep * m.v[j] : A(0);
+                                 }
 #pragma unroll
-                          for (int j = 0; j < 4; ++j) {
-                            g.v[j] += decay * w.v[j];
-                            w.v[j] -= layer_rate * own_rate(a, r, c + j) * g.v[j];
-                          }
-                          put_quad(state + i, w);
-                          if (p.momentum == 0) return;
-                          put_quad(moment + i, g);
-                          if (kept) put_quad(kept + i, g);
-                        });
+                                 for (int j = 0; j < 4; ++j) {
+                                   g.v[j] += decay * w.v[j];
+                                   w.v[j] -= layer_rate * own_rate(a, r, c + j) * g.v[j];
+                                 }
+                                 put_quad(state + i, w);
+                                 if (p.momentum == 0) return;
+                                 put_quad(moment + i, g);
+                                 if (kept) put_quad(kept + i, g);
+                               });
     }
     if (gram()) {
       const InnerLayer& a = p.layer[0];

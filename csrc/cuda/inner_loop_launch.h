@@ -6,8 +6,8 @@
 
 namespace fastmeta::cuda {
 
-// What registers are shared out for: with two of the largest blocks a thread has 128, enough for none to be spilled, and
-// there is room for eight blocks of 64. Weights in far memory take more registers than that.
+// What registers are shared out for: with two of the largest blocks a thread has 128, enough for none to be spilled,
+// and there is room for eight blocks of 64. Weights in far memory take more registers than that.
 template <class A, bool kChip>
 constexpr int kInnerBlocks = kChip && sizeof(A) == sizeof(float) ? 2 : 1;
 

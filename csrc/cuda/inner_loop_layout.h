@@ -1,9 +1,9 @@
 // Where everything lies in a block's memory: planned on the host, for the shared memory there is.
 #pragma once
 
-#include "inner_loop_products.h"
-
 #include <fastmeta/launch_inner_loop.h>
+
+#include "inner_loop_products.h"
 
 namespace fastmeta::cuda {
 

@@ -107,8 +107,8 @@ __device__ __forceinline__ void each_quad(Team team, int count, const F& f) {
   for (int i = 4 * team.id; i < count; i += 4 * team.threads) f(i);
 }
 
-// Memory from some place on, like a pointer. kShared: all of it is the block's shared memory, where an address is a number
-// of half the size.
+// Memory from some place on, like a pointer. kShared: all of it is the block's shared memory, where an address is a
+// number of half the size.
 template <class A, bool kShared>
 struct Field {
   A* at = nullptr;
@@ -164,6 +164,10 @@ struct Term {
   __device__ __forceinline__ bool is_given() const { return ldb != 0; }
 };
 
+// Turns of a product's loop at once: far memory has no use for more.
+template <bool kShared>
+constexpr int kTurns = kShared ? 2 : 1;
+
 constexpr int kTileRows = 2;  // 1 where there are threads for it
 
 // One result for each thread at a time, where there are no more: few columns share a tile badly.
@@ -178,7 +182,7 @@ __device__ __forceinline__ void rows_by_few_rows(Team team, int rows, int column
     const auto add = [&](const Term<A, kShared>& t) {
       Field<A, kShared> a = held(t.a + row * t.lda), b = held(t.b + column * t.ldb);
       A part[2] = {};
-#pragma unroll 2
+#pragma unroll kTurns < kShared>
       for (int k = 0; k < depth; k += 4) {
         const Quad<A> x = quad(a), y = quad(b);
         a = a + 4;
@@ -199,7 +203,8 @@ __device__ __forceinline__ void rows_by_few_rows(Team team, int rows, int column
 
 template <int kRows, class A, bool kShared, class Out>
 __device__ __forceinline__ void tiles_of_rows_by_rows(Team team, int rows, int columns, int written, int depth,
-                                             const Term<A, kShared>& first, const Term<A, kShared>& second, A scale, const Out& out) {
+                                                      const Term<A, kShared>& first, const Term<A, kShared>& second,
+                                                      A scale, const Out& out) {
   const int across = divide_up(written, 4), down = divide_up(rows, kRows), tiles = down * across;
   for (int tile = team.id; tile < tiles; tile += team.threads) {
     const int tx = divided(tile, down), ty = tile - tx * down;
@@ -211,7 +216,7 @@ __device__ __forceinline__ void tiles_of_rows_by_rows(Team team, int rows, int c
       for (int i = 0; i < kRows; ++i) a[i] = held(t.a + smaller(ty + i * down, rows - 1) * t.lda);
 #pragma unroll
       for (int j = 0; j < 4; ++j) b[j] = held(t.b + smaller(tx + j * across, columns - 1) * t.ldb);
-#pragma unroll 2
+#pragma unroll 1  // two take more registers than there are
       for (int k = 0; k < depth; k += 4) {
         Quad<A> x[kRows];
 #pragma unroll
@@ -258,15 +263,16 @@ __device__ __forceinline__ void rows_by_rows(Team team, int rows, int columns, i
                                              const Out& out) {
   if (rows * written <= 2 * team.threads)
     rows_by_few_rows<A, kShared>(team, rows, columns, written, depth, first, second, scale, out);
-  else if (rows * written <= 4 * team.threads)
+  else if (kShared && rows * written <= 4 * team.threads)
     tiles_of_rows_by_rows<1, A, kShared>(team, rows, columns, written, depth, first, second, scale, out);
   else
     tiles_of_rows_by_rows<kTileRows, A, kShared>(team, rows, columns, written, depth, first, second, scale, out);
 }
 
 template <int kRows, class A, bool kShared, class Out>
-__device__ __forceinline__ void tiles_of_rows_by_matrix(Team team, int rows, int written, int depth, const Term<A, kShared>& first,
-                                               const Term<A, kShared>& second, A scale, const Out& out) {
+__device__ __forceinline__ void tiles_of_rows_by_matrix(Team team, int rows, int written, int depth,
+                                                        const Term<A, kShared>& first, const Term<A, kShared>& second,
+                                                        A scale, const Out& out) {
   const int across = divide_up(written, 4), tiles = divide_up(rows, kRows) * across;
   for (int tile = team.id; tile < tiles; tile += team.threads) {
     const int ty = divided(tile, across), tx = tile - ty * across;
@@ -277,7 +283,7 @@ __device__ __forceinline__ void tiles_of_rows_by_matrix(Team team, int rows, int
 #pragma unroll
       for (int i = 0; i < kRows; ++i) a[i] = held(t.a + smaller(kRows * ty + i, rows - 1) * t.lda);
       const int down = held(t.ldb);
-#pragma unroll 2
+#pragma unroll kTurns < kShared>
       for (int k = 0; k < depth; k += 4) {
         Quad<A> x[kRows];
 #pragma unroll
@@ -320,7 +326,7 @@ template <class A, bool kShared, class Out>
 __device__ __forceinline__ void rows_by_matrix(Team team, int rows, int written, int depth,
                                                const Term<A, kShared>& first, const Term<A, kShared>& second, A scale,
                                                const Out& out) {
-  if (rows * written <= 4 * team.threads)
+  if (kShared && rows * written <= 4 * team.threads)
     tiles_of_rows_by_matrix<1, A, kShared>(team, rows, written, depth, first, second, scale, out);
   else
     tiles_of_rows_by_matrix<kTileRows, A, kShared>(team, rows, written, depth, first, second, scale, out);
@@ -328,8 +334,9 @@ __device__ __forceinline__ void rows_by_matrix(Team team, int rows, int written,
 
 // out(i, j, four sums over k of a[k, i] b[k, j + 0 .. 3]): of `first` and `second`.
 template <class A, bool kShared, class Out>
-__device__ __forceinline__ void sums_over_rows(Team team, int rows, int columns, int depth, const Term<A, kShared>& first,
-                                               const Term<A, kShared>& second, const Out& out) {
+__device__ __forceinline__ void sums_over_rows(Team team, int rows, int columns, int depth,
+                                               const Term<A, kShared>& first, const Term<A, kShared>& second,
+                                               const Out& out) {
   const int across = divide_up(columns, 4), tiles = divide_up(rows, 4) * across;
   for (int tile = team.id; tile < tiles; tile += team.threads) {
     const int ty = divided(tile, across), tx = tile - ty * across;
@@ -337,7 +344,7 @@ __device__ __forceinline__ void sums_over_rows(Team team, int rows, int columns,
     const auto add = [&](const Term<A, kShared>& t) {
       Field<A, kShared> a = held(t.a + 4 * ty), b = held(t.b + 4 * tx);
       const int a_down = held(t.lda), b_down = held(t.ldb);
-#pragma unroll 2
+#pragma unroll kTurns < kShared>
       for (int k = 0; k < depth; ++k) {
         const Quad<A> x = quad(a), y = quad(b);
         a = a + a_down;

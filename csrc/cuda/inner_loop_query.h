@@ -84,24 +84,24 @@ struct InnerQuery : InnerBlock<A, kChip> {
     const InnerLayer& a = p.layer[l];
     const Near input = memory + (l == 0 ? p.query_x : p.layer[l - 1].query.value);
     const Near to = held(states + p.adjoint + a.at);
-    sums_over_rows<A, kChip>(team, a.out, a.columns, count, {memory + a.query.delta, a.query.ld_delta, input, a.ld_in}, {},
-                      [&](int r, int c, const Quad<A>& v) { add_quad(to + r * a.ldw + c, v); });
+    sums_over_rows<A, kChip>(team, a.out, a.columns, count, {memory + a.query.delta, a.query.ld_delta, input, a.ld_in},
+                             {}, [&](int r, int c, const Quad<A>& v) { add_quad(to + r * a.ldw + c, v); });
   }
 
   __device__ __forceinline__ void query_deltas(int l, int count) const {
     const InnerLayer& a = p.layer[l];
     const InnerPlaces& below = p.layer[l - 1].query;
     rows_by_matrix<A, kChip>(team, count, a.in, a.out,
-                      {memory + a.query.delta, a.query.ld_delta, states + p.weights + a.at, a.ldw}, {}, A(1),
-                      [&](int r, int c, const Quad<A>& v) {
-                        const int i = r * a.ld_in + c;
-                        const Quad<A> kept = quad(memory + below.slope + i);
-                        Quad<A> d;
+                             {memory + a.query.delta, a.query.ld_delta, states + p.weights + a.at, a.ldw}, {}, A(1),
+                             [&](int r, int c, const Quad<A>& v) {
+                               const int i = r * a.ld_in + c;
+                               const Quad<A> kept = quad(memory + below.slope + i);
+                               Quad<A> d;
 #pragma unroll
-                        for (int j = 0; j < 4; ++j)
-                          d.v[j] = c + j < a.in ? v.v[j] * slope_of(p.activation, kept.v[j]) : A(0);
-                        put_quad(memory + below.delta + i, d);
-                      });
+                               for (int j = 0; j < 4; ++j)
+                                 d.v[j] = c + j < a.in ? v.v[j] * slope_of(p.activation, kept.v[j]) : A(0);
+                               put_quad(memory + below.delta + i, d);
+                             });
   }
 
   // Gram form: gradients of what stands for the first layer.
@@ -116,9 +116,9 @@ struct InnerQuery : InnerBlock<A, kChip> {
     if (p.d_gram_query) {
       A* out = of_task(p.d_gram_query, int64_t(p.query.rows) * s) + int64_t(begin) * s;
       rows_by_rows<A, kChip>(team, count, s, s, a.out, {delta, a.query.ld_delta, first_of(p.weights), a.ldw}, {}, A(1),
-                      [&](int r, int c, A v) {
-                        if (c < s) out[r * s + c] = -v;
-                      });
+                             [&](int r, int c, A v) {
+                               if (c < s) out[r * s + c] = -v;
+                             });
     }
     add_seen(count, memory + p.query_x, delta, a.query.ld_delta);
   }
@@ -127,7 +127,7 @@ struct InnerQuery : InnerBlock<A, kChip> {
     const InnerLayer& a = p.layer[0];
     const Near to = first_of(p.adjoint);
     sums_over_rows<A, kChip>(team, p.support.rows, a.out, count, {gram_rows, p.ldx, delta, ld}, {},
-                      [&](int r, int c, const Quad<A>& v) { add_quad(to + r * a.ldw + c, v); });
+                             [&](int r, int c, const Quad<A>& v) { add_quad(to + r * a.ldw + c, v); });
   }
 
   template <class To>
@@ -149,13 +149,13 @@ struct InnerQuery : InnerBlock<A, kChip> {
     const InnerLayer& a = p.layer[0];
     Term<A, kChip> second{};
     if (others.ld) second = {others.rows, others.ld, states + p.direction + a.at, a.ldw};
-    rows_by_matrix<A, kChip>(team, count, a.in, a.out, {deltas.rows, deltas.ld, states + p.weights + a.at, a.ldw}, second, scale,
-                      [&](int r, int c, const Quad<A>& v) {
-                        A* to = out + int64_t(r) * a.in + c;
+    rows_by_matrix<A, kChip>(team, count, a.in, a.out, {deltas.rows, deltas.ld, states + p.weights + a.at, a.ldw},
+                             second, scale, [&](int r, int c, const Quad<A>& v) {
+                               A* to = out + int64_t(r) * a.in + c;
 #pragma unroll
-                        for (int j = 0; j < 4; ++j)
-                          if (c + j < a.in) to[j] = add ? to[j] + v.v[j] : v.v[j];
-                      });
+                               for (int j = 0; j < 4; ++j)
+                                 if (c + j < a.in) to[j] = add ? to[j] + v.v[j] : v.v[j];
+                             });
   }
 };
 

@@ -11,7 +11,7 @@ namespace fastmeta::cuda {
 // as it is, then rates, one behind the other.
 struct InnerSums {
   static constexpr int kMost = 4 * kInnerLayers + 1;
-  void* out[kMost];  // [rows, columns]
+  void* out[kMost];          // [rows, columns]
   int64_t begin[kMost + 1];  // numbers of the outputs' first elements
   int64_t at[kMost];         // of [rows, ld], in a block's sums
   int columns[kMost], ld[kMost];

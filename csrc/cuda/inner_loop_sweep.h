@@ -86,12 +86,12 @@ struct InnerSweep : InnerQuery<A, kChip> {
           each(team, a.out, a.columns, [&](int r, int c) { add(r, c, moment[a.at + r * a.ldw + c]); });
         else
           sums_over_rows<A, kChip>(team, a.out, a.columns, p.support.rows, gradient_term(a, l), {},
-                            [&](int r, int c, const Quad<A>& g) {
+                                   [&](int r, int c, const Quad<A>& g) {
 #pragma unroll
-                              for (int j = 0; j < 4; ++j)
-                                if (c + j < a.columns)
-                                  add(r, c + j, g.v[j] + decay * state[a.at + r * a.ldw + c + j]);
-                            });
+                                     for (int j = 0; j < 4; ++j)
+                                       if (c + j < a.columns)
+                                         add(r, c + j, g.v[j] + decay * state[a.at + r * a.ldw + c + j]);
+                                   });
       }
       set_part(l, sum);
     }
@@ -135,8 +135,8 @@ struct InnerSweep : InnerQuery<A, kChip> {
       Term<A, kChip> other{};
       if (l > 0) other = {memory + b.support.delta, b.support.ld_delta, memory + p.layer[l - 1].dot_value, b.ld_in};
       sums_over_rows<A, kChip>(team.turned(b.turn), b.out, b.columns, rows,
-                        {memory + b.dot_delta, b.support.ld_delta, input_of(l), b.ld_in}, other,
-                        [&](int r, int c, const Quad<A>& v) { add_quad(to + r * b.ldw + c, v); });
+                               {memory + b.dot_delta, b.support.ld_delta, input_of(l), b.ld_in}, other,
+                               [&](int r, int c, const Quad<A>& v) { add_quad(to + r * b.ldw + c, v); });
     }
     if (gram()) {
       add_seen(rows, memory + p.x, dot_delta, a.support.ld_delta);
@@ -144,10 +144,11 @@ struct InnerSweep : InnerQuery<A, kChip> {
         each(team, rows, a.out, [&](int r, int c) { d_x[r * a.out + c] += dot_delta[r * a.support.ld_delta + c]; });
       if (p.d_gram_support) {
         A* out = of_task(p.d_gram_support, int64_t(rows) * rows);
-        rows_by_rows<A, kChip>(team, rows, rows, rows, a.out, {dot_delta, a.support.ld_delta, first_of(p.weights), a.ldw}, {},
-                        A(1), [&](int r, int c, A v) {
-                          if (c < rows) out[r * rows + c] -= v;
-                        });
+        rows_by_rows<A, kChip>(team, rows, rows, rows, a.out,
+                               {dot_delta, a.support.ld_delta, first_of(p.weights), a.ldw}, {}, A(1),
+                               [&](int r, int c, A v) {
+                                 if (c < rows) out[r * rows + c] -= v;
+                               });
       }
     }
     __syncthreads();
@@ -176,7 +177,7 @@ struct InnerSweep : InnerQuery<A, kChip> {
     Term<A, kChip> through{};
     if (l > 0) through = {memory + p.layer[l - 1].dot_value, a.ld_in, states + p.weights + a.at, a.ldw};
     rows_by_rows<A, kChip>(team, p.support.rows, a.out, hidden ? a.out + p.biased : a.out, a.columns, through,
-                    {input_of(l), a.ld_in, states + p.direction + a.at, a.ldw}, scale, put);
+                           {input_of(l), a.ld_in, states + p.direction + a.at, a.ldw}, scale, put);
   }
 
   // Tangents of the deltas of the layer below.
@@ -184,19 +185,19 @@ struct InnerSweep : InnerQuery<A, kChip> {
     const InnerLayer &a = p.layer[l], &below = p.layer[l - 1];
     const bool bent = is_curved(p.activation);
     rows_by_matrix<A, kChip>(team, p.support.rows, a.in, a.out,
-                      {memory + a.dot_delta, a.support.ld_delta, states + p.weights + a.at, a.ldw},
-                      {memory + a.support.delta, a.support.ld_delta, states + p.direction + a.at, a.ldw}, scale,
-                      [&](int r, int c, const Quad<A>& v) {
-                        const int i = r * a.ld_in + c;
-                        const Quad<A> kept = quad(memory + below.support.slope + i);
-                        Quad<A> extra{};
-                        if (bent) extra = quad(memory + below.support.bend + i);
-                        Quad<A> d;
+                             {memory + a.dot_delta, a.support.ld_delta, states + p.weights + a.at, a.ldw},
+                             {memory + a.support.delta, a.support.ld_delta, states + p.direction + a.at, a.ldw}, scale,
+                             [&](int r, int c, const Quad<A>& v) {
+                               const int i = r * a.ld_in + c;
+                               const Quad<A> kept = quad(memory + below.support.slope + i);
+                               Quad<A> extra{};
+                               if (bent) extra = quad(memory + below.support.bend + i);
+                               Quad<A> d;
 #pragma unroll
-                        for (int j = 0; j < 4; ++j)
-                          d.v[j] = c + j < a.in ? v.v[j] * slope_of(p.activation, kept.v[j]) + extra.v[j] : A(0);
-                        put_quad(memory + below.dot_delta + r * below.support.ld_delta + c, d);
-                      });
+                               for (int j = 0; j < 4; ++j)
+                                 d.v[j] = c + j < a.in ? v.v[j] * slope_of(p.activation, kept.v[j]) + extra.v[j] : A(0);
+                               put_quad(memory + below.dot_delta + r * below.support.ld_delta + c, d);
+                             });
   }
 };
 

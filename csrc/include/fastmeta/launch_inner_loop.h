@@ -54,7 +54,7 @@ struct InnerLayer {
   int rows;                     // there, those of zeros behind the last layer in a state counted
   InnerPlaces support, query;
   int dot_value, dot_delta;  // tangents of value and delta
-  int turn;  // threads that sums over rows of the layers before leave busy last
+  int turn;                  // threads that sums over rows of the layers before leave busy last
 };
 
 // One launch, as the kernel gets it. The caller fills in the first part, `plan_*` the second.
