@@ -76,6 +76,10 @@ def test_sees_what_changes():
     assert_right(maml, batch)
     maml.model[0] = nn.Linear(3, 8).double()
     assert_right(maml, batch)
+    maml.model[0].weight = nn.Parameter(2 * maml.model[0].weight.detach())
+    assert_right(maml, batch)
+    maml.model[1] = nn.Sigmoid()
+    assert assert_right(maml, batch) == has_kernel
     maml.inner_lr, maml.inner_steps = 0.1, 3
     assert_right(maml, batch)
     assert_right(maml, TaskBatch(*(t[:3] for t in batch)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastmeta import _backends, _checks
 from fastmeta.engines import InnerLoop, choose
 from fastmeta.engines.fused import FusedEngine
-from fastmeta.engines.inspect import mlp_spec, parameters_of
+from fastmeta.engines.inspect import Snapshot, mlp_spec, parameters_of
 from fastmeta.engines.layerwise import rows
 from fastmeta.inner_loops import dense_arguments
 from fastmeta.ops.meta_loss_mlp import SPEC
@@ -32,14 +32,14 @@ _NEEDS = 1 << _WEIGHTS | 1 << _BIASES | 1 << len(SPEC.differentiable)
 
 class DirectGradient:
     """One call with everything in it but the numbers: those of the batch, and those of the parameters, which it sees
-    through views. Made and used inside `inspected(model)`."""
+    through views. Made inside `inspected(model)`."""
 
     def __init__(self, model: nn.Module, inner: InnerLoop, batch: TaskBatch, args: tuple, prefix: str):
         self.spec, named = mlp_spec(model), parameters_of(model)
         names = [*self.spec.weights, *(name for name in self.spec.biases if name is not None)]
         self.views = [named[name].detach().unsqueeze(0) for name in names]
-        # in the model's order: what tells that the views still show the parameters, and where their gradients are found
-        self.shown = [(name, p, p.data_ptr(), p.shape) for name, p in named.items()]
+        self.snapshot = Snapshot(model)
+        # in the model's order: where the parameters' gradients are found
         self.results = [(prefix + name, p.dim(), names.index(name)) for name, p in named.items()]
         self.inner, self.shapes, self.args = inner, _checks.key(*batch), list(args)
         count = len(self.spec.weights)
@@ -51,13 +51,12 @@ class DirectGradient:
 
     def holds(self, model: nn.Module, inner: InnerLoop, batch: TaskBatch) -> bool:
         """Whether it is the same call but for the numbers."""
-        named = parameters_of(model)
-        if inner != self.inner or mlp_spec(model) is not self.spec or len(named) != len(self.shown):
-            return False
-        for name, p, address, shape in self.shown:  # the views keep the memory: nothing else can be there
-            if named.get(name) is not p or p.data_ptr() != address or p.shape != shape or not p.requires_grad:
-                return False
-        return _checks.key(*batch) == self.shapes and _backends.forced_backend() == self.forced
+        return (
+            inner == self.inner
+            and self.snapshot.shows(model)  # so do the views: they keep the memory, nothing else can be there
+            and _checks.key(*batch) == self.shapes
+            and _backends.forced_backend() == self.forced
+        )
 
     def run(self, batch: TaskBatch) -> tuple[MetaOutput, dict[str, Tensor]]:
         """The output, and gradients by name."""

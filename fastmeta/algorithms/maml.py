@@ -148,13 +148,13 @@ class MAML(nn.Module):
             ValueError: as `forward`; with `task_chunk` inputs may not require gradients.
         """
         inner = self._inner(batch[1], batch[3])
-        with inspected(self.model):
-            if not self._in_chunks(batch) and plain_call(batch) and not any(t.requires_grad for t in batch):
-                if self._direct is None or not self._direct.holds(self.model, inner, batch):
-                    _check_batch(*batch)
+        if not self._in_chunks(batch) and plain_call(batch) and not any(t.requires_grad for t in batch):
+            if self._direct is None or not self._direct.holds(self.model, inner, batch):
+                _check_batch(*batch)
+                with inspected(self.model):
                     self._direct = direct_gradient(self.engine, self.model, inner, batch, "model.")
-                if self._direct is not None:
-                    return self._direct.run(batch)
+            if self._direct is not None:
+                return self._direct.run(batch)
         with torch.enable_grad():
             output = self(batch)
         wanted = {name: p for name, p in self.named_parameters() if p.requires_grad}

@@ -97,6 +97,33 @@ def _state(layer: nn.Module) -> tuple[bool, list[tuple[str, nn.Module | None]]]:
     return layer.training, [*layer._modules.items()]
 
 
+class Snapshot:
+    """Tells, faster than looking at it anew, whether a model is as it was: layers, modes and hooks, and parameters with
+    the memory that they are in."""
+
+    def __init__(self, model: nn.Module):
+        self.layers = [(layer, layer._parameters.copy(), _state(layer)) for layer in model.modules()]
+        self.parameters = [(p, p.data_ptr(), p.shape, p.requires_grad) for p in parameters_of(model).values()]
+
+    def shows(self, model: nn.Module) -> bool:
+        if model is not self.layers[0][0]:
+            return False
+        for layer, parameters, state in self.layers:
+            if state != _state(layer) or len(parameters) != len(layer._parameters) or _hooks(layer):
+                return False
+            for key, p in layer._parameters.items():
+                if parameters.get(key) is not p:
+                    return False
+        for p, address, shape, differentiable in self.parameters:
+            if p.data_ptr() != address or p.shape != shape or p.requires_grad is not differentiable:
+                return False
+        return True
+
+
+def _hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
 _seen: WeakKeyDictionary[nn.Module, _Seen] = WeakKeyDictionary()
 
 
@@ -120,7 +147,7 @@ def _look(model: nn.Module) -> tuple[MLPSpec | str, dict[str, nn.Parameter]]:
         known = _seen[model] = _Seen(model)
     named, hooked, seen = {}, None, set()
     for prefix, layer, _ in (("", model, None), *known.layers):
-        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        if _hooks(layer):
             hooked = hooked or prefix[:-1] or "model"
         for key, parameter in layer._parameters.items():
             if parameter is not None and id(parameter) not in seen:
