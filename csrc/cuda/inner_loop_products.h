@@ -164,10 +164,6 @@ struct Term {
   __device__ __forceinline__ bool is_given() const { return ldb != 0; }
 };
 
-// Turns of a product's loop at once: far memory has no use for more.
-template <bool kShared>
-constexpr int kTurns = kShared ? 2 : 1;
-
 constexpr int kTileRows = 2;  // 1 where there are threads for it
 
 // One result for each thread at a time, where there are no more: few columns share a tile badly.
@@ -182,7 +178,7 @@ __device__ __forceinline__ void rows_by_few_rows(Team team, int rows, int column
     const auto add = [&](const Term<A, kShared>& t) {
       Field<A, kShared> a = held(t.a + row * t.lda), b = held(t.b + column * t.ldb);
       A part[2] = {};
-#pragma unroll kTurns < kShared>
+#pragma unroll kShared ? 2 : 1
       for (int k = 0; k < depth; k += 4) {
         const Quad<A> x = quad(a), y = quad(b);
         a = a + 4;
@@ -283,7 +279,7 @@ __device__ __forceinline__ void tiles_of_rows_by_matrix(Team team, int rows, int
 #pragma unroll
       for (int i = 0; i < kRows; ++i) a[i] = held(t.a + smaller(kRows * ty + i, rows - 1) * t.lda);
       const int down = held(t.ldb);
-#pragma unroll kTurns < kShared>
+#pragma unroll kShared ? 2 : 1
       for (int k = 0; k < depth; k += 4) {
         Quad<A> x[kRows];
 #pragma unroll
@@ -332,7 +328,7 @@ __device__ __forceinline__ void rows_by_matrix(Team team, int rows, int written,
     tiles_of_rows_by_matrix<kTileRows, A, kShared>(team, rows, written, depth, first, second, scale, out);
 }
 
-// out(i, j, four sums over k of a[k, i] b[k, j + 0 .. 3]): of `first` and `second`.
+// out(i, j, four sums over k of a[k, i] b[k, j + 0 .. 3]): of `first` and `second`
 template <class A, bool kShared, class Out>
 __device__ __forceinline__ void sums_over_rows(Team team, int rows, int columns, int depth,
                                                const Term<A, kShared>& first, const Term<A, kShared>& second,
@@ -344,7 +340,7 @@ __device__ __forceinline__ void sums_over_rows(Team team, int rows, int columns,
     const auto add = [&](const Term<A, kShared>& t) {
       Field<A, kShared> a = held(t.a + 4 * ty), b = held(t.b + 4 * tx);
       const int a_down = held(t.lda), b_down = held(t.ldb);
-#pragma unroll kTurns < kShared>
+#pragma unroll kShared ? 2 : 1
       for (int k = 0; k < depth; ++k) {
         const Quad<A> x = quad(a), y = quad(b);
         a = a + a_down;
