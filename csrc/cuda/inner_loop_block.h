@@ -319,11 +319,11 @@ struct InnerBlock {
     const int each = team.threads / kParts;
     const Near parts = memory + p.sums + count * team.threads;
     __syncthreads();
-    if (team.id < kParts * count) {
-      const Near from = memory + p.sums + team.id * each;
+    for (int part = team.id; part < kParts * count; part += team.threads) {
+      const Near from = memory + p.sums + part * each;
       A sum = 0;
       for (int i = 0; i < each; ++i) sum += from[i];
-      parts[team.id] = sum;
+      parts[part] = sum;
     }
     __syncthreads();
     A sum = 0;

@@ -121,7 +121,7 @@ META_GRADIENTS = ("support_x", "query_x", "gram_support", "gram_query", "weights
 ADAPT_GRADIENTS = ("support_x", "gram_support", "weights", "biases", "rates", "element_rates")
 
 
-def problem(dtype=torch.float64, *, tasks=4, support=5, query=6, widths=(3, 9, 6, 2), steps=2, loss=1, activation=2,
+def problem(dtype=torch.float64, *, tasks=5, support=5, query=6, widths=(3, 9, 6, 2), steps=2, loss=1, activation=2,
             gram=False, bias=True, per_task=(), own_rates=False, elementwise=False, momentum=0.0, weight_decay=0.0,
             first_order=False):  # fmt: skip
     def rand(*shape):
@@ -274,6 +274,12 @@ CASES = {
     "whole-fours": {"widths": (4, 8, 4, 4), "support": 4, "query": 8},
     "gram-whole-fours": {"gram": True, "widths": (4, 8, 4, 4), "support": 4, "query": 8},
     "deep": {"widths": (2, 5, 3, 4, 5, 3, 2)},
+    "very-deep": {"widths": (2, *[3, 2] * 6, 1)},
+    # blocks have more threads where tasks are few
+    "few-tasks": {"tasks": 3},
+    "few-tasks-everything": {"tasks": 3, "elementwise": True, "momentum": 0.6, "weight_decay": 0.2, "steps": 3},
+    "gram-few-tasks": {"gram": True, "tasks": 3},
+    "few-tasks-very-deep": {"tasks": 2, "widths": (2, *[3, 2] * 6, 1)},
     "no-support": {"support": 0},
     "gram-no-support": {"gram": True, "support": 0},
     "no-query": {"query": 0},
