@@ -28,14 +28,20 @@ inline bool bent(const InnerLoop& p) {
 }
 
 inline void states(InnerLoop& p) {
+  constexpr int64_t kMost = (int64_t(1) << 31) - 4;  // the bridge refuses a block's memory of that size
   Carver c;
+  int64_t end = 0;
   for (int l = p.layers - 1; l >= 0; --l) {
     InnerLayer& a = p.layer[l];
     a.columns = a.in + p.biased;
     a.ldw = a.ld_in = apart(a.columns);
-    // rows are read four at once, those that are too many times zero: behind most layers is another
-    a.rows = l > p.first ? a.out : whole(a.out);
-    if (l >= p.first) a.at = c.take(a.rows, a.ldw);
+    if (l < p.first) continue;
+    // Products read whole fours of rows, those that are too many times zero: it must be weights that lie there, of the
+    // layers behind, or zeros behind the last.
+    const int64_t needed = c.used + int64_t(whole(a.out)) * a.ldw;
+    end = needed > end ? needed : end;
+    a.rows = l > p.first ? a.out : int(smaller<int64_t>(divide_up<int64_t>(end - c.used, a.ldw), kMost));
+    a.at = c.take(a.rows, a.ldw);
   }
   p.first_state = int(c.used);
   if (p.first) {
@@ -45,7 +51,6 @@ inline void states(InnerLoop& p) {
     a.rows = whole(p.support.rows);
     a.at = c.take(a.rows, a.ldw);
   }
-  constexpr int64_t kMost = (int64_t(1) << 31) - 4;  // the bridge refuses a block's memory of that size
   p.state = int(smaller(c.used, kMost));
 }
 
@@ -167,7 +172,8 @@ inline Sizes place(InnerLoop& p, bool backward, bool has_query, int chunk) {
   return {kept.used + 4, used + 4};
 }
 
-// Threads that suit the most tiles that a product has: half as many where tasks enough keep a multiprocessor busy.
+// Threads that suit the most tiles that a product has. A small net has fewer where there are tasks enough to keep every
+// multiprocessor busy.
 inline int threads_for(const InnerLoop& p) {
   const int64_t rows = p.query.rows > p.support.rows ? p.query.rows : p.support.rows;
   int64_t most = 0;

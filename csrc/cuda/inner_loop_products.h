@@ -203,8 +203,8 @@ __device__ __forceinline__ void tiles_of_rows_by_rows(Team team, int rows, int c
                                                       A scale, const Out& out) {
   const int across = divide_up(written, 4), down = divide_up(rows, kRows), tiles = down * across;
   for (int tile = team.id; tile < tiles; tile += team.threads) {
-    const int tx = divided(tile, down), ty = tile - tx * down;
     // neighbouring threads have neighbouring rows, which start in different banks
+    const int tx = divided(tile, down), ty = tile - tx * down;
     A sum[kRows][4] = {};
     const auto add = [&](const Term<A, kShared>& t) {
       Field<A, kShared> a[kRows], b[4];
@@ -257,7 +257,7 @@ template <class A, bool kShared, class Out>
 __device__ __forceinline__ void rows_by_rows(Team team, int rows, int columns, int written, int depth,
                                              const Term<A, kShared>& first, const Term<A, kShared>& second, A scale,
                                              const Out& out) {
-  if (rows * written <= 2 * team.threads)
+  if (columns == 0 || rows * written <= 2 * team.threads)
     rows_by_few_rows<A, kShared>(team, rows, columns, written, depth, first, second, scale, out);
   else if (kShared && rows * written <= 4 * team.threads)
     tiles_of_rows_by_rows<1, A, kShared>(team, rows, columns, written, depth, first, second, scale, out);

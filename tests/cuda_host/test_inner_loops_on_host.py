@@ -275,6 +275,11 @@ CASES = {
     "gram-whole-fours": {"gram": True, "widths": (4, 8, 4, 4), "support": 4, "query": 8},
     "deep": {"widths": (2, 5, 3, 4, 5, 3, 2)},
     "very-deep": {"widths": (2, *[3, 2] * 6, 1)},
+    # four rows are read of weights that have fewer, and the layers behind those are small
+    "small-below-one": {"widths": (1, 4, 1), "activation": 1},
+    "small-below-three": {"widths": (2, 8, 3), "activation": 1},
+    "small-below-two": {"widths": (1, 12, 2), "bias": False, "momentum": 0.5},
+    "no-hidden-many-rows": {"widths": (3, 0, 2), "support": 300},
     # blocks have more threads where tasks are few
     "few-tasks": {"tasks": 3},
     "few-tasks-everything": {"tasks": 3, "elementwise": True, "momentum": 0.6, "weight_decay": 0.2, "steps": 3},

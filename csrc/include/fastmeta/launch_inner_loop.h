@@ -51,10 +51,10 @@ struct InnerLayer {
   int in, out;
   // the layout
   int columns, ldw, ld_in, at;  // weights and, in the column behind them, biases: [out, columns] from `at` in a state
-  int rows;                     // there, those of zeros behind the last layer in a state counted
+  int rows;                     // there; more than `out` where zeros must follow
   InnerPlaces support, query;
   int dot_value, dot_delta;  // tangents of value and delta
-  int turn;                  // threads that sums over rows of the layers before leave busy last
+  int turn;                  // threads by which its sums over rows are turned, to begin with idle warps
 };
 
 // One launch, as the kernel gets it. The caller fills in the first part, `plan_*` the second.
