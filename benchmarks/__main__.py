@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks import measure, roofline, suite
 from fastmeta import testing
-from fastmeta._spec import REGISTRY, Make
+from fastmeta.dispatch.spec import REGISTRY, Make
 
 RESULTS = Path(__file__).parent / "results"
 

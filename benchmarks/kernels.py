@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure, roofline, suite
 from benchmarks.contenders import in_cuda_graph
-from fastmeta._spec import Make
+from fastmeta.dispatch.spec import Make
 
 ROUNDS = 5  # of a profile
 MOST = 12  # kernels listed

@@ -14,7 +14,7 @@ import fastmeta.nn
 from benchmarks import contenders as peers
 from benchmarks.measure import Contender
 from fastmeta import MAML, ProtoNet, TaskBatch, functional, inner_loops
-from fastmeta._spec import REGISTRY, Make
+from fastmeta.dispatch.spec import REGISTRY, Make
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import fastmeta.ops  # noqa: F401  (fills the registry)
-from fastmeta import _backends, testing, use_backend
-from fastmeta._spec import REGISTRY, Make
+from fastmeta import testing, use_backend
+from fastmeta.dispatch import backends
+from fastmeta.dispatch.spec import REGISTRY, Make
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
@@ -16,8 +17,8 @@ CASES = [
     for name, spec in REGISTRY.items()
     if spec.workloads
     for index, workload in enumerate(spec.workloads(Make(torch.float32)))
-    for backend in _backends.BACKENDS
-    if _backends.why_missing(backend, DEVICE) is None
+    for backend in backends.BACKENDS
+    if backends.why_missing(backend, DEVICE) is None
 ]
 
 

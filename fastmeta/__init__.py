@@ -1,9 +1,9 @@
 """fastmeta: meta-learning and few-shot learning over thousands of tasks in one launch."""
 
 from fastmeta import functional
-from fastmeta._backends import use_backend
-from fastmeta._checks import check_labels
 from fastmeta.algorithms import MAML, MetaOutput, ProtoNet
+from fastmeta.dispatch.backends import use_backend
+from fastmeta.dispatch.labels import check_labels
 from fastmeta.tasks import TaskBatch
 
 __version__ = "0.1.0"

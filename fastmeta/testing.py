@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmeta._backends import _map_tensors as map_tensors
-from fastmeta._spec import Args, OpSpec
+from fastmeta.dispatch.backends import _map_tensors as map_tensors
+from fastmeta.dispatch.spec import Args, OpSpec
 
 # of `relative_error`
 FLOOR = {

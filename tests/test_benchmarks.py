@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
 from benchmarks import measure, suite
-from fastmeta._spec import Make
+from fastmeta.dispatch.spec import Make
 
 
 def test_unlike_work_is_refused():

@@ -11,7 +11,8 @@ from conftest import CUDA, DEVICE
 from test_ops import BACKENDS, require
 
 import fastmeta
-from fastmeta import _backends, functional, use_backend
+from fastmeta import functional, use_backend
+from fastmeta.dispatch import backends
 
 T, S, Q, N, D = 2, 5, 4, 3, 6
 META = "{} must be on the CPU or a CUDA device, got meta"
@@ -296,9 +297,9 @@ WRONG = {
 
 @pytest.fixture(autouse=True)
 def no_kernel_runs():
-    before = _backends.calls.copy()
+    before = backends.calls.copy()
     yield
-    assert _backends.calls == before
+    assert backends.calls == before
 
 
 @pytest.mark.parametrize(

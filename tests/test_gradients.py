@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastmeta import _backends, use_backend
+from fastmeta import use_backend
 from fastmeta.algorithms import MAML
+from fastmeta.dispatch import backends, native
 from fastmeta.tasks import TaskBatch
 
 
@@ -30,7 +31,7 @@ def assert_right(maml, batch):
     truth = maml(batch)
     wanted = {name: p for name, p in maml.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(truth.loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
-    _backends.calls.clear()
+    backends.calls.clear()
     output, found = maml.gradients(batch)
     assert list(found) == list(wanted)
     for gradient, right in zip(found.values(), gradients, strict=True):
@@ -44,7 +45,7 @@ def assert_right(maml, batch):
     return maml._direct is not None
 
 
-has_kernel = _backends._native.has_kernel("meta_loss_mlp_with_gradient", "cpu")
+has_kernel = native.has_kernel("meta_loss_mlp_with_gradient", "cpu")
 
 
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy", "binary_cross_entropy", "huber"])

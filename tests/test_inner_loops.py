@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from fastmeta._backends import use_backend
+from fastmeta.dispatch.backends import use_backend
 from fastmeta.functional import adapt_mlp, functional_mlp, meta_loss_mlp
-from fastmeta.inner_loops import mean_meta_loss_mlp
+from fastmeta.functional.inner_loops import mean_meta_loss_mlp
 
 ROW_LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "huber")
 LOSSES = (*ROW_LOSSES, "maximum_entropy")

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from fastmeta import _native
+from fastmeta.dispatch import native
 
-pytestmark = pytest.mark.skipif(_native.why_missing is not None, reason=str(_native.why_missing))
+pytestmark = pytest.mark.skipif(native.why_missing is not None, reason=str(native.why_missing))
 
 _CHECK = """
 import torch
 import fastmeta.functional
 from fastmeta import _build_info, testing, use_backend
-from fastmeta._spec import REGISTRY, Make
+from fastmeta.dispatch.spec import REGISTRY, Make
 
 assert _build_info.cpu_features()["isa"] == "{isa}"
 count = 0
@@ -41,7 +41,7 @@ def instruction_sets() -> list[str]:
     return ["baseline", *(["avx2"] if avx2 else []), *(["avx512"] if avx512 else [])]
 
 
-@pytest.mark.parametrize("isa", instruction_sets() if _native.why_missing is None else [])
+@pytest.mark.parametrize("isa", instruction_sets() if native.why_missing is None else [])
 def test_every_op_agrees_with_its_reference(isa):
     done = subprocess.run(
         [sys.executable, "-c", _CHECK.format(isa=isa)],
@@ -53,7 +53,7 @@ def test_every_op_agrees_with_its_reference(isa):
     assert int(done.stdout) > 100
 
 
-@pytest.mark.parametrize("isa", instruction_sets()[:-1] if _native.why_missing is None else [])
+@pytest.mark.parametrize("isa", instruction_sets()[:-1] if native.why_missing is None else [])
 def test_packs_of_tasks_agree_with_the_reference(isa):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).with_name("test_lanes.py"))],

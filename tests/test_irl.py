@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from fastmeta import MAML, _backends
+from fastmeta import MAML
+from fastmeta.dispatch import backends
 from fastmeta.irl import GridworldTasks, MaxEntLoss, PointMassTasks, TabularMaxEntLoss
 from fastmeta.irl.experiment import experiment, judge, reward_network, train
 from fastmeta.irl.maxent import rows, visits
@@ -155,7 +156,7 @@ def test_rewards_adapt_in_the_fused_inner_loops(name):
         found[engine] = [output.task_loss, output.logits, predicted, *state.stacked().values(), *gradients]
     for fused, vmapped in zip(*found.values(), strict=True):
         torch.testing.assert_close(fused, vmapped, rtol=1e-9, atol=1e-9)
-    if DEVICE == "cpu" and _backends.why_missing("cpp", DEVICE) is None:
+    if DEVICE == "cpu" and backends.why_missing("cpp", DEVICE) is None:
         assert "fused: picked" in MAML(network, loss=tasks.loss, inner_lr=0.1).explain(batch)
 
 

@@ -4,16 +4,16 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from fastmeta import _native
-from fastmeta._backends import ACTIVATIONS, use_backend
-from fastmeta._spec import Make
+from fastmeta.dispatch import native
+from fastmeta.dispatch.backends import ACTIVATIONS, use_backend
+from fastmeta.dispatch.spec import Make
 from fastmeta.ops import _inner_loop, functional_mlp
 from fastmeta.ops.adapt_mlp import SPEC as ADAPT
 from fastmeta.ops.meta_loss_mlp import BACKWARD as META_LOSS_GRADIENT
 from fastmeta.ops.meta_loss_mlp import SPEC as META_LOSS
 from fastmeta.testing import check_op
 
-pytestmark = pytest.mark.skipif(not _native.has_kernel("meta_loss_mlp", DEVICE), reason="no compiled kernels for it")
+pytestmark = pytest.mark.skipif(not native.has_kernel("meta_loss_mlp", DEVICE), reason="no compiled kernels for it")
 
 
 @pytest.fixture(autouse=True)

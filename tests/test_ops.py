@@ -9,13 +9,14 @@ from conftest import CUDA, DEVICE
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastmeta.ops  # noqa: F401  (fills the registry)
-from fastmeta import _backends, testing, use_backend
-from fastmeta._library import dispatcher_op
-from fastmeta._spec import REGISTRY, Make
+from fastmeta import testing, use_backend
+from fastmeta.dispatch import backends
+from fastmeta.dispatch.library import dispatcher_op
+from fastmeta.dispatch.spec import REGISTRY, Make
 
 # the reference is the same torch code on every device, and shown on the CPU
 BACKENDS = [
-    name for name, b in _backends.BACKENDS.items() if DEVICE in b.devices and not (CUDA and name == "reference")
+    name for name, b in backends.BACKENDS.items() if DEVICE in b.devices and not (CUDA and name == "reference")
 ]
 DTYPES = {
     "cuda": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
@@ -79,7 +80,7 @@ def of_kernels(labels):
 
 
 def require(backend: str) -> None:
-    reason = _backends.why_missing(backend, DEVICE)
+    reason = backends.why_missing(backend, DEVICE)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
 
@@ -251,10 +252,10 @@ def test_backend_asked_for_is_the_one_that_runs(backend):
     require(backend)
     spec = REGISTRY["pairwise_distance"]
     args = sample_of(spec.name, LABELS[spec.name][0], torch.float32)
-    before = _backends.calls.copy()
+    before = backends.calls.copy()
     with use_backend(backend):
         spec(*args)
-    assert _backends.calls - before == {(spec.name, backend): 1}
+    assert backends.calls - before == {(spec.name, backend): 1}
 
 
 def test_a_backend_that_cannot_serve_says_why():
@@ -271,9 +272,9 @@ def test_a_backend_that_cannot_serve_says_why():
 def test_automatic_choice_falls_back_on_a_dtype_without_kernel():
     require("cpp")
     args = sample_of("pairwise_distance", LABELS["pairwise_distance"][0], torch.bfloat16)
-    before = _backends.calls.copy()
+    before = backends.calls.copy()
     REGISTRY["pairwise_distance"](*args)
-    assert _backends.calls - before == {("pairwise_distance", "reference"): 1}
+    assert backends.calls - before == {("pairwise_distance", "reference"): 1}
     with use_backend("cpp"), pytest.raises(ValueError, match="dtype bfloat16 is not one of float32, float64"):
         REGISTRY["pairwise_distance"](*args)
 

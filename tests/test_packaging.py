@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 import fastmeta
 import fastmeta.ops  # noqa: F401  (fills the registry)
-from fastmeta._spec import REGISTRY
+from fastmeta.dispatch.spec import REGISTRY
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,7 +27,8 @@ OPS = [name for name in REGISTRY if not name.endswith("_bwd")]
 
 def packages_on_disk():
     inside = [init.parent.relative_to(ROOT) for init in PACKAGE.rglob("__init__.py")]
-    return {".".join(folder.parts) for folder in inside} | {"fastmeta.kernels"}
+    kernels = [init.parent.relative_to(KERNELS) for init in KERNELS.rglob("__init__.py")]
+    return {".".join(p.parts) for p in inside} | {".".join(("fastmeta", "kernels", *p.parts)) for p in kernels}
 
 
 def test_the_list_of_packages_is_complete():
@@ -59,7 +61,7 @@ def test_the_wheel_holds_every_module_and_no_top_level_kernels(monkeypatch):
     files = files_of_the_wheel(monkeypatch)
     assert {path.split("/")[0] for path in files} == {"fastmeta"}
     expected = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")}
-    expected |= {f"fastmeta/kernels/{p.name}" for p in KERNELS.glob("*.py")}
+    expected |= {f"fastmeta/kernels/{p.relative_to(KERNELS).as_posix()}" for p in KERNELS.rglob("*.py")}
     data = {p.relative_to(ROOT).as_posix() for p in (PACKAGE / "tasks" / "splits").glob("*.txt")}
     assert data and files == expected | data
 
@@ -98,29 +100,20 @@ def test_every_file_of_ops_is_an_op():
     assert {p.stem for p in (PACKAGE / "ops").glob("[!_]*.py")} == set(OPS)
 
 
-# A line may import what stands in the lines before it; within a line only the last, the commands, may.
-LAYERS = (
-    ("_native", "_checks", "_constants", "nn", "kernels", "tasks"),
-    ("_spec",),
-    ("_backends",),
-    ("_library",),
+# A floor may import from the floors before it, `tasks` and `nn` from none.
+FLOORS = (
+    ("tasks", "nn", "kernels", "dispatch"),
     ("ops", "testing"),
-    ("fast_weights",),
-    ("inner_loops",),
     ("functional",),
     ("engines",),
-    ("algorithms", "compat"),
+    ("algorithms",),
     ("fastmeta",),
     ("training",),
     ("irl",),
-    ("reproduce",),
-    ("cli", "info", "demo", "_options", "_picture", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-TOP = len(LAYERS) - 1
-# inside functions only: a spec calls and registers itself through the library above it, fast weights run their nets by
-# the public function, and a backend is looked up by the name of its op
-UPWARD = {("_spec", "_library"), ("fast_weights", "functional")}
+RANK = {name: rank for rank, names in enumerate(FLOORS) for name in names}
 
 
 def unit_of(path: Path) -> str:
@@ -142,9 +135,8 @@ def imports_at_run_time(node: ast.AST):
 
 def imported_units(path: Path):
     """The parts of fastmeta that a file imports, as named in LAYERS."""
-    package = (
-        ["fastmeta", "kernels"] if path.is_relative_to(KERNELS) else ["fastmeta", *path.relative_to(PACKAGE).parts[:-1]]
-    )
+    inside = ["kernels", *path.relative_to(KERNELS).parts] if path.is_relative_to(KERNELS) else None
+    package = ["fastmeta", *(inside or path.relative_to(PACKAGE).parts)[:-1]]
     for node in imports_at_run_time(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]
@@ -158,27 +150,86 @@ def imported_units(path: Path):
                 yield parts[1] if len(parts) > 1 and parts[1] in MODULES else "fastmeta"
 
 
-FILES = sorted(PACKAGE.rglob("*.py")) + sorted(KERNELS.glob("*.py"))
+FILES = sorted(PACKAGE.rglob("*.py")) + sorted(KERNELS.rglob("*.py"))
 COMPILED = {"_C", "_build_info"}
 MODULES = {unit_of(path) for path in FILES} | COMPILED
 
 
-def test_every_module_has_its_layer():
+def test_every_module_has_its_floor():
     without = MODULES - set(RANK) - COMPILED
-    assert not without, f"enter {sorted(without)} into LAYERS"
+    assert not without, f"enter {sorted(without)} into FLOORS"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_imports_point_one_way(path):
+def test_imports_point_down(path):
     importer = unit_of(path)
     for imported in imported_units(path):
-        if imported in COMPILED or imported == importer or (importer, imported) in UPWARD:
+        if imported in COMPILED or imported == importer:
             continue
-        below, beside = RANK[imported] < RANK[importer], RANK[imported] == RANK[importer]
-        assert below or beside and RANK[importer] == TOP, f"{importer} imports {imported}, which is not below it"
+        assert RANK[imported] < RANK[importer], f"{importer} imports {imported}, which is not below it"
         if imported == "tasks":
             assert RANK[importer] >= RANK["fastmeta"], f"{importer} imports tasks, which training and cli alone use"
         assert imported != "testing", f"{importer} imports testing, which is for tests"
+
+
+def imported_files(path: Path, files: dict[str, Path]):
+    """The files of the project that a file names in its imports, those for type checkers and in functions too."""
+    inside = ["kernels", *path.relative_to(KERNELS).parts] if path.is_relative_to(KERNELS) else None
+    package = ["fastmeta", *(inside or path.relative_to(PACKAGE).parts)[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" if f"{module}.{alias.name}" in files else module for alias in node.names]
+        else:
+            continue
+        yield from (files[name] for name in names if name in files)
+
+
+def included_files(path: Path):
+    for name in re.findall(r'#include\s+"([^"]+)"', path.read_text()):
+        yield (path.parent / name).resolve()
+    for name in re.findall(r"#include\s+[<\"](fastmeta/[^>\"]+)", path.read_text()):
+        yield (ROOT / "csrc" / "include" / name).resolve()
+
+
+def circles(arrows: dict[Path, set[Path]]) -> list[list[str]]:
+    """Groups of files that all reach each other, each once."""
+
+    def reached(start: Path) -> set[Path]:
+        seen: set[Path] = set()
+        todo = list(arrows.get(start, ()))
+        while todo:
+            if (here := todo.pop()) not in seen:
+                seen.add(here)
+                todo += arrows.get(here, ())
+        return seen
+
+    reach = {path: reached(path) for path in arrows}
+    in_circle = [path for path in arrows if path in reach[path]]
+    groups = {frozenset(b for b in in_circle if b in reach[a] and a in reach[b]) for a in in_circle}
+    return [sorted(path.relative_to(ROOT).as_posix() for path in group) for group in groups]
+
+
+def test_no_circle_of_imports():
+    names = {}
+    for path in FILES:
+        parts = ("kernels", *path.relative_to(KERNELS).parts) if path.is_relative_to(KERNELS) else None
+        parts = ("fastmeta", *(parts or path.relative_to(PACKAGE).parts))
+        names[".".join(parts).removesuffix(".py").removesuffix(".__init__")] = path
+    # a package's own face names the files inside it, and these never name it
+    arrows = {path: set(imported_files(path, names)) - {path} for path in FILES}
+    assert sum(map(len, arrows.values())) > 200, "the imports are no longer seen"
+    assert not circles(arrows)
+
+
+def test_no_circle_of_includes():
+    sources = [p.resolve() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu")]
+    arrows = {path: {p for p in included_files(path) if p in sources} for path in sources}
+    assert sum(map(len, arrows.values())) > 60, "the includes are no longer seen"
+    assert not circles(arrows)
 
 
 def test_optional_packages_are_not_imported():

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_ops import BACKENDS, DTYPES, require
 
 from fastmeta import testing, use_backend
-from fastmeta._backends import ACTIVATIONS, METRICS
-from fastmeta._spec import REGISTRY, Make
+from fastmeta.dispatch.backends import ACTIVATIONS, METRICS
+from fastmeta.dispatch.spec import REGISTRY, Make
 from fastmeta.functional import (
     class_prototypes,
     fast_weight_update,

@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from fastmeta.reproduce import SUITES, reproduce
+from fastmeta.cli.reproduce import SUITES, reproduce
 from fastmeta.training.registry import ALGORITHMS
 
 

@@ -10,8 +10,8 @@ import torch
 from conftest import DEVICE
 from torch import nn
 
-from fastmeta._options import ALGORITHM_NAMES
 from fastmeta.algorithms import MetaOutput
+from fastmeta.cli.options import ALGORITHM_NAMES
 from fastmeta.tasks import TaskBatch
 from fastmeta.training import (
     CheckpointError,

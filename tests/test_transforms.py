@@ -7,7 +7,7 @@ from test_ops import BACKENDS, LABELS, first_labels, require, sample_of, spread_
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 from fastmeta import functional, testing, use_backend
-from fastmeta._spec import REGISTRY
+from fastmeta.dispatch.spec import REGISTRY
 
 FORWARD = [name for name in REGISTRY if not name.endswith("_bwd")]
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}

@@ -4,11 +4,11 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from fastmeta import _backends, _native
+from fastmeta.dispatch import backends, native
 from fastmeta.functional import fast_weight_update
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
-has_kernel = _native.has_kernel("fast_weight_update_shaped", DEVICE)
+has_kernel = native.has_kernel("fast_weight_update_shaped", DEVICE)
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 5, 6])
@@ -24,8 +24,8 @@ def test_the_next_call_of_the_same_shapes(tasks, rate, shared, monkeypatch):
         g = torch.Generator().manual_seed(seed)
         return [torch.rand(*lead, *s, generator=g, dtype=torch.float64).to(DEVICE) for s in shapes]
 
-    run, runs = _backends.run_shaped_update, []
-    monkeypatch.setattr(_backends, "run_shaped_update", lambda *args: runs.append(0) or run(*args))
+    run, runs = backends.run_shaped_update, []
+    monkeypatch.setattr(backends, "run_shaped_update", lambda *args: runs.append(0) or run(*args))
     for seed in range(3):
         params = make(() if shared == "params" else (tasks,), seed)
         grads = make(() if shared == "grads" else (tasks,), seed + 10)

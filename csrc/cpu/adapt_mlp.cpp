@@ -1,5 +1,5 @@
 // adapt_mlp on CPU tensors, split over tasks.
-#include "inner_loop_torch.h"
+#include "inner_loop/torch.h"
 
 namespace fastmeta::cpu {
 namespace {

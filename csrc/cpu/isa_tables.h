@@ -6,7 +6,7 @@
 #include "fast_weight_update_kernel.h"
 #include "functional_mlp_kernel.h"
 #include "functional_mlp_lanes.h"
-#include "inner_loop_kernel.h"
+#include "inner_loop/kernel.h"
 #include "pairwise_distance_kernel.h"
 #include "prototypical_loss_kernel.h"
 

@@ -7,7 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "inner_loop.h"
+#include "inner_loop/operands.h"
 
 namespace fastmeta::cpu {
 

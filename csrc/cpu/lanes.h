@@ -3,7 +3,7 @@
 //
 //   C[i, j] = start[i, j] + factor * sum_k (A[i, k] B[k, j] + A'[i, k] B'[k, j])
 //
-// relu goes with the store as in inner_loop_gemm.h. Steps count numbers, whatever the lanes.
+// relu goes with the store as in inner_loop/gemm.h. Steps count numbers, whatever the lanes.
 #pragma once
 
 #include <fastmeta/simd.h>

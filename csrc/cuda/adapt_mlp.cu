@@ -1,5 +1,5 @@
 // Fast weights of every task after the inner steps, and the gradient through all of them.
-#include "inner_loop_launch.h"
+#include "inner_loop/launch.h"
 
 namespace fastmeta::cuda {
 

@@ -1,5 +1,5 @@
 // The query loss of every task after the inner steps, and its gradient through all of them.
-#include "inner_loop_launch.h"
+#include "inner_loop/launch.h"
 
 namespace fastmeta::cuda {
 

@@ -1,5 +1,5 @@
 // meta_loss_mlp on CUDA tensors.
-#include "inner_loop_bridge.h"
+#include "inner_loop/bridge.h"
 
 namespace fastmeta::cuda {
 namespace {

@@ -27,7 +27,7 @@ from ..engines.inspect import MLPSpec, mlp_spec
 from ..engines.layerwise import _backward, _forward, rows, why_no_formulas
 from ..engines.layerwise import _layers as _layers_or_none
 from ..engines.vmap import VmapEngine, _buffers_per_task
-from ..inner_loops import adapt_mlp, mean_meta_loss_mlp
+from ..functional.inner_loops import adapt_mlp, mean_meta_loss_mlp
 from ._chunks import chunked_loss
 from .maml import FastWeights, _check_pair
 from .output import MetaOutput, judged

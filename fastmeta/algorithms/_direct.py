@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastmeta import _backends, _checks
+from fastmeta.dispatch import backends
 from fastmeta.engines import InnerLoop, choose
 from fastmeta.engines.fused import FusedEngine
 from fastmeta.engines.inspect import Snapshot, mlp_spec, parameters_of
 from fastmeta.engines.layerwise import rows
-from fastmeta.inner_loops import dense_arguments
+from fastmeta.functional import checks
+from fastmeta.functional.inner_loops import dense_arguments
 from fastmeta.ops.meta_loss_mlp import SPEC
 
 from .output import MetaOutput, judged
@@ -41,21 +42,21 @@ class DirectGradient:
         self.snapshot = Snapshot(model)
         # in the model's order: where the parameters' gradients are found
         self.results = [(prefix + name, p.dim(), names.index(name)) for name, p in named.items()]
-        self.inner, self.shapes, self.args = inner, _checks.key(*batch), list(args)
+        self.inner, self.shapes, self.args = inner, checks.key(*batch), list(args)
         count = len(self.spec.weights)
         self.args[_AT["weights"]], self.args[_AT["biases"]] = self.views[:count], self.views[count:]
-        self.native = _backends.native_arguments(SPEC, tuple(self.args))
+        self.native = backends.native_arguments(SPEC, tuple(self.args))
         for at in (*_X, *_Y):  # the batch is not kept
             self.args[at] = self.native[at] = None
-        self.forced = _backends.forced_backend()
+        self.forced = backends.forced_backend()
 
     def holds(self, model: nn.Module, inner: InnerLoop, batch: TaskBatch) -> bool:
         """Whether it is the same call but for the numbers."""
         return (
             inner == self.inner
             and self.snapshot.shows(model)  # so do the views: they keep the memory, nothing else can be there
-            and _checks.key(*batch) == self.shapes
-            and _backends.forced_backend() == self.forced
+            and checks.key(*batch) == self.shapes
+            and backends.forced_backend() == self.forced
         )
 
     def run(self, batch: TaskBatch) -> tuple[MetaOutput, dict[str, Tensor]]:
@@ -67,7 +68,7 @@ class DirectGradient:
         for at, given in zip(_Y, (batch.support_y, batch.query_y), strict=True):
             args[at] = loss.kernel_targets(given)
             native[at] = args[at].contiguous()
-        (task_loss, logits), gradients = _backends.run_native_gradient(SPEC, args, native, _NEEDS)
+        (task_loss, logits), gradients = backends.run_native_gradient(SPEC, args, native, _NEEDS)
         gradients = (*gradients[_WEIGHTS], *gradients[_BIASES])
         output = judged(loss, logits, batch.query_y, task_loss)
         found = {}
@@ -93,4 +94,4 @@ def direct_gradient(
     direct = DirectGradient(model, inner, batch, args, prefix)
     # of what is no view a copy would be taken, which does not see what an optimizer writes
     whole = all(view.is_contiguous() for view in direct.views)
-    return direct if whole and _backends.gives_gradient(SPEC, direct.args) else None
+    return direct if whole and backends.gives_gradient(SPEC, direct.args) else None

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta import _checks
+from fastmeta.dispatch.labels import label_range
+from fastmeta.functional import checks
 
 from .output import MetaOutput
 
@@ -80,9 +81,9 @@ class EmbeddingLearner(nn.Module):
 
     def _num_classes(self, labels: Tensor, features: Tensor) -> int:
         """N of support labels, which are checked: int64, one for each row of `features`, in [0, N)."""
-        _checks.labels("support_y", labels, "[T, S]", features, "support_x")
+        checks.labels("support_y", labels, "[T, S]", features, "support_x")
         num_classes = self.ways if self.ways is not None else int(labels.max()) + 1
-        _checks.label_range("support_y", labels, num_classes)
+        label_range("support_y", labels, num_classes)
         return num_classes
 
     def _encode(self, name: str, x: Tensor) -> Tensor:
@@ -112,13 +113,13 @@ def squared_error(prediction: Tensor, target: Tensor) -> MetaOutput:
 
 def check_labels(name: str, labels: Tensor, like: Tensor, num_classes: int) -> None:
     """`labels` are int64, one for each row of `like` `[T, B, ...]`, in [0, num_classes)."""
-    _checks.labels(name, labels, "[T, B]", like, "the examples")
-    _checks.label_range(name, labels, num_classes)
+    checks.labels(name, labels, "[T, B]", like, "the examples")
+    label_range(name, labels, num_classes)
 
 
 def check_targets(name: str, targets: Tensor, like: Tensor) -> None:
     """`targets` are floating, `[T, B, O]`, one row for each row of `like`."""
-    _checks.tensor(name, targets, "[T, B, O]")
+    checks.tensor(name, targets, "[T, B, O]")
     if targets.shape[:2] != like.shape[:2]:
         raise ValueError(
             f"{name} must begin with the tasks and examples [T, B] = {list(like.shape[:2])}, got {list(targets.shape)}"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta import _checks, functional
-from fastmeta._backends import METRICS
+from fastmeta import functional
+from fastmeta.dispatch.backends import METRICS
+from fastmeta.functional import checks
 
 from ._embedding import EmbeddingLearner, check_labels, judged
 from .output import MetaOutput
@@ -67,7 +68,7 @@ class ModulationCAML(EmbeddingLearner):
         ways: int | None = None,
     ):
         super().__init__(encoder, ways)
-        _checks.choice("metric", metric, METRICS)
+        checks.choice("metric", metric, METRICS)
         if not metric_weight >= 0:
             raise ValueError(f"metric_weight must be at least 0, got {metric_weight!r}")
         self.base, self.metric, self.metric_weight = base, metric, metric_weight

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta import _checks, functional
+from fastmeta import functional
+from fastmeta.functional import checks
 
 from ._embedding import EmbeddingLearner, one_hot
 from .output import MetaOutput
@@ -81,9 +82,9 @@ class Contrastive(EmbeddingLearner):
         ways: int | None = None,
     ):
         super().__init__(encoder, ways)
-        _checks.choice("features", features, FEATURES)
-        _checks.choice("head", head, HEADS)
-        _checks.choice("centre", centre, CENTRES)
+        checks.choice("features", features, FEATURES)
+        checks.choice("head", head, HEADS)
+        checks.choice("centre", centre, CENTRES)
         for name, value in (("temperature", temperature), ("ridge", ridge), ("fine_tune_lr", fine_tune_lr)):
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be positive and finite, got {value!r}")

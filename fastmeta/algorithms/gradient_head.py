@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmeta import functional
-from fastmeta.fast_weights import MLPFastWeights
+from fastmeta.functional.fast_weights import MLPFastWeights
 
 from ._adaptation import check_count, check_number
 from ._embedding import EmbeddingLearner, check_labels, judged

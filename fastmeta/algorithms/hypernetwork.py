@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmeta import _checks, functional
-from fastmeta._backends import ACTIVATIONS
+from fastmeta import functional
+from fastmeta.dispatch.backends import ACTIVATIONS
+from fastmeta.functional import checks
 
 from ._embedding import EmbeddingLearner, check_targets, squared_error
 from .output import MetaOutput
@@ -80,8 +81,8 @@ class Hypernetwork(EmbeddingLearner):
         ways: int | None = None,
     ):
         super().__init__(encoder, ways)
-        _checks.choice("mode", mode, MODES)
-        _checks.choice("activation", activation, ACTIVATIONS)
+        checks.choice("mode", mode, MODES)
+        checks.choice("activation", activation, ACTIVATIONS)
         widths = {"features": features, "outputs": outputs, "set_width": set_width, "rank": rank}
         for name, value in (*widths.items(), *(("hidden", width) for width in hidden)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

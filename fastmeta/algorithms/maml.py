@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .._library import plain_call
+from ..dispatch.library import plain_call
 from ..engines import InnerLoop, as_loss, choose, explain
 from ..engines.fused import FusedEngine
 from ..engines.inspect import inspected

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta import _checks, functional
-from fastmeta._backends import METRICS
+from fastmeta import functional
+from fastmeta.dispatch.backends import METRICS
+from fastmeta.functional import checks
 
 from ._embedding import EmbeddingLearner
 from .output import MetaOutput
@@ -66,12 +67,12 @@ class NearestNeighbour(EmbeddingLearner):
         ways: int | None = None,
     ):
         super().__init__(encoder, ways)
-        _checks.choice("rule", rule, RULES)
-        _checks.choice("metric", metric, METRICS)
+        checks.choice("rule", rule, RULES)
+        checks.choice("metric", metric, METRICS)
         if isinstance(centre, Tensor):
-            _checks.tensor("centre", centre, "[D]")
+            checks.tensor("centre", centre, "[D]")
         else:
-            _checks.choice("centre", centre, CENTRES)
+            checks.choice("centre", centre, CENTRES)
         self.rule, self.normalise, self.metric = rule, normalise, metric
         self.centre = "given" if isinstance(centre, Tensor) else centre
         self.register_buffer("mean", centre.detach().clone() if isinstance(centre, Tensor) else None)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmeta import _checks, functional
+from fastmeta import functional
+from fastmeta.functional import checks
 
 from ._embedding import EmbeddingLearner, check_labels, judged, one_hot
 from .output import MetaOutput
@@ -62,8 +63,8 @@ class RelationNetwork(EmbeddingLearner):
         ways: int | None = None,
     ):
         super().__init__(encoder, ways)
-        _checks.choice("pool", pool, POOLS)
-        _checks.choice("loss", loss, LOSSES)
+        checks.choice("pool", pool, POOLS)
+        checks.choice("loss", loss, LOSSES)
         self.relation, self.pool, self.loss = relation, pool, loss
 
     def extra_repr(self) -> str:

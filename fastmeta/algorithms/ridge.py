@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmeta import _checks
+from fastmeta.functional import checks
 
 from ._embedding import EmbeddingLearner, check_targets, one_hot, squared_error
 from .output import MetaOutput
@@ -59,7 +59,7 @@ class RidgeHead(EmbeddingLearner):
         ways: int | None = None,
     ):
         super().__init__(encoder, ways)
-        _checks.choice("loss", loss, LOSSES)
+        checks.choice("loss", loss, LOSSES)
         if not ridge > 0:
             raise ValueError(f"ridge must be positive, got {ridge!r}")
         if scale is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmeta import _checks
+from fastmeta.dispatch.labels import label_range
 
 from ._exact import gradients_per_task
 
@@ -46,7 +46,7 @@ class CrossEntropy(RowLoss):
                 f"got {target.dtype} of shape {tuple(target.shape)}"
             )
         if values and not (torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()):
-            _checks.label_range(name, target, shape[-1])
+            label_range(name, target, shape[-1])
 
     def per_task(self, prediction: Tensor, target: Tensor) -> Tensor:
         rows = F.cross_entropy(prediction.flatten(0, 1), target.flatten(), reduction="none")

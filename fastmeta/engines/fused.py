@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastmeta._backends import ACTIVATIONS, forced_backend, why_not
+from fastmeta.dispatch.backends import ACTIVATIONS, forced_backend, why_not
 from fastmeta.functional import functional_mlp
-from fastmeta.inner_loops import MetaLoss, adapt_mlp, first_layer_cost, mean_meta_loss_mlp
+from fastmeta.functional.inner_loops import MetaLoss, adapt_mlp, first_layer_cost, mean_meta_loss_mlp
 from fastmeta.ops.meta_loss_mlp import SPEC
 
 from ._base import InnerLoop, Parameters

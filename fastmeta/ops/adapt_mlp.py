@@ -1,10 +1,10 @@
 """Fast weights of every task after `K` inner steps, for a multi-layer perceptron; its first backward goes through all
-steps, second derivatives included (`_inner_loop.py` says what it computes)."""
+steps, second derivatives included (`inner_loop/steps.py` says what it computes)."""
 
 from __future__ import annotations
 
-from fastmeta._library import derive_backward, vjp_of_reference
-from fastmeta._spec import Make, OpSpec, Sample, register
+from fastmeta.dispatch.library import Op, derive_backward, register, vjp_of_reference
+from fastmeta.dispatch.spec import Make, Sample
 from fastmeta.ops import _inner_loop
 
 
@@ -54,7 +54,7 @@ def backward_samples(make: Make):
 
 
 SPEC = register(
-    OpSpec(
+    Op(
         name="adapt_mlp",
         arguments="Tensor support_x, Tensor support_y, Tensor support_weight, Tensor gram_support, Tensor[] weights, "
         "Tensor[] biases, Tensor rates, Tensor[] element_rates, str loss, str activation, float delta, float momentum, "
@@ -75,7 +75,7 @@ SPEC = register(
 )
 _DERIVED = derive_backward(SPEC)
 BACKWARD = register(
-    OpSpec(
+    Op(
         **_DERIVED,
         backward=lambda *a: vjp_of_reference(BACKWARD)(*a),
         samples=backward_samples,

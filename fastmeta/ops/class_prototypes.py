@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmeta import _checks
-from fastmeta._spec import Make, OpSpec, Sample, Workload, register
+from fastmeta.dispatch.labels import label_range
+from fastmeta.dispatch.library import Op, register
+from fastmeta.dispatch.spec import Make, Sample, Workload
 
 
 def weights(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
@@ -47,7 +48,7 @@ def backward_backward(args, grads, needs):
 
 
 def check(embeddings: Tensor, labels: Tensor, num_classes: int) -> None:
-    _checks.label_range("labels", labels, num_classes)
+    label_range("labels", labels, num_classes)
 
 
 # (T, S, N, D): sizes of 0 and 1, odd sizes, more classes than rows
@@ -86,7 +87,7 @@ def workloads(make: Make):
 
 
 SPEC = register(
-    OpSpec(
+    Op(
         name="class_prototypes",
         arguments="Tensor embeddings, Tensor labels, int num_classes",
         returns="Tensor",
@@ -102,7 +103,7 @@ SPEC = register(
     )
 )
 BACKWARD = register(
-    OpSpec(
+    Op(
         name="class_prototypes_bwd",
         arguments="Tensor grad, Tensor labels",
         returns="Tensor",

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmeta._library import derive_backward, vjp_of_reference
-from fastmeta._spec import Make, OpSpec, Sample, Workload, register
+from fastmeta.dispatch.library import Op, derive_backward, register, vjp_of_reference
+from fastmeta.dispatch.spec import Make, Sample, Workload
 
 
 def reference(embeddings: Tensor, temperature: float) -> Tensor:
@@ -68,7 +68,7 @@ def workloads(make: Make):
 
 
 SPEC = register(
-    OpSpec(
+    Op(
         name="contrastive_loss",
         arguments="Tensor embeddings, float temperature",
         returns="Tensor",
@@ -86,7 +86,7 @@ SPEC = register(
 )
 _DERIVED = derive_backward(SPEC)
 BACKWARD = register(
-    OpSpec(
+    Op(
         **_DERIVED,
         backward=lambda *a: vjp_of_reference(BACKWARD)(*a),
         samples=backward_samples,

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmeta._spec import Make, OpSpec, Sample, Workload, leading_size, register
+from fastmeta.dispatch.library import Op, register
+from fastmeta.dispatch.spec import Make, Sample, Workload, leading_size
 
 
 def reference(params: list[Tensor], grads: list[Tensor], lrs: list[Tensor], lr: float) -> list[Tensor]:
@@ -145,7 +146,7 @@ def workloads(make: Make):
 
 
 SPEC = register(
-    OpSpec(
+    Op(
         name="fast_weight_update",
         arguments="Tensor[] params, Tensor[] grads, Tensor[] lrs, float lr",
         returns="Tensor[]",
@@ -161,7 +162,7 @@ SPEC = register(
     )
 )
 BACKWARD = register(
-    OpSpec(
+    Op(
         name="fast_weight_update_bwd",
         arguments="Tensor[] grad_outs, Tensor[] grads, Tensor[] lrs, float lr, int needs",
         returns="(Tensor[], Tensor[])",

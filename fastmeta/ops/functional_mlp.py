@@ -7,9 +7,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmeta._backends import ACTIVATIONS
-from fastmeta._library import derive_backward, vjp_of_reference
-from fastmeta._spec import Make, OpSpec, Sample, Workload, leading_size, register
+from fastmeta.dispatch.backends import ACTIVATIONS
+from fastmeta.dispatch.library import Op, derive_backward, register, vjp_of_reference
+from fastmeta.dispatch.spec import Make, Sample, Workload, leading_size
 
 FUNCTIONS = {
     "identity": lambda x: x,
@@ -106,7 +106,7 @@ def workloads(make: Make):
 
 
 SPEC = register(
-    OpSpec(
+    Op(
         name="functional_mlp",
         arguments="Tensor x, Tensor[] weights, Tensor[] biases, str activation",
         returns="Tensor",
@@ -122,4 +122,4 @@ SPEC = register(
     )
 )
 _DERIVED = derive_backward(SPEC)
-BACKWARD = register(OpSpec(**_DERIVED, backward=lambda *a: vjp_of_reference(BACKWARD)(*a), samples=backward_samples))
+BACKWARD = register(Op(**_DERIVED, backward=lambda *a: vjp_of_reference(BACKWARD)(*a), samples=backward_samples))

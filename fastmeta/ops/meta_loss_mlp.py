@@ -1,10 +1,10 @@
 """The query loss of every task after `K` inner steps, for a multi-layer perceptron: MAML's objective in one op, whose
-first backward is the exact second-order meta-gradient (`_inner_loop.py` says what it computes)."""
+first backward is the exact second-order meta-gradient (`inner_loop/steps.py` says what it computes)."""
 
 from __future__ import annotations
 
-from fastmeta._library import derive_backward, vjp_of_reference
-from fastmeta._spec import Make, OpSpec, Sample, Workload, register
+from fastmeta.dispatch.library import Op, derive_backward, register, vjp_of_reference
+from fastmeta.dispatch.spec import Make, Sample, Workload
 from fastmeta.ops import _inner_loop
 
 
@@ -52,7 +52,7 @@ def workloads(make: Make):
 
 
 SPEC = register(
-    OpSpec(
+    Op(
         name="meta_loss_mlp",
         arguments="Tensor support_x, Tensor support_y, Tensor support_weight, Tensor query_x, Tensor query_y, "
         "Tensor query_weight, Tensor gram_support, Tensor gram_query, Tensor[] weights, Tensor[] biases, Tensor rates, "
@@ -85,7 +85,7 @@ SPEC = register(
 )
 _DERIVED = derive_backward(SPEC)
 BACKWARD = register(
-    OpSpec(
+    Op(
         **_DERIVED,
         backward=lambda *a: vjp_of_reference(BACKWARD)(*a),
         samples=backward_samples,

@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmeta._backends import METRICS
-from fastmeta._library import derive_backward, vjp_of_reference
-from fastmeta._spec import Make, OpSpec, Sample, Workload, register
+from fastmeta.dispatch.backends import METRICS
+from fastmeta.dispatch.library import Op, derive_backward, register, vjp_of_reference
+from fastmeta.dispatch.spec import Make, Sample, Workload
 
 EPS = 1e-8  # as torch.nn.functional.cosine_similarity
 
@@ -91,7 +91,7 @@ def workloads(make: Make):
 
 
 SPEC = register(
-    OpSpec(
+    Op(
         name="pairwise_distance",
         arguments="Tensor query, Tensor prototypes, str metric",
         returns="Tensor",
@@ -106,4 +106,4 @@ SPEC = register(
     )
 )
 _DERIVED = derive_backward(SPEC)
-BACKWARD = register(OpSpec(**_DERIVED, backward=lambda *a: vjp_of_reference(BACKWARD)(*a), samples=backward_samples))
+BACKWARD = register(Op(**_DERIVED, backward=lambda *a: vjp_of_reference(BACKWARD)(*a), samples=backward_samples))

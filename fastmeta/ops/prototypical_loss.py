@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmeta import _checks
-from fastmeta._backends import METRICS
-from fastmeta._library import derive_backward, vjp_of_reference
-from fastmeta._spec import Make, OpSpec, Sample, Workload, register
+from fastmeta.dispatch.backends import METRICS
+from fastmeta.dispatch.labels import label_range
+from fastmeta.dispatch.library import Op, derive_backward, register, vjp_of_reference
+from fastmeta.dispatch.spec import Make, Sample, Workload
 from fastmeta.ops import class_prototypes, pairwise_distance
 
 
@@ -43,8 +43,8 @@ def fake(support, support_labels, query, query_labels, num_classes, metric):
 
 
 def check(support, support_labels, query, query_labels, num_classes, metric) -> None:
-    _checks.label_range("support_labels", support_labels, num_classes)
-    _checks.label_range("query_labels", query_labels, num_classes)
+    label_range("support_labels", support_labels, num_classes)
+    label_range("query_labels", query_labels, num_classes)
 
 
 def backward(args, grads, needs):
@@ -106,7 +106,7 @@ def workloads(make: Make):
 
 
 SPEC = register(
-    OpSpec(
+    Op(
         name="prototypical_loss",
         arguments="Tensor support, Tensor support_labels, Tensor query, Tensor query_labels, int num_classes, "
         "str metric",
@@ -125,4 +125,4 @@ SPEC = register(
     )
 )
 _DERIVED = derive_backward(SPEC)
-BACKWARD = register(OpSpec(**_DERIVED, backward=lambda *a: vjp_of_reference(BACKWARD)(*a), samples=backward_samples))
+BACKWARD = register(Op(**_DERIVED, backward=lambda *a: vjp_of_reference(BACKWARD)(*a), samples=backward_samples))

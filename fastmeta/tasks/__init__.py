@@ -12,6 +12,7 @@ from fastmeta.tasks.episodes import EpisodeSampler
 from fastmeta.tasks.glyphs import glyphs
 from fastmeta.tasks.omniglot import PARTITIONS, omniglot
 from fastmeta.tasks.sinusoid import SinusoidTasks
+from fastmeta.tasks.source import TaskSource
 from fastmeta.tasks.unlabelled import AugmentedTasks, ClusterTasks, embed_images, kmeans_partitions
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "EpisodeSampler",
     "SinusoidTasks",
     "TaskBatch",
+    "TaskSource",
     "embed_images",
     "glyphs",
     "kmeans_partitions",

@@ -15,8 +15,7 @@ from .embed import embed, embedding_pays
 from .metrics import CalibrationError, Estimate, finite_or_none
 
 if TYPE_CHECKING:
-    from ..tasks import TaskBatch
-    from .loop import TaskSource
+    from ..tasks import TaskBatch, TaskSource
 
 # Task batches are cut so that one batch's inputs hold at most this many numbers: the activations of a conv4
 # then take about 1 GB.

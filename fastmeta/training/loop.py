@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,18 +19,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..algorithms import MetaOutput
-    from ..tasks import TaskBatch
+    from ..tasks import TaskBatch, TaskSource
     from .evaluate import Evaluation
 
 
 _REFRESH = 0.5  # seconds between reports; each waits for the device once
-
-
-class TaskSource(Protocol):
-    """What tasks come from: everything in :mod:`fastmeta.tasks`, or your own."""
-
-    def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
-        """`num_tasks` new tasks on the source's device."""
 
 
 class Progress(NamedTuple):

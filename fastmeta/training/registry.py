@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -17,22 +17,37 @@ from ..algorithms.cavia import FiLMConv4
 from ..nn import conv4, mlp
 
 if TYPE_CHECKING:
-    from .config import RunConfig
-    from .loop import TaskSource
+    from ..tasks import TaskSource
+
+
+class Settings(Protocol):
+    """What an entry reads of a run's settings."""
+
+    ways: int
+    train_ways: int
+    model: str
+    hidden: tuple[int, ...]
+    norm: str
+    metric: str
+    inner_lr: float
+    inner_steps: int
+    first_order: bool
+    engine: str
+    task_chunk: int | None
 
 
 @dataclass(frozen=True)
 class Algorithm:
     """An entry: `build(config, tasks, settings)` returns the module, newly initialised."""
 
-    build: Callable[[RunConfig, TaskSource, dict[str, Any]], nn.Module]
+    build: Callable[[Settings, TaskSource, dict[str, Any]], nn.Module]
     summary: str
     kinds: tuple[str, ...] = ("classification",)
     # one output per class: as many classes in training as in validation, and no others afterwards
     fixed_ways: bool = False
     # keyword arguments of the class that `--set name=value` reaches, with their defaults
     settings: Mapping[str, Any] = field(default_factory=dict)
-    # what differs from the defaults of its group (`config.py`), for images and for sinusoids
+    # what differs from the defaults of its group, for images and for sinusoids
     images: Mapping[str, Any] = field(default_factory=dict)
     sinusoid: Mapping[str, Any] = field(default_factory=dict)
     # published settings of metric-based methods (many ways, one task a step) or of inner loops (a task batch)
@@ -44,7 +59,7 @@ def _size(tasks: TaskSource) -> tuple[int, int]:
     return torch.Size(shape).numel(), shape[0]
 
 
-def encoder(config: RunConfig, tasks: TaskSource) -> nn.Module:
+def encoder(config: Settings, tasks: TaskSource) -> nn.Module:
     """From examples `[B, ...]` to embeddings `[B, D]`."""
     size, channels = _size(tasks)
     if config.model == "conv4":
@@ -61,7 +76,7 @@ def features(body: nn.Module, tasks: TaskSource) -> int:
     return width
 
 
-def classifier(config: RunConfig, tasks: TaskSource) -> nn.Module:
+def classifier(config: Settings, tasks: TaskSource) -> nn.Module:
     """From examples `[B, ...]` to one output per class, or the target's width."""
     size, channels = _size(tasks)
     if config.model == "conv4":

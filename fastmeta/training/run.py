@@ -11,11 +11,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..tasks import AugmentedTasks, ClusterTasks, embed_images, kmeans_partitions, load_images, make_tasks
+from ..tasks import (
+    AugmentedTasks,
+    ClusterTasks,
+    TaskSource,
+    embed_images,
+    kmeans_partitions,
+    load_images,
+    make_tasks,
+)
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load_checkpoint
 from .config import RunConfig
 from .evaluate import Evaluation, evaluate
-from .loop import Reporter, TaskSource, Trainer, load_model
+from .loop import Reporter, Trainer, load_model
 from .registry import ALGORITHMS
 
 # What may differ when a run goes on: none of it changes what a step computes, beyond rounding.

@@ -7,10 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmeta.kernels._common import launch
-from fastmeta.kernels._inner_loop_call import Call, Wants
-from fastmeta.kernels._inner_loop_examples import examples
-from fastmeta.kernels._inner_loop_products import add_state, copy_state
-from fastmeta.kernels._inner_loop_task import begin_program, sweep_back, take_steps
+from fastmeta.kernels.inner_loop.call import Call, Wants
+from fastmeta.kernels.inner_loop.examples import examples
+from fastmeta.kernels.inner_loop.products import add_state, copy_state
+from fastmeta.kernels.inner_loop.task import begin_program, sweep_back, take_steps
 
 
 @triton.jit

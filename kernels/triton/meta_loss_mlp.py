@@ -7,11 +7,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmeta.kernels._common import launch
-from fastmeta.kernels._inner_loop_call import Call, Wants
-from fastmeta.kernels._inner_loop_examples import examples
-from fastmeta.kernels._inner_loop_products import add_state
-from fastmeta.kernels._inner_loop_query import query_backward, query_forward, query_net
-from fastmeta.kernels._inner_loop_task import begin_program, rows_of, sweep_back, take_steps
+from fastmeta.kernels.inner_loop.call import Call, Wants
+from fastmeta.kernels.inner_loop.examples import examples
+from fastmeta.kernels.inner_loop.products import add_state
+from fastmeta.kernels.inner_loop.query import query_backward, query_forward, query_net
+from fastmeta.kernels.inner_loop.task import begin_program, rows_of, sweep_back, take_steps
 
 
 @triton.jit

@@ -6,8 +6,8 @@ from conftest import DEVICE
 from test_ops import require
 
 from fastmeta import testing, use_backend
-from fastmeta._backends import BACKENDS
-from fastmeta._spec import REGISTRY, Make
+from fastmeta.dispatch.backends import BACKENDS
+from fastmeta.dispatch.spec import REGISTRY, Make
 from fastmeta.ops import _inner_loop
 
 REFUSED = {
@@ -33,11 +33,11 @@ def test_triton_says_what_it_does_not_serve(op, sentence):
 @pytest.mark.parametrize("op", ["adapt_mlp", "meta_loss_mlp"])
 def test_triton_refuses_what_it_cannot_count(op, monkeypatch):
     require("triton")
-    from fastmeta.kernels import _inner_loop_call
+    from fastmeta.kernels.inner_loop import call
 
     args = arguments(op)
     assert BACKENDS["triton"].why_not(REGISTRY[op], args) is None
-    monkeypatch.setattr(_inner_loop_call, "MOST_ELEMENTS", 100)
+    monkeypatch.setattr(call, "MOST_ELEMENTS", 100)
     assert "elements, are more than 100" in BACKENDS["triton"].why_not(REGISTRY[op], args)
 
 
@@ -47,10 +47,10 @@ def test_triton_refuses_what_it_cannot_count(op, monkeypatch):
 def test_any_number_of_programs(op, form, programs, monkeypatch, poisoned_memory):
     """What tasks share is summed by program first."""
     require("triton")
-    from fastmeta.kernels import _inner_loop_call
+    from fastmeta.kernels.inner_loop import call
 
     ran = []
-    monkeypatch.setattr(_inner_loop_call, "programs_for", lambda *_: ran.append(programs) or programs)
+    monkeypatch.setattr(call, "programs_for", lambda *_: ran.append(programs) or programs)
     with use_backend("triton"):
         for order in (0, 1):
             testing.check_op(REGISTRY[op], arguments(op, form, momentum=0.5), order)

@@ -6,7 +6,7 @@ from conftest import DEVICE
 from test_ops import BACKENDS, require
 
 from fastmeta import use_backend
-from fastmeta._spec import Make
+from fastmeta.dispatch.spec import Make
 from fastmeta.functional import class_prototypes
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import DEVICE
 from torch.nn import functional as F
 
-from fastmeta._backends import use_backend
+from fastmeta.dispatch.backends import use_backend
 from fastmeta.functional import contrastive_loss
 
 

@@ -7,7 +7,7 @@ from test_ops import BACKENDS, require
 from torch.utils import _pytree as pytree
 
 from fastmeta import use_backend
-from fastmeta._spec import Make
+from fastmeta.dispatch.spec import Make
 from fastmeta.functional import fast_weight_update, functional_mlp
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastmeta import use_backend
-from fastmeta._spec import Make
+from fastmeta.dispatch.spec import Make
 from fastmeta.functional import functional_mlp
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}

@@ -8,8 +8,8 @@ from torch.autograd import gradgradcheck
 from torch.nn import functional as F
 
 from fastmeta import use_backend
-from fastmeta._backends import METRICS
-from fastmeta._spec import REGISTRY, Make
+from fastmeta.dispatch.backends import METRICS
+from fastmeta.dispatch.spec import REGISTRY, Make
 from fastmeta.functional import pairwise_distance
 
 REFERENCE = REGISTRY["pairwise_distance"].reference

@@ -7,8 +7,8 @@ from test_ops import BACKENDS, require
 from torch.nn import functional as F
 
 from fastmeta import use_backend
-from fastmeta._backends import METRICS
-from fastmeta._spec import Make
+from fastmeta.dispatch.backends import METRICS
+from fastmeta.dispatch.spec import Make
 from fastmeta.functional import class_prototypes, pairwise_distance, prototypical_loss
 
 metrics = pytest.mark.parametrize("metric", METRICS)

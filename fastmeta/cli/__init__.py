@@ -1,0 +1,5 @@
+"""The command `fastmeta`."""
+
+from .main import main
+
+__all__ = ["main"]

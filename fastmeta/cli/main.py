@@ -1,0 +1,342 @@
+"""The command line: `fastmeta train`, `evaluate`, `demo` and `info`.
+
+Commands import what they need when they run, so that `--help` is quick. The options stand in `options.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+
+from . import options
+
+if TYPE_CHECKING:
+    from ..training import Checkpoint, CheckpointFolder
+
+app = typer.Typer(
+    help="Meta-learning over thousands of tasks at once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+
+@app.command()
+def train(
+    algorithm: options.Algorithm,
+    data: options.Data = None,
+    ways: options.Ways = None,
+    shots: options.Shots = None,
+    query_shots: options.QueryShots = None,
+    train_ways: options.TrainWays = None,
+    train_shots: options.TrainShots = None,
+    train_query_shots: options.TrainQueryShots = None,
+    partition: options.Partition = None,
+    labels: options.Labels = None,
+    augment: options.Augment = None,
+    augment_support: options.AugmentSupport = None,
+    cluster_checkpoint: options.ClusterCheckpoint = None,
+    clusters: options.Clusters = None,
+    cluster_partitions: options.ClusterPartitions = None,
+    data_root: options.DataRoot = None,
+    model: options.Model = None,
+    hidden: options.Hidden = None,
+    norm: options.Norm = None,
+    metric: options.Metric = None,
+    inner_lr: options.InnerLR = None,
+    inner_steps: options.InnerSteps = None,
+    eval_inner_steps: options.EvalInnerSteps = None,
+    first_order: options.FirstOrder = None,
+    engine: options.Engine = None,
+    settings: options.Settings = None,
+    task_chunk: options.TaskChunk = None,
+    outer_lr: options.OuterLR = None,
+    lr_schedule: options.Schedule = None,
+    lr_halve_every: options.HalveEvery = None,
+    task_batch: options.TaskBatchSize = None,
+    iterations: options.Iterations = None,
+    minutes: options.Minutes = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    out_dir: options.RunFolder = None,
+    resume: options.Resume = False,
+    fall_back: options.FallBack = False,
+    eval_every: options.EvalEvery = None,
+    eval_tasks: options.EvalTasks = None,
+    save_every: options.SaveEvery = None,
+    tensorboard: options.TensorBoard = False,
+    debug: options.Debug = False,
+) -> None:
+    """Meta-train, with checkpoints and validation.
+
+    Defaults are the papers' settings. SIGINT (Ctrl-C) and SIGTERM write a checkpoint and leave.
+    """
+    given = dict(
+        algorithm=algorithm, data=data, ways=ways, shots=shots, query_shots=query_shots, train_ways=train_ways,
+        train_shots=train_shots, train_query_shots=train_query_shots, partition=partition,
+        data_root=str(data_root) if data_root else None, model=model, hidden=_widths(hidden), norm=norm, metric=metric,
+        inner_lr=inner_lr, inner_steps=inner_steps, eval_inner_steps=eval_inner_steps, first_order=first_order,
+        engine=engine, task_chunk=task_chunk, outer_lr=outer_lr, lr_schedule=lr_schedule,
+        lr_halve_every=lr_halve_every, task_batch=task_batch, iterations=iterations, minutes=minutes, seed=seed,
+        device=device, threads=threads, eval_every=eval_every, eval_tasks=eval_tasks, save_every=save_every,
+        labels=labels, augmentation=_settings(augment, "--augment", "rotate=15"), augment_support=augment_support,
+        cluster_checkpoint=str(cluster_checkpoint) if cluster_checkpoint else None, clusters=clusters,
+        cluster_partitions=cluster_partitions, settings=_settings(settings, "--set", "full_context=true"),
+    )  # fmt: skip
+    given = {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
+    from ..training import CheckpointFolder, run_config
+    from ..training.reporting import ConsoleReporter, TensorBoardReporter
+    from ..training.run import build_trainer, resumed_config
+
+    checkpoint = None
+    if resume:
+        if out_dir is None:
+            raise ValueError("--resume needs --out: the folder of the run to go on with")
+        folder = out_dir
+        checkpoint = _newest(CheckpointFolder(folder), fall_back)
+        config = resumed_config(checkpoint, given)
+    else:
+        if data is None:
+            raise ValueError(f"--data is needed: one of {', '.join(name.value for name in options.DataName)}")
+        config = run_config(**given)
+        folder = out_dir or Path("runs") / f"{config.algorithm}-{config.data}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if CheckpointFolder(folder).steps():
+            raise ValueError(f"--out {folder} holds a run already: --resume goes on with it, or name another folder")
+
+    bar = ConsoleReporter(
+        out, iterations=config.iterations, minutes=config.minutes, regression=config.data == "sinusoid"
+    )
+    trainer = build_trainer(config, folder, (bar, TensorBoardReporter(folder)) if tensorboard else (bar,))
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        _say(f"resumed {folder} at step {trainer.step:,}")
+    parameters = sum(p.numel() for p in trainer.algorithm.parameters())
+    _say(
+        f"{config.algorithm} on {config.data}: {parameters:,} parameters on {trainer.device}, "
+        f"{config.task_batch} {'task' if config.task_batch == 1 else 'tasks'} a step"
+    )
+    with bar:
+        received = trainer.run()
+    if received is not None:
+        _warn(
+            f"stopped by {signal.Signals(received).name} at step {trainer.step:,}, checkpoint in {folder}; "
+            f"go on with: fastmeta train {config.algorithm} --out {folder} --resume"
+        )
+        raise typer.Exit(128 + received)
+    _say(f"finished at step {trainer.step:,} after {trainer.seconds:.1f} s of training; checkpoints in {folder}")
+
+
+@app.command()
+def evaluate(
+    checkpoint: options.Checkpoint,
+    episodes: options.Episodes = 600,
+    split: options.Split = options.SplitName.test,
+    ways: options.TestWays = None,
+    shots: options.TestShots = None,
+    query_shots: options.TestQueryShots = None,
+    inner_steps: options.TestInnerSteps = None,
+    newest: options.Newest = False,
+    seed: options.TestSeed = 0,
+    data_root: options.DataRoot = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Held-out accuracy, or mean squared error after each inner step, with 95% confidence intervals."""
+    from ..training.evaluate import evaluate as judge
+    from ..training.reporting import describe
+    from ..training.run import find_checkpoint, load_for_evaluation
+
+    found = find_checkpoint(checkpoint, newest=newest)
+    sizes = {"ways": ways, "shots": shots, "query_shots": query_shots}
+    config, algorithm, tasks = load_for_evaluation(
+        found, split.value, device=device or "auto", threads=threads, data_root=data_root, **sizes
+    )
+    sizes = {name: value or getattr(config, name) for name, value in sizes.items()}
+    regression = tasks.kind == "regression"
+    if inner_steps is None and hasattr(algorithm, "inner_steps"):
+        inner_steps = max(10, config.inner_steps) if regression else config.eval_inner_steps
+    began = time.perf_counter()
+    evaluation = judge(algorithm, tasks, episodes=episodes, inner_steps=inner_steps, by_step=regression, seed=seed)
+    seconds = time.perf_counter() - began
+    if as_json:
+        about = {"checkpoint": str(found.path), "step": found.step, "algorithm": config.algorithm, "data": config.data}
+        about |= {"split": split.value, **sizes, "inner_steps": inner_steps, "seed": seed, "seconds": seconds}
+        print(json.dumps({**about, **evaluation.as_json()}, indent=1, allow_nan=False))
+        return
+    size = f"{sizes['shots']} shots" if regression else f"{sizes['ways']}-way {sizes['shots']}-shot"
+    _say(f"{config.algorithm} on {config.data}, {split.value} split, {size}, {episodes} episodes, {found.path}")
+    _say(f"{describe(evaluation, regression)} (95% confidence interval), in {seconds:.1f} s", style="bold")
+    if evaluation.calibration_error is not None:
+        _say(f"  expected calibration error {100 * evaluation.calibration_error:.2f}%")
+    for step, estimate in enumerate(evaluation.loss_by_step):
+        _say(f"  MSE after {step:>2} inner steps  {estimate.plain()}")
+
+
+@app.command()
+def reproduce(
+    suite: options.Suite = "quick",
+    out_dir: options.ReproduceFolder = Path("runs/reproduce"),
+    only: options.Only = None,
+    episodes: options.Episodes = 600,
+    data_root: options.DataRoot = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    debug: options.Debug = False,
+) -> None:
+    """Train and judge every algorithm, and write one table. Stopped, it goes on when typed again."""
+    from .reproduce import reproduce as run
+
+    run(
+        suite, out_dir, only=only, episodes=episodes, threads=threads, device=device or "auto",
+        data_root=str(data_root) if data_root else None, console=out,
+    )  # fmt: skip
+    _say(f"table in {out_dir / suite / 'table.md'}", style="bold")
+
+
+@app.command()
+def irl(
+    world: options.World,
+    iterations: options.IrlIterations = 600,
+    tasks: options.IrlTasks = 200,
+    seed: options.IrlSeed = 0,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Learn rewards from 1, 5 and 10 demonstrations: meta-learned, averaged over tasks, and from scratch."""
+    import torch
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from ..irl.experiment import experiment
+
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = device if device not in (None, "auto") else "cuda" if torch.cuda.is_available() else "cpu"
+    with Progress(console=err, transient=True) as bar:
+        bars = {name: bar.add_task(name, total=iterations) for name in ("meta", "averaged")}
+        rows = experiment(
+            world.value, iterations=iterations, num_tasks=tasks, seed=seed, device=chosen,
+            progress=lambda method, step: bar.update(bars[method], completed=step),
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(rows, indent=1, allow_nan=False))
+        return
+    title = f"{world.value}: 0 is the best policy, 1 chance"
+    table = Table("method", "demonstrations", "value difference", title=title)
+    for row in rows:
+        found = row["value_difference"]
+        table.add_row(row["method"], str(row["demonstrations"]), f"{found['mean']:.3f} ± {found['ci95']:.3f}")
+    out.print(table)
+
+
+@app.command()
+def demo(
+    out_dir: options.DemoFolder = Path("demo"),
+    data_root: options.DataRoot = None,
+    quick: options.Quick = False,
+    debug: options.Debug = False,
+) -> None:
+    """MAML on sinusoids, a prototypical network on characters, and a picture: under three minutes on two CPU cores."""
+    from .demo import run_demo
+
+    run_demo(out_dir, data_root=data_root, quick=quick, console=out)
+
+
+@app.command()
+def info() -> None:
+    """Versions, devices, and which backend serves each op, with the reasons."""
+    from .info import print_info
+
+    print_info()
+
+
+def main() -> None:
+    """The entry point. A user's mistake ends in one line on stderr and code 2, training that diverged in code 1."""
+    with _clear_errors():
+        app(prog_name="fastmeta")
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        _fail(error, 2)
+    except RuntimeError as error:
+        # Any other RuntimeError is a bug, whose traceback is wanted.
+        from torch import OutOfMemoryError
+
+        from ..training import NonFiniteError
+
+        if isinstance(error, OutOfMemoryError):
+            _fail(RuntimeError(f"{str(error).splitlines()[0]} --task-chunk bounds the memory of a step"), 1)
+        if isinstance(error, NonFiniteError):
+            _fail(error, 1)
+        raise
+
+
+def _fail(error: Exception, code: int) -> None:
+    if options.debugging():
+        raise error
+    err.print("[bold red]error:[/bold red] ", end="")
+    err.print(" ".join(str(error).split()) or type(error).__name__, markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _say(text: str, style: str | None = None) -> None:
+    out.print(text, style=style, markup=False, highlight=False, soft_wrap=True)  # a path may look like markup
+
+
+def _warn(text: str) -> None:
+    err.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _settings(given: list[str] | None, flag: str, example: str) -> tuple[tuple[str, object], ...] | None:
+    """`NAME=VALUE` with a JSON value; what is no JSON is a word."""
+    found = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"{flag} must be NAME=VALUE, such as {example}; got {text!r}")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return tuple(sorted(found.items())) or None
+
+
+def _widths(text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--hidden must be numbers with commas between, such as 64,64; got {text!r}") from None
+
+
+def _newest(folder: CheckpointFolder, fall_back: bool) -> Checkpoint:
+    from ..training import CheckpointError
+
+    try:
+        checkpoint, complaints = folder.newest(fall_back=fall_back)
+    except CheckpointError as error:
+        if fall_back or len(folder.steps()) < 2:
+            raise
+        raise CheckpointError(f"{error}. --fall-back goes on from the newest whole checkpoint") from error
+    for complaint in complaints:
+        _warn(f"warning: passed over {complaint}")
+    return checkpoint

@@ -1,0 +1,1 @@
+"""How an op finds its kernel: what an op is, how it is registered, which backend runs it."""

@@ -1,0 +1,24 @@
+"""The ops, as functions: drop-in parts for any PyTorch meta-learning code.
+
+Each runs on the fastest backend that can serve its call (C++ on the CPU, CUDA or Triton on the GPU, plain PyTorch
+elsewhere), is differentiable twice and more, and works under `torch.func`, `torch.compile` and autocast. Tensors may
+have any strides; float32 and float64 run natively everywhere, float16 and bfloat16 on GPU kernels with float32 sums.
+
+Sizes: T tasks, S support rows, Q query rows, N classes ("way"), D embedding width.
+"""
+
+from .embeddings import class_prototypes, contrastive_loss, pairwise_distance, prototypical_loss
+from .inner_loops import adapt_mlp, meta_loss_mlp
+from .mlp import functional_mlp
+from .updates import fast_weight_update
+
+__all__ = [
+    "adapt_mlp",
+    "class_prototypes",
+    "contrastive_loss",
+    "fast_weight_update",
+    "functional_mlp",
+    "meta_loss_mlp",
+    "pairwise_distance",
+    "prototypical_loss",
+]

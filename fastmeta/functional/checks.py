@@ -1,0 +1,129 @@
+"""Argument errors, all of one form: the argument, what came, what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+_passed: set = set()  # calls whose shapes, dtypes and devices have been checked
+_MOST_PASSED = 4096
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def key(*parts):
+    """What the checks of a call depend on, to look it up in `passed`; None where they must run every time.
+
+    Tensors count by class, shape, dtype and device. Looking takes a fifth of the time of checking, which for small
+    tensors is longer than the work.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    found = []
+    try:
+        for part in parts:
+            if isinstance(part, Tensor):
+                found.append((part.__class__, part.shape, part.dtype, part.device))
+            elif part.__class__ in (list, tuple):
+                found.append(part.__class__)
+                for t in part:
+                    found.append((t.__class__, t.shape, t.dtype, t.device))
+            else:
+                found.append((part.__class__, part))
+        found = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), *found)
+        hash(found)
+    except (AttributeError, TypeError):  # not tensors, or sizes that are symbols
+        return None
+    return found
+
+
+def passed(key) -> bool:
+    return key is not None and key in _passed
+
+
+def remember(key) -> None:
+    if key is None:
+        return
+    if len(_passed) >= _MOST_PASSED:
+        _passed.clear()
+    _passed.add(key)
+
+
+def tensor(name: str, value, layout: str) -> None:
+    """`value` is a floating tensor with the dimensions of `layout`, such as "[T, S, D]"."""
+    tensor_of_any_shape(name, value, f" of shape {layout}")
+    if value.dim() != layout.count(",") + 1:
+        raise ValueError(f"{name} must have shape {layout}, got {list(value.shape)}")
+
+
+def tensor_of_any_shape(name: str, value, of_shape: str = "") -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor{of_shape}, got {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {_dtype(value)}")
+    if value.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} must be on the CPU or a CUDA device, got {value.device}")
+
+
+def sequence(name: str, value) -> list:
+    # a tensor too can be iterated over: its slices would pass for shared layers
+    if isinstance(value, (Tensor, str)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a list or tuple of tensors, got {type(value).__name__}")
+    return list(value)
+
+
+def choice_of_tasks(name: str, value: Tensor, tasks: int) -> None:
+    """The leading size of `value` is the number of tasks, or 1."""
+    if value.shape[0] not in (1, tasks):
+        raise ValueError(f"{name} has T = {value.shape[0]} (shape {list(value.shape)}), but the others have {tasks}")
+
+
+def labels(name: str, value, layout: str, like: Tensor, like_name: str) -> None:
+    """`value` holds int64 class labels, one per row of `like`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be an int64 tensor of shape {layout}, got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {_dtype(value)}")
+    if value.shape != like.shape[:2]:
+        raise ValueError(
+            f"{name} must have shape {layout} = {list(like.shape[:2])} to match {like_name}, got {list(value.shape)}"
+        )
+    same_device(name, value, like_name, like)
+
+
+def same_size(name: str, value: Tensor, axis: int, axis_name: str, other_name: str, size: int) -> None:
+    if value.shape[axis] != size:
+        raise ValueError(
+            f"{name} has {axis_name} = {value.shape[axis]} (shape {list(value.shape)}), but {other_name} has {size}"
+        )
+
+
+def same_kind(first_name: str, first: Tensor, **others: Tensor) -> None:
+    """All tensors have the dtype and device of the first."""
+    for name, other in others.items():
+        if other.dtype != first.dtype:
+            raise TypeError(f"{name} is {_dtype(other)}, but {first_name} is {_dtype(first)}: they must agree")
+        same_device(name, other, first_name, first)
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} is on {value.device}, but {other_name} is on {other.device}: they must agree")
+
+
+def choice(name: str, value, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+def class_count(value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"num_classes must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"num_classes must be at least 0, got {value}")
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")

@@ -1,0 +1,26 @@
+"""What a source of tasks is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from fastmeta.tasks.batch import TaskBatch
+
+
+class TaskSource(Protocol):
+    """What tasks come from: everything in `fastmeta.tasks`, or your own.
+
+    Attributes:
+        kind: "classification" (labels int64 `[T, S]`) or "regression" (targets `[T, S, O]`).
+        input_shape: of one example.
+        output_size: number of classes of a task, or the target's width O.
+    """
+
+    kind: str
+    input_shape: tuple[int, ...]
+    output_size: int
+
+    def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
+        """`num_tasks` new tasks on the source's device."""
