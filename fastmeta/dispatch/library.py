@@ -3,13 +3,14 @@
 Every formula hangs on the op and the backend is chosen below it (`backends.run`), so that all backends share one
 gradient, switch per call and break no graph.
 
-Four ways into an op:
+Five ways into an op:
 - on plain tensors in eager mode straight to the backend, through a small `autograd.Function` if there is something to
   differentiate: the dispatcher's way for Python ops costs more than a small kernel runs;
 - while compiling, tracing or in a dispatch mode the dispatcher op itself, with the gradient registered on it;
 - under `torch.func` transforms an `autograd.Function` with a vmap rule, because gradients registered on a dispatcher
-  op fail there; while compiling under such a transform the plain-torch reference, because an `autograd.Function`
-  inside `torch.compile` gives wrong second derivatives;
+  op fail there;
+- while compiling under such a transform the plain-torch reference, because an `autograd.Function` inside
+  `torch.compile` gives wrong second derivatives;
 - in forward mode the reference, because a dispatcher op would return a zero tangent without a word.
 """
 
