@@ -2,13 +2,15 @@
 
 from .anil import ANIL, BOIL
 from .caml_incontext import InContextCAML
-from .caml_modulation import FiLM, FiLMConv4, FiLMMLP, ModulationCAML
+from .caml_modulation import ModulationCAML
 from .cavia import CAVIA
 from .contrastive import Contrastive
+from .fast_weights import FastWeights
+from .film import ContextFiLM, ContextFiLMConv4, FiLM, FiLMConv4, FiLMMLP
 from .gradient_head import GradientHead
 from .hypernetwork import Hypernetwork
 from .imaml import ImplicitMAML
-from .maml import MAML, FastWeights
+from .maml import MAML
 from .maml_plus_plus import MAMLPlusPlus
 from .matching_networks import MatchingNetwork
 from .meta_sgd import MetaSGD
@@ -24,6 +26,8 @@ __all__ = [
     "BOIL",
     "CAVIA",
     "MAML",
+    "ContextFiLM",
+    "ContextFiLMConv4",
     "Contrastive",
     "FastWeights",
     "FiLM",

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .output import MetaOutput
+from ._known_gradients import with_gradients
+from .output import MetaOutput, detached, over_tasks
 
 
 def chunked_loss(
@@ -33,46 +34,13 @@ def chunked_loss(
                 if gradient is not None:
                     gradients[i] = gradient if gradients[i] is None else gradients[i].add_(gradient)
         # Detached at once: a result that held on to its graph would keep the chunk in memory.
-        outputs.append(MetaOutput(*(None if field is None else field.detach() for field in output)))
+        outputs.append(detached(output))
 
     def join(field: str) -> Tensor | None:
         parts = [getattr(output, field) for output in outputs]
         return None if parts[0] is None else torch.cat(parts)
 
-    task_loss = join("task_loss")
-    loss = task_loss.mean()
-    if differentiable:
-        loss = _Ready.apply(loss, gradients, *parameters)
-    return MetaOutput(loss, task_loss, join("accuracy"), join("logits"))
-
-
-class _Ready(torch.autograd.Function):
-    """A loss whose gradients are known already."""
-
-    @staticmethod
-    def forward(ctx, loss: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        ctx.save_for_backward(*parameters)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        scaled = [None if gradient is None else gradient * grad_output for gradient in ctx.gradients]
-        if torch.is_grad_enabled():
-            # Differentiating again would take these gradients for constants, silently: make it an error
-            # instead.
-            parameters = ctx.saved_tensors
-            scaled = [None if g is None else _NotTwice.apply(g, p) for g, p in zip(scaled, parameters, strict=True)]
-        return None, None, *scaled
-
-
-class _NotTwice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gradient: Tensor, parameter: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        raise RuntimeError(
-            "a meta-gradient computed with task_chunk cannot be differentiated again; use task_chunk=None"
-        )
+    output = over_tasks(join("task_loss"), join("accuracy"), join("logits"))
+    if not differentiable:
+        return output
+    return output._replace(loss=with_gradients(output.loss, gradients, parameters))

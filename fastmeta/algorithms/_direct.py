@@ -87,7 +87,8 @@ def direct_gradient(
     if not isinstance(chosen, FusedEngine) or not all(p.requires_grad for p in parameters_of(model).values()):
         return None
     with torch.no_grad():
-        tensors, options = chosen.arguments(model, inner, *batch)
+        loop, slow = chosen.loop(model, inner)
+        tensors, options = loop.arguments(slow, *batch)
         args = dense_arguments(*tensors, **options)
     if args is None or len(parameters_of(model)) != len(args[_AT["weights"]]) + len(args[_AT["biases"]]):
         return None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastmeta.dispatch.labels import label_range
 from fastmeta.functional import checks
 
-from .output import MetaOutput
+from ._arguments import check_size, check_tasks
+from ._targets import check_labels, check_targets, cross_entropy
+from .output import MetaOutput, classified, over_tasks
 
 if TYPE_CHECKING:
     from ..tasks import TaskBatch
@@ -31,10 +33,8 @@ class EmbeddingLearner(nn.Module):
 
     def __init__(self, encoder: nn.Module, ways: int | None):
         super().__init__()
-        if ways is not None and (isinstance(ways, bool) or not isinstance(ways, int) or ways < 1):
-            raise ValueError(f"ways must be None or an int of at least 1, got {ways!r}")
         self.encoder = encoder
-        self.ways = ways
+        self.ways = check_size("ways", ways, or_none=True)
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Any:
         """The state of support sets `[T, S, ...]` with labels int64 `[T, S]` (regression: targets `[T, S, O]`)."""
@@ -43,8 +43,7 @@ class EmbeddingLearner(nn.Module):
     def predict(self, state: Any, query_x: Tensor) -> Tensor:
         """Logits `[T, Q, N]` (regression: predictions `[T, Q, O]`) for `query_x` `[T, Q, ...]`."""
         features = self._encode("query_x", query_x)
-        if self._num_tasks(state) != len(features):
-            raise ValueError(f"query_x has {len(features)} tasks, state has {self._num_tasks(state)}")
+        check_tasks(features, self._num_tasks(state))
         return self._score(state, features)
 
     def forward(self, batch: TaskBatch) -> MetaOutput:
@@ -77,29 +76,37 @@ class EmbeddingLearner(nn.Module):
 
     def _judge(self, logits: Tensor, query_y: Tensor) -> MetaOutput:
         check_labels("query_y", query_y, logits, logits.shape[2])
-        return judged(F.cross_entropy(logits.transpose(1, 2), query_y, reduction="none").mean(1), logits, query_y)
+        return classified(cross_entropy(logits, query_y), logits, query_y)
 
     def _num_classes(self, labels: Tensor, features: Tensor) -> int:
         """N of support labels, which are checked: int64, one for each row of `features`, in [0, N)."""
         checks.labels("support_y", labels, "[T, S]", features, "support_x")
-        num_classes = self.ways if self.ways is not None else int(labels.max()) + 1
+        num_classes = self._ways(labels)
         label_range("support_y", labels, num_classes)
         return num_classes
 
+    def _ways(self, labels: Tensor) -> int:
+        """N of support labels as they are."""
+        return self.ways if self.ways is not None else int(labels.max()) + 1
+
     def _encode(self, name: str, x: Tensor) -> Tensor:
-        if x.dim() < 3:
+        # what an nn.Embedding takes for an example, a number, has no dimensions of its own
+        if x.dim() < 2 or (x.dim() == 2 and x.is_floating_point()):
             raise ValueError(f"{name} must have shape [T, B, ...], got {list(x.shape)}")
-        features = self.encoder(x.flatten(0, 1))
-        if features.dim() != 2 and not (self._feature_maps and features.dim() == 4):
-            allowed = "embeddings [B, D]" + (" or feature maps [B, C, H, W]" if self._feature_maps else "")
-            raise ValueError(f"encoder must return {allowed}, got shape {tuple(features.shape)}")
-        return features.unflatten(0, x.shape[:2])
+        if self._feature_maps:
+            return by_rows(self.encoder, "encoder", "embeddings [B, D] or feature maps [B, C, H, W]", x, dims=(2, 4))
+        return by_rows(self.encoder, "encoder", "embeddings [B, D]", x)
 
 
-def judged(task_loss: Tensor, logits: Tensor, labels: Tensor) -> MetaOutput:
-    """The output of a classification whose losses `[T]` are known."""
-    accuracy = (logits.argmax(-1) == labels).to(task_loss.dtype).mean(1)
-    return MetaOutput(task_loss.mean(), task_loss, accuracy, logits)
+def by_rows(module: nn.Module, name: str, returns: str, *inputs: Tensor, dims: Sequence[int] = (2,)) -> Tensor:
+    """`[T, B, ...]`: what `module` makes of the rows of all tasks together, of inputs `[T, B, ...]`.
+
+    `name` and `returns` say in an error what the module is and should return, a tensor with so many dimensions.
+    """
+    features = module(*(x.flatten(0, 1) for x in inputs))
+    if features.dim() not in dims:
+        raise ValueError(f"{name} must return {returns}, got shape {tuple(features.shape)}")
+    return features.unflatten(0, inputs[0].shape[:2])
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> MetaOutput:
@@ -107,25 +114,4 @@ def squared_error(prediction: Tensor, target: Tensor) -> MetaOutput:
     check_targets("query_y", target, prediction)
     if target.shape != prediction.shape:
         raise ValueError(f"query_y must have shape [T, Q, O] = {list(prediction.shape)}, got {list(target.shape)}")
-    task_loss = (prediction - target).square().mean((1, 2))
-    return MetaOutput(task_loss.mean(), task_loss, None, prediction)
-
-
-def check_labels(name: str, labels: Tensor, like: Tensor, num_classes: int) -> None:
-    """`labels` are int64, one for each row of `like` `[T, B, ...]`, in [0, num_classes)."""
-    checks.labels(name, labels, "[T, B]", like, "the examples")
-    label_range(name, labels, num_classes)
-
-
-def check_targets(name: str, targets: Tensor, like: Tensor) -> None:
-    """`targets` are floating, `[T, B, O]`, one row for each row of `like`."""
-    checks.tensor(name, targets, "[T, B, O]")
-    if targets.shape[:2] != like.shape[:2]:
-        raise ValueError(
-            f"{name} must begin with the tasks and examples [T, B] = {list(like.shape[:2])}, got {list(targets.shape)}"
-        )
-
-
-def one_hot(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
-    """`[T, B, N]` of 0 and 1; a label outside [0, N) gives a row of zeros."""
-    return (labels.unsqueeze(-1) == torch.arange(num_classes, device=labels.device)).to(dtype)
+    return over_tasks((prediction - target).square().mean((1, 2)), logits=prediction)

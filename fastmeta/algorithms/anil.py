@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ._adaptation import InnerLoopAlgorithm, Rates, check_number
+from ._arguments import check_number
+from ._rated_loop import RatedInnerLoop
+from ._rates import Rates
 
 HEAD_OR_BODY = ("head", "body")
 
 
-class ANIL(InnerLoopAlgorithm):
+class ANIL(RatedInnerLoop):
     """ANIL (Raghu, Raghu, Bengio, Vinyals 2020, "Rapid Learning or Feature Reuse? Towards Understanding the
     Effectiveness of MAML", section 4): MAML whose inner loop changes the head alone.
 

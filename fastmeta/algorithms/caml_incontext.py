@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._arguments import check_width
 from ._embedding import EmbeddingLearner
 
 
@@ -103,8 +104,7 @@ class InContextCAML(EmbeddingLearner):
         return self.head(read[:, 0])[:, : state.num_classes].unflatten(0, (tasks, queries))
 
     def _normed(self, features: Tensor) -> Tensor:
-        if features.shape[2] != self.features:
-            raise ValueError(f"encoder must return embeddings [B, {self.features}], got [B, {features.shape[2]}]")
+        check_width(features, self.features)
         return self.norm(features)
 
 

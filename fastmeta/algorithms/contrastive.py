@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from fastmeta import functional
 from fastmeta.functional import checks
 
-from ._embedding import EmbeddingLearner, one_hot
-from .output import MetaOutput
+from ._arguments import check_size
+from ._embedding import EmbeddingLearner, by_rows
+from ._targets import one_hot
+from .output import MetaOutput, over_tasks
 from .ridge import ridge_weights
 
 if TYPE_CHECKING:
@@ -88,12 +90,11 @@ class Contrastive(EmbeddingLearner):
         for name, value in (("temperature", temperature), ("ridge", ridge), ("fine_tune_lr", fine_tune_lr)):
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be positive and finite, got {value!r}")
-        if isinstance(fine_tune_steps, bool) or not isinstance(fine_tune_steps, int) or fine_tune_steps < 0:
-            raise ValueError(f"fine_tune_steps must be an int of at least 0, got {fine_tune_steps!r}")
         self.projection = projection if projection is not None else nn.Identity()
         self.features = features
         self.temperature, self.head, self.centre, self.ridge = float(temperature), head, centre, float(ridge)
-        self.fine_tune_steps, self.fine_tune_lr = fine_tune_steps, float(fine_tune_lr)
+        self.fine_tune_steps = check_size("fine_tune_steps", fine_tune_steps, 0)
+        self.fine_tune_lr = float(fine_tune_lr)
 
     @torch.no_grad()
     def adapt(self, support_x: Tensor, support_y: Tensor) -> LinearHead:
@@ -118,8 +119,7 @@ class Contrastive(EmbeddingLearner):
                 f"{tuple(first.shape)} and {tuple(second.shape)}: train with one shot and one query shot"
             )
         views = self._project(self._encode("support_x", torch.cat([first, second], 1)))
-        task_loss = functional.contrastive_loss(*views.chunk(2, 1), self.temperature)
-        return MetaOutput(task_loss.mean(), task_loss, None, None)
+        return over_tasks(functional.contrastive_loss(*views.chunk(2, 1), self.temperature))
 
     def extra_repr(self) -> str:
         return (
@@ -154,10 +154,7 @@ class Contrastive(EmbeddingLearner):
         return self._project(features) if self.features == "projection" else features
 
     def _project(self, features: Tensor) -> Tensor:
-        projected = self.projection(features.flatten(0, 1))
-        if projected.dim() != 2:
-            raise ValueError(f"projection must return [B, P], got shape {tuple(projected.shape)}")
-        return projected.unflatten(0, features.shape[:2])
+        return by_rows(self.projection, "projection", "[B, P]", features)
 
     @staticmethod
     def _transform(features: Tensor, centre: Tensor | None) -> Tensor:

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from fastmeta import functional
 from fastmeta.functional.fast_weights import MLPFastWeights
 
-from ._adaptation import check_count, check_number
-from ._embedding import EmbeddingLearner, check_labels, judged
-from .output import MetaOutput
+from ._arguments import check_count, check_number
+from ._embedding import EmbeddingLearner
+from ._targets import check_labels
+from .output import MetaOutput, classified
 
 
 class GradientHead(EmbeddingLearner):
@@ -85,4 +86,4 @@ class GradientHead(EmbeddingLearner):
         head, options = self._inner_loop(support, support_y)
         check_labels("query_y", query_y, query, len(head[0]))
         found = functional.meta_loss_mlp(support, support_y, query, query_y, head, None, **options)
-        return judged(found.loss, found.logits, query_y)
+        return classified(found.loss, found.logits, query_y)

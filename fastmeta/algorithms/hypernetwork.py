@@ -12,7 +12,9 @@ from fastmeta import functional
 from fastmeta.dispatch.backends import ACTIVATIONS
 from fastmeta.functional import checks
 
-from ._embedding import EmbeddingLearner, check_targets, squared_error
+from ._arguments import check_size, check_width
+from ._embedding import EmbeddingLearner, squared_error
+from ._targets import check_targets
 from .output import MetaOutput
 
 MODES = ("full", "head", "lowrank")
@@ -85,8 +87,8 @@ class Hypernetwork(EmbeddingLearner):
         checks.choice("activation", activation, ACTIVATIONS)
         widths = {"features": features, "outputs": outputs, "set_width": set_width, "rank": rank}
         for name, value in (*widths.items(), *(("hidden", width) for width in hidden)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+            if value is not None:
+                check_size(name, value)
         self.features, self.outputs, self.mode, self.activation = features, outputs, mode, activation
         self.hidden, self.rank = tuple(hidden), rank
         sizes = (features, *self.hidden)
@@ -118,8 +120,7 @@ class Hypernetwork(EmbeddingLearner):
         )
 
     def _fit(self, features: Tensor, targets: Tensor) -> GeneratedWeights:
-        if features.shape[2] != self.features:
-            raise ValueError(f"encoder must return embeddings [B, {self.features}], got [B, {features.shape[2]}]")
+        check_width(features, self.features)
         rows, task = self._summaries(features, targets)
         head = self.head(rows)
         if self.outputs is not None:

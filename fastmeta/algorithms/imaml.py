@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from ..engines import InnerLoop, as_loss, choose
-from ..engines._exact import twice_differentiable
+from ..engines import InnerLoop, twice_differentiable
 from ..engines.inspect import mlp_spec
 from ..engines.layerwise import why_no_formulas
-from ..engines.vmap import _buffers_per_task
-from ._adaptation import check_batch, check_count, check_number, gradient_of_tasks, judged, mlp_gradients
-from ._chunks import _Ready
-from .maml import FastWeights, _check_pair
-from .output import MetaOutput
-
-if TYPE_CHECKING:
-    from ..tasks import TaskBatch
+from ..engines.vmap import buffers_per_task
+from ._arguments import check_count, check_number
+from ._gradients import gradient_of_tasks, mlp_gradients
+from ._inner_loop import InnerLoopAlgorithm, detached_weights
+from ._known_gradients import with_gradients
+from .output import MetaOutput, detached, judged
 
 
-class ImplicitMAML(nn.Module):
+class ImplicitMAML(InnerLoopAlgorithm):
     """Implicit MAML (Rajeswaran, Finn, Kakade, Levine 2019, "Meta-Learning with Implicit Gradients", algorithms 1
     and 2).
 
@@ -35,9 +31,9 @@ class ImplicitMAML(nn.Module):
 
     `forward(batch).loss.backward()` leaves that gradient, which is computed during `forward`; it is exact only as far
     as the inner problem is solved, and cannot be differentiated again. Only the parameters get one: inputs may not
-    require gradients. Departure: the mean over tasks. The authors' code takes the regularisation's gradient in one
-    last step alone and adds 10 to it in the linear system; here it is in every step, and `cg_damping` says what is
-    added.
+    require gradients. What `adapt` returns has no graph. Departure: the mean over tasks. The authors' code takes the
+    regularisation's gradient in one last step alone and adds 10 to it in the linear system; here it is in every step,
+    and `cg_damping` says what is added.
 
     Args:
         model: any module from examples `[B, ...]` to predictions `[B, C]`. Parameters with `requires_grad=False` are
@@ -67,42 +63,34 @@ class ImplicitMAML(nn.Module):
         cg_damping: float = 0.0,
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
     ):
-        super().__init__()
+        super().__init__(model, inner_steps=inner_steps, loss=loss, first_order=True)
         self.regularization = check_number("regularization", regularization, 0, open=True)
         self.inner_lr = check_number("inner_lr", inner_lr)
-        self.inner_steps = check_count("inner_steps", inner_steps, 0)
         self.cg_steps = check_count("cg_steps", cg_steps, 1)
         self.cg_damping = check_number("cg_damping", cg_damping, 0)
-        self.model = model
-        self.loss = as_loss(loss)
 
-    def adapt(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
-        """Solve the inner problem on support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`. The result has no
-        graph."""
-        _check_pair("support_x", support_x, "support_y", support_y)
-        return self._state(self._solve(support_x, support_y), support_x.shape[0])
+    def extra_repr(self) -> str:
+        return (
+            f"regularization={self.regularization}, inner_lr={self.inner_lr}, inner_steps={self.inner_steps}, "
+            f"cg_steps={self.cg_steps}, cg_damping={self.cg_damping}, loss={self.loss.name!r}"
+        )
 
-    def predict(self, state: FastWeights, query_x: Tensor) -> Tensor:
-        """Predictions `[T, Q, C]` of the adapted weights for `query_x` `[T, Q, ...]`."""
-        if query_x.shape[0] != len(state):
-            raise ValueError(f"query_x has {query_x.shape[0]} tasks, state has {len(state)}")
-        inner = InnerLoop(self.inner_lr, self.inner_steps, True, self.loss)
-        return choose("auto", self.model, inner, query_x).predict(self.model, state.weights, query_x)
+    def _adapted(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
+        slow, trained = detached_weights(self.model)
+        return slow | self._solve(trained, support_x, support_y)
 
-    def forward(self, batch: TaskBatch) -> MetaOutput:
-        """Adapt to every task's support set and judge on its query set."""
-        check_batch(batch)
-        support_x, support_y, query_x, query_y = batch
-        fast = self._solve(support_x, support_y)
+    def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
+        slow, trained = detached_weights(self.model)
+        fast = self._solve(trained, support_x, support_y)
         if not torch.is_grad_enabled() or not fast:
-            return judged(self.loss, self.predict(self._state(fast, support_x.shape[0]), query_x), query_y)
-        if any(tensor.requires_grad for tensor in batch):
+            return judged(self.loss, self._predicted(slow | fast, query_x), query_y)
+        if any(tensor.requires_grad for tensor in (support_x, support_y, query_x, query_y)):
             raise ValueError("batch: inputs and targets that require gradients get none from implicit MAML")
         fast = {name: w.requires_grad_() for name, w in fast.items()}
         leaves = list(fast.values())
-        output = judged(self.loss, self.predict(self._state(fast, support_x.shape[0]), query_x), query_y)
+        output = judged(self.loss, self._predicted(slow | fast, query_x), query_y)
         right = torch.autograd.grad(output.task_loss.sum(), leaves)
-        support_gradients = self._gradients(fast, support_x, support_y)
+        support_gradients = self._gradients(slow, fast, support_x, support_y)
 
         def times_matrix(vector: Tensor) -> Tensor:
             parts = [part.view_as(w) for part, w in zip(vector.split(sizes, 1), leaves, strict=True)]
@@ -113,39 +101,26 @@ class ImplicitMAML(nn.Module):
         solution = conjugate_gradients(times_matrix, _flat(right), self.cg_steps)
         means = solution.mean(0).split(sizes)
         named = dict(self.model.named_parameters())
-        slow = [named[name] for name in fast]
-        gradients = [mean.view_as(p) for mean, p in zip(means, slow, strict=True)]
-        output = MetaOutput(*(None if field is None else field.detach() for field in output))
-        return output._replace(loss=_Ready.apply(output.loss, gradients, *slow))
-
-    def extra_repr(self) -> str:
-        return (
-            f"regularization={self.regularization}, inner_lr={self.inner_lr}, inner_steps={self.inner_steps}, "
-            f"cg_steps={self.cg_steps}, cg_damping={self.cg_damping}, loss={self.loss.name!r}"
-        )
-
-    def _state(self, fast: Mapping[str, Tensor], tasks: int) -> FastWeights:
-        weights = {name: p.detach() for name, p in self.model.named_parameters()} | dict(fast)
-        return FastWeights(weights, frozenset(weights) - frozenset(fast), tasks)
+        gradients = [mean.view_as(named[name]) for name, mean in zip(fast, means, strict=True)]
+        output = detached(output)
+        return output._replace(loss=with_gradients(output.loss, gradients, [named[name] for name in fast]))
 
     @torch.no_grad()
-    def _solve(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Weights `[T, *shape]` after gradient descent on the regularised support loss."""
-        slow = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-        fast = {name: w.unsqueeze(0).repeat(x.shape[0], *[1] * w.dim()) for name, w in slow.items()}
-        weights: Mapping[str, Tensor] = slow  # shared in the first step: one dense product for all tasks
-        for _ in range(self.inner_steps if slow else 0):
+    def _solve(self, start: Mapping[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Weights `[T, *shape]` after gradient descent on the regularised support loss from `start` `[*shape]`."""
+        fast = {name: w.unsqueeze(0).repeat(x.shape[0], *[1] * w.dim()) for name, w in start.items()}
+        weights = start  # shared in the first step: one dense product for all tasks
+        for _ in range(self.inner_steps if start else 0):
             gradients = gradient_of_tasks(self.model, self.loss, weights, x, y)
             for name, w in fast.items():
-                w.lerp_(slow[name].expand_as(w), self.inner_lr * self.regularization)
+                w.lerp_(start[name].expand_as(w), self.inner_lr * self.regularization)
                 w.sub_(gradients[name], alpha=self.inner_lr)
             weights = fast
         return fast
 
-    def _gradients(self, fast: dict[str, Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
+    def _gradients(self, slow: dict[str, Tensor], fast: dict[str, Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
         """Support gradients `[T, *shape]` at `fast`, to be differentiated again."""
-        slow = {name: p.detach() for name, p in self.model.named_parameters()}
-        if why_no_formulas(self.model, InnerLoop(0.0, 0, False, self.loss), x) is None:
+        if why_no_formulas(self.model, x) is None:
             return list(mlp_gradients(mlp_spec(self.model), self.loss, slow | fast, list(fast), x, y).values())
         shared = {name: p for name, p in slow.items() if name not in fast}
 
@@ -154,7 +129,7 @@ class ImplicitMAML(nn.Module):
 
         # the gradient is taken outside of vmap: the tasks do not meet, and plain autograd is exact to second order
         with twice_differentiable():
-            losses = vmap(task_loss, randomness="different")(fast, _buffers_per_task(self.model, len(x)), x, y)
+            losses = vmap(task_loss, randomness="different")(fast, buffers_per_task(self.model, len(x)), x, y)
             return list(torch.autograd.grad(losses.sum(), list(fast.values()), create_graph=True))
 
 

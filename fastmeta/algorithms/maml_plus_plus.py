@@ -7,24 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
 from ..engines import InnerLoop
+from ..engines.fused_loop import FusedLoop
 from ..engines.layerwise import LayerwiseEngine
-from ..engines.vmap import _buffers_per_task
-from ._adaptation import (
-    InnerLoopAlgorithm,
-    Rates,
-    check_count,
-    check_number,
-    fused,
-    fused_adapt,
-    judged,
-    rate_at,
-    task_gradients,
-)
-from .maml import FastWeights, _check_pair
-from .output import MetaOutput
+from ..engines.vmap import buffers_per_task, task_gradients, task_predictions
+from ._arguments import check_count, check_number, check_tasks
+from ._fused import fused_loop
+from ._rated_loop import RatedInnerLoop
+from ._rates import Rates, stepped
+from .fast_weights import FastWeights
+from .output import MetaOutput, judged
 
 if TYPE_CHECKING:
     from ..tasks import TaskBatch
@@ -108,7 +101,7 @@ class BatchNormPerStep(nn.Module):
         return f"{self.num_features}, steps={self.steps}, momentum={self.momentum}, eps={self.eps}"
 
 
-class MAMLPlusPlus(InnerLoopAlgorithm):
+class MAMLPlusPlus(RatedInnerLoop):
     """MAML++ (Antoniou, Edwards, Storkey 2019, "How to train your MAML", section 4). Each part is a switch:
 
     * *Per-layer per-step rates* (`learned_rates`): a rate for each layer and inner step, trained with the weights.
@@ -186,24 +179,12 @@ class MAMLPlusPlus(InnerLoopAlgorithm):
             if key not in self.rates:
                 self.rates[key] = nn.Parameter(p.new_ones(inner_steps), requires_grad=learned_rates)
 
-    def adapt(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
-        """Run the inner loop on support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`."""
-        _check_pair("support_x", support_x, "support_y", support_y)
-        inner, rates = self._inner(support_y), self._rates()
-        if fused(self.model, inner, rates, support_x)[0] is not None:
-            return super().adapt(support_x, support_y)
-        fast = {name: p for name, p in self._adapting()}
-        for fast in self._walk(inner, rates, support_x, support_y):  # noqa: B007
-            pass
-        return self._state(fast, support_x.shape[0])
-
     def predict(self, state: FastWeights, query_x: Tensor) -> Tensor:
         """Predictions `[T, Q, C]` of the adapted weights for `query_x` `[T, Q, ...]`; batch norms are those of the last
         of `inner_steps` steps."""
         if not any(isinstance(module, BatchNormPerStep) for module in self.model.modules()):
             return super().predict(state, query_x)
-        if query_x.shape[0] != len(state):
-            raise ValueError(f"query_x has {query_x.shape[0]} tasks, state has {len(state)}")
+        check_tasks(query_x, len(state))
         fast = {name: w for name, w in state.weights.items() if name not in state.shared}
         return self._logits(fast, query_x, self.inner_steps - 1, remember=False)
 
@@ -255,13 +236,22 @@ class MAMLPlusPlus(InnerLoopAlgorithm):
         early = self._trains() and self.iteration < self.first_order_iterations
         return inner._replace(first_order=inner.first_order or early)
 
+    def _adapted(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
+        rates = self._rates()
+        if fused_loop(self.model, inner, rates, support_x) is not None:
+            return super()._adapted(inner, support_x, support_y)
+        fast: dict[str, Tensor] = {}
+        for fast in self._walk(inner, rates, support_x, support_y):  # noqa: B007
+            pass
+        return fast
+
     def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
         inner, rates, weights = self._inner(support_y, query_y), self._rates(), self.step_weights()
-        spec, lr = fused(self.model, inner, rates, support_x)
-        if spec is not None:
+        loop = fused_loop(self.model, inner, rates, support_x)
+        if loop is not None:
             if weights is None:
                 return super()._tasks(support_x, support_y, query_x, query_y)
-            walk = _fused_walk(spec, self.model, inner, lr, support_x, support_y)
+            walk = _fused_walk(loop, self.model, support_x, support_y)
             predict = LayerwiseEngine().predict
         else:
             walk = self._walk(inner, rates, support_x, support_y)
@@ -287,20 +277,13 @@ class MAMLPlusPlus(InnerLoopAlgorithm):
             buffers = self._fresh_buffers(x.shape[0], step)
             gradients = task_gradients(self.model, inner, fast, buffers, x, y)
             self._remember(buffers)
-            fast = {name: w - rate_at(rates[name], step) * gradients[name] for name, w in fast.items()}
+            fast = stepped(fast, gradients, rates, step)
             yield fast
 
     def _logits(self, fast: Mapping[str, Tensor], x: Tensor, step: int, *, remember: bool = True) -> Tensor:
         """Predictions `[T, B, C]` of weights `[T, *shape]`, with the slow weights where there are none."""
-        slow = dict(self.model.named_parameters())
-        shared = {name: w for name, w in slow.items() if name not in fast}
         buffers = self._fresh_buffers(x.shape[0], max(step, 0))
-
-        def predict(fast, shared, buffers, x):
-            return functional_call(self.model, (fast, shared, buffers), (x,))
-
-        axes = {name: 0 if w.dim() > slow[name].dim() else None for name, w in fast.items()}
-        logits = vmap(predict, in_dims=(axes, None, 0, 0), randomness="different")(dict(fast), shared, buffers, x)
+        logits = task_predictions(self.model, fast, buffers, x)
         if remember:
             self._remember(buffers)
         return logits
@@ -310,7 +293,7 @@ class MAMLPlusPlus(InnerLoopAlgorithm):
         for module in self.model.modules():
             if isinstance(module, BatchNormPerStep):
                 module.step = step
-        return _buffers_per_task(self.model, tasks)
+        return buffers_per_task(self.model, tasks)
 
     @torch.no_grad()
     def _remember(self, buffers: Mapping[str, Tensor]) -> None:
@@ -323,12 +306,13 @@ class MAMLPlusPlus(InnerLoopAlgorithm):
                     buffer.copy_(buffers[f"{prefix}.{name}" if prefix else name].mean(0))
 
 
-def _fused_walk(spec, model: nn.Module, inner: InnerLoop, lr, x: Tensor, y: Tensor) -> Iterator[dict[str, Tensor]]:
+def _fused_walk(loop: FusedLoop, model: nn.Module, x: Tensor, y: Tensor) -> Iterator[dict[str, Tensor]]:
     """All weights after each inner step of a multi-layer perceptron."""
     weights: Mapping[str, Tensor] = dict(model.named_parameters())
-    for step in range(inner.steps):
-        rate = lr[:, step : step + 1] if isinstance(lr, Tensor) else lr
-        weights = fused_adapt(spec, inner._replace(steps=1), rate, weights, x, y)
+    one_step = loop.inner._replace(steps=1)
+    for step in range(loop.inner.steps):
+        lr = loop.lr[:, step : step + 1] if isinstance(loop.lr, Tensor) else loop.lr
+        weights = FusedLoop(loop.spec, one_step, lr).adapted(weights, x, y)
         yield weights
 
 

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from fastmeta import functional
 
-from ._embedding import EmbeddingLearner, check_labels, judged, one_hot
-from .output import MetaOutput
+from ._arguments import check_size
+from ._embedding import EmbeddingLearner
+from ._targets import check_labels, one_hot
+from .output import MetaOutput, classified
 
 
 class MatchingSupport(NamedTuple):
@@ -66,11 +68,9 @@ class MatchingNetwork(EmbeddingLearner):
         super().__init__(encoder, ways)
         if not scale > 0:
             raise ValueError(f"scale must be positive, got {scale!r}")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be an int of at least 1, got {steps!r}")
         if full_context and features is None:
             raise ValueError("features must be the encoder's width D for full_context=True, got None")
-        self.steps = steps
+        self.steps = check_size("steps", steps)
         self.full_context = full_context
         log_scale = torch.tensor(float(scale)).log()
         if learn_scale:
@@ -113,7 +113,7 @@ class MatchingNetwork(EmbeddingLearner):
     def _judge(self, logits: Tensor, query_y: Tensor) -> MetaOutput:
         check_labels("query_y", query_y, logits, logits.shape[2])
         task_loss = -logits.gather(2, query_y.unsqueeze(2)).squeeze(2).mean(1)
-        return judged(task_loss, logits, query_y)
+        return classified(task_loss, logits, query_y)
 
 
 def class_log_probabilities(scores: Tensor, labels: Tensor, num_classes: int) -> Tensor:

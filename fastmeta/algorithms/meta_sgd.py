@@ -7,10 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ._adaptation import InnerLoopAlgorithm, Rates, check_number
+from ._arguments import check_number
+from ._rated_loop import RatedInnerLoop
+from ._rates import Rates
 
 
-class MetaSGD(InnerLoopAlgorithm):
+class MetaSGD(RatedInnerLoop):
     """Meta-SGD (Li, Zhou, Chen, Li 2017, "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning", equation 2
     and algorithm 1).
 

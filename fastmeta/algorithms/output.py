@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..engines._losses import Loss
+    from ..engines import Loss
 
 
 class MetaOutput(NamedTuple):
@@ -25,6 +25,20 @@ class MetaOutput(NamedTuple):
     logits: Tensor | None = None
 
 
+def over_tasks(
+    task_loss: Tensor, accuracy: Tensor | None = None, logits: Tensor | None = None, *, mean: Tensor | None = None
+) -> MetaOutput:
+    """The result of all tasks: here alone their losses `[T]` become one. `mean` is that of the losses where it is known
+    already."""
+    return MetaOutput(task_loss.mean() if mean is None else mean, task_loss, accuracy, logits)
+
+
+def classified(task_loss: Tensor, logits: Tensor, labels: Tensor, *, mean: Tensor | None = None) -> MetaOutput:
+    """The result of logits `[T, Q, N]`, whose losses are known, and labels `[T, Q]`."""
+    accuracy = (logits.argmax(-1) == labels).to(task_loss.dtype).mean(1)
+    return over_tasks(task_loss, accuracy, logits, mean=mean)
+
+
 def judged(
     loss: Loss, logits: Tensor, query_y: Tensor, task_loss: Tensor | None = None, mean: Tensor | None = None
 ) -> MetaOutput:
@@ -32,7 +46,11 @@ def judged(
     if task_loss is None:
         loss.check(logits.shape, query_y, "query_y")
         task_loss = loss.per_task(logits, query_y)
-    accuracy = None
     if query_y.dtype == torch.int64 and query_y.shape == logits.shape[:-1]:
-        accuracy = (logits.argmax(-1) == query_y).to(task_loss.dtype).mean(1)
-    return MetaOutput(task_loss.mean() if mean is None else mean, task_loss, accuracy, logits)
+        return classified(task_loss, logits, query_y, mean=mean)
+    return over_tasks(task_loss, logits=logits, mean=mean)
+
+
+def detached(output: MetaOutput) -> MetaOutput:
+    """The same without a graph."""
+    return MetaOutput(*(None if field is None else field.detach() for field in output))

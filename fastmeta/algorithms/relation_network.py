@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from fastmeta import functional
 from fastmeta.functional import checks
 
-from ._embedding import EmbeddingLearner, check_labels, judged, one_hot
-from .output import MetaOutput
+from ._embedding import EmbeddingLearner
+from ._targets import check_labels, one_hot
+from .output import MetaOutput, classified
 
 POOLS = ("sum", "mean")
 LOSSES = ("mse", "cross_entropy")
@@ -89,7 +90,7 @@ class RelationNetwork(EmbeddingLearner):
             return super()._judge(logits, query_y)
         check_labels("query_y", query_y, logits, logits.shape[2])
         target = one_hot(query_y, logits.shape[2], logits.dtype)
-        return judged((logits.sigmoid() - target).square().mean((1, 2)), logits, query_y)
+        return classified((logits.sigmoid() - target).square().mean((1, 2)), logits, query_y)
 
 
 class RelationMLP(nn.Module):

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..engines import InnerLoop, as_loss, choose
-from ._adaptation import check_batch, check_count, check_number, gradient_of_tasks, judged
-from ._chunks import _Ready
-from .maml import FastWeights, _check_pair
-from .output import MetaOutput
-
-if TYPE_CHECKING:
-    from ..tasks import TaskBatch
+from ..engines import InnerLoop
+from ._arguments import check_count, check_number
+from ._gradients import gradient_of_tasks
+from ._inner_loop import InnerLoopAlgorithm, detached_weights
+from ._known_gradients import with_gradients
+from .output import MetaOutput, judged
 
 OPTIMIZERS = ("sgd", "adam")
 ROWS = ("all", "support")
 _BETA2, _EPSILON = 0.999, 1e-8
 
 
-class Reptile(nn.Module):
+class Reptile(InnerLoopAlgorithm):
     """Reptile (Nichol, Achiam, Schulman 2018, "On First-Order Meta-Learning Algorithms", algorithms 1 and 2).
 
     Every task's weights `w` start at the slow weights `phi` and take `inner_steps` steps of an ordinary optimiser on
@@ -33,7 +30,8 @@ class Reptile(nn.Module):
     The outer step is handed out as a gradient: `forward(batch).loss.backward()` leaves `phi - mean_t(w_t)` in the
     slow weights' `.grad` (times whatever multiplies the loss), so that `torch.optim.SGD` with rate `epsilon` is the
     paper's outer step, and any other optimiser may take it. It is *not* the gradient of the number that `loss` holds,
-    the mean query loss at the fast weights, which is there to be watched. It cannot be differentiated again.
+    the mean query loss at the fast weights, which is there to be watched. It cannot be differentiated again, and
+    what `adapt` returns has no graph.
 
     `serial=True` is algorithm 1, a task at a time: each task starts from where the tasks before it in the batch have
     moved the slow weights, by `serial_rate` each; the gradient left is `phi - phi_after_all`, for SGD with rate 1. This
@@ -79,49 +77,17 @@ class Reptile(nn.Module):
         serial_rate: float = 0.1,
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
     ):
-        super().__init__()
+        super().__init__(model, inner_steps=inner_steps, loss=loss, first_order=True)
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {OPTIMIZERS}, got {optimizer!r}")
         if train_on not in ROWS:
             raise ValueError(f"train_on must be one of {ROWS}, got {train_on!r}")
         self.inner_lr = check_number("inner_lr", inner_lr)
-        self.inner_steps = check_count("inner_steps", inner_steps, 0)
         self.batch_size = None if batch_size is None else check_count("batch_size", batch_size, 1)
         self.serial_rate = check_number("serial_rate", serial_rate)
-        self.model = model
         self.optimizer = optimizer
         self.train_on = train_on
         self.serial = serial
-        self.loss = as_loss(loss)
-
-    def adapt(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
-        """Train on support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`. The result has no graph."""
-        _check_pair("support_x", support_x, "support_y", support_y)
-        return self._state(self._train(self._slow(), support_x, support_y), support_x.shape[0])
-
-    def predict(self, state: FastWeights, query_x: Tensor) -> Tensor:
-        """Predictions `[T, Q, C]` of the adapted weights for `query_x` `[T, Q, ...]`."""
-        if query_x.shape[0] != len(state):
-            raise ValueError(f"query_x has {query_x.shape[0]} tasks, state has {len(state)}")
-        inner = InnerLoop(self.inner_lr, self.inner_steps, True, self.loss)
-        return choose("auto", self.model, inner, query_x).predict(self.model, state.weights, query_x)
-
-    def forward(self, batch: TaskBatch) -> MetaOutput:
-        """Train on every task; the loss's `backward` leaves the outer step as a gradient."""
-        check_batch(batch)
-        x, y = batch[0], batch[1]
-        if self.training and self.train_on == "all":
-            x, y = (torch.cat([a, b], 1) for a, b in zip(batch[:2], batch[2:], strict=True))
-        slow = self._slow()
-        with torch.no_grad():
-            fast, moved = self._one_by_one(slow, x, y) if self.serial else self._at_once(slow, x, y)
-            logits = self.predict(self._state(fast, x.shape[0]), batch[2])
-            output = judged(self.loss, logits, batch[3])
-        if not torch.is_grad_enabled() or not slow:
-            return output
-        gradients = [slow[name] - w for name, w in moved.items()]
-        named = dict(self.model.named_parameters())
-        return output._replace(loss=_Ready.apply(output.loss, gradients, *(named[name] for name in moved)))
 
     def extra_repr(self) -> str:
         serial = f", serial_rate={self.serial_rate}" if self.serial else ""
@@ -131,12 +97,24 @@ class Reptile(nn.Module):
             f"loss={self.loss.name!r}"
         )
 
-    def _slow(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+    def _adapted(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
+        slow, trained = detached_weights(self.model)
+        return slow | self._train(trained, support_x, support_y)
 
-    def _state(self, fast: Mapping[str, Tensor], tasks: int) -> FastWeights:
-        weights = {name: p.detach() for name, p in self.model.named_parameters()} | dict(fast)
-        return FastWeights(weights, frozenset(weights) - frozenset(fast), tasks)
+    def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
+        """Train on every task; the loss's `backward` leaves the outer step as a gradient."""
+        x, y = support_x, support_y
+        if self.training and self.train_on == "all":
+            x, y = torch.cat([x, query_x], 1), torch.cat([y, query_y], 1)
+        slow, trained = detached_weights(self.model)
+        with torch.no_grad():
+            fast, moved = self._one_by_one(trained, x, y) if self.serial else self._at_once(trained, x, y)
+            output = judged(self.loss, self._predicted(slow | fast, query_x), query_y)
+        if not torch.is_grad_enabled() or not trained:
+            return output
+        named = dict(self.model.named_parameters())
+        gradients = [trained[name] - w for name, w in moved.items()]
+        return output._replace(loss=with_gradients(output.loss, gradients, [named[name] for name in moved]))
 
     def _at_once(self, slow: dict[str, Tensor], x: Tensor, y: Tensor):
         """Fast weights `[T, *shape]`, and where the slow weights are to go."""

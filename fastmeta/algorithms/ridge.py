@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fastmeta.functional import checks
 
-from ._embedding import EmbeddingLearner, check_targets, one_hot, squared_error
+from ._embedding import EmbeddingLearner, squared_error
+from ._targets import check_targets, one_hot
 from .output import MetaOutput
 
 LOSSES = ("cross_entropy", "mse")

@@ -1,7 +1,18 @@
 """Engines run whole inner loops; see `_base.py` for the contract and `select.py` for the choice."""
 
 from ._base import Engine, InnerLoop
-from ._losses import as_loss
+from ._exact import gradients_per_task, twice_differentiable
+from ._losses import Loss, as_loss
 from .select import ENGINES, choose, explain
 
-__all__ = ["ENGINES", "Engine", "InnerLoop", "as_loss", "choose", "explain"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "InnerLoop",
+    "Loss",
+    "as_loss",
+    "choose",
+    "explain",
+    "gradients_per_task",
+    "twice_differentiable",
+]

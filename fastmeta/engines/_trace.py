@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ._exact import twice_differentiable
-from .vmap import _buffers_per_task
+from .vmap import buffers_per_task
 
 
 class Use(NamedTuple):
@@ -90,7 +90,7 @@ def _trace(model: nn.Module, x: Tensor) -> Trace | str:
     # random layers must not find other numbers because the module was looked at first
     with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.enable_grad(), twice_differentiable():
         try:
-            inputs = vmap(one_task, randomness="different")(_buffers_per_task(model, 1), x)
+            inputs = vmap(one_task, randomness="different")(buffers_per_task(model, 1), x)
         except Exception as error:  # anything can happen in a user's forward; the vmap engine says it as it is
             text = str(error).strip().splitlines()
             return f"its forward fails under torch.func: {text[0] if text else type(error).__name__}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastmeta.dispatch.backends import ACTIVATIONS, forced_backend, why_not
+from fastmeta.dispatch.backends import forced_backend, why_not
 from fastmeta.functional import functional_mlp
-from fastmeta.functional.inner_loops import MetaLoss, adapt_mlp, first_layer_cost, mean_meta_loss_mlp
+from fastmeta.functional.inner_loops import first_layer_cost
 from fastmeta.ops.meta_loss_mlp import SPEC
 
 from ._base import InnerLoop, Parameters
+from .fused_loop import FusedLoop
 from .inspect import MLPSpec, mlp_spec, parameters_of
 from .layerwise import LayerwiseEngine, rows
 
@@ -58,59 +59,25 @@ class FusedEngine(LayerwiseEngine):
         return None
 
     def adapt(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
-        spec, slow = mlp_spec(model), parameters_of(model)
-        fast = self._adapted(spec, slow, inner, support_x, support_y)
-        weights, biases = fast.materialize()
-        names = [*spec.weights, *(spec.biases if biases else ())]
-        adapted = zip(names, (*weights, *biases), strict=True)
-        return slow | {name: w for name, w in adapted if slow[name].requires_grad}
-
-    def _adapted(self, spec: MLPSpec, slow: Parameters, inner: InnerLoop, support_x: Tensor, support_y: Tensor):
-        _check_targets(spec, slow, inner, support_x, support_y, "support_y")
-        options = _options(spec, slow, inner)
-        return adapt_mlp(rows(spec, support_x), inner.loss.kernel_targets(support_y), *_layers(spec, slow), **options)
+        loop, slow = self.loop(model, inner)
+        fast = loop.adapted(slow, support_x, support_y)
+        return slow | {name: w for name, w in fast.items() if slow[name].requires_grad}
 
     def query(
         self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
     ) -> Tensor:
-        spec, slow = mlp_spec(model), parameters_of(model)
-        query_y = query_x.new_zeros(()).expand(_prediction_shape(spec, slow, query_x))
+        loop, slow = self.loop(model, inner)
         if inner.loss.in_kernels == "maximum_entropy":  # there may be no trajectories in the query rows
-            fast = self._adapted(spec, slow, inner, support_x, support_y)
-            return functional_mlp(rows(spec, query_x), fast)
+            return functional_mlp(rows(loop.spec, query_x), loop.adapt(slow, support_x, support_y))
+        query_y = query_x.new_zeros(()).expand(loop.prediction_shape(slow, query_x))
         if inner.loss.in_kernels == "cross_entropy":
             query_y = support_y.new_zeros(query_y.shape[:2])
-        return self.meta_loss(model, inner, support_x, support_y, query_x, query_y)[0].logits
+        return loop.meta_loss(slow, support_x, support_y, query_x, query_y)[0].logits
 
-    def meta_loss(
-        self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
-    ) -> tuple[MetaLoss, Tensor]:
-        """Query loss `[T]` and predictions `[T, Q, C]` in one call; and the mean of the losses."""
-        tensors, options = self.arguments(model, inner, support_x, support_y, query_x, query_y)
-        return mean_meta_loss_mlp(*tensors, **options)
-
-    def arguments(
-        self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
-    ) -> tuple[tuple, dict]:
-        """What `mean_meta_loss_mlp` takes: tensors, and options."""
+    def loop(self, model: nn.Module, inner: InnerLoop) -> tuple[FusedLoop, dict[str, nn.Parameter]]:
+        """The loop as the kernels take it, and the slow weights that it starts from."""
         spec, slow = mlp_spec(model), parameters_of(model)
-        _check_targets(spec, slow, inner, support_x, support_y, "support_y")
-        _check_targets(spec, slow, inner, query_x, query_y, "query_y")
-        support = rows(spec, support_x), inner.loss.kernel_targets(support_y)
-        query = rows(spec, query_x), inner.loss.kernel_targets(query_y)
-        return (*support, *query, *_layers(spec, slow)), _options(spec, slow, inner)
-
-
-def _options(spec: MLPSpec, slow: Parameters, inner: InnerLoop) -> dict:
-    hidden = spec.activations[0] if len(spec.activations) > 1 else "identity"
-    assert hidden in ACTIVATIONS
-    return {
-        "lr": _rates(spec, slow, inner.lr),
-        "steps": inner.steps,
-        "loss": inner.loss.in_kernels,
-        "activation": hidden,
-        "first_order": inner.first_order,
-    }
+        return FusedLoop(spec, inner, _rates(spec, slow, inner.lr)), slow
 
 
 def _rates(spec: MLPSpec, slow: Parameters, lr: float):
@@ -130,16 +97,3 @@ def _rates(spec: MLPSpec, slow: Parameters, lr: float):
         for names in (spec.weights, spec.biases)
     ]
     return rates[0], rates[1] or None
-
-
-def _layers(spec: MLPSpec, slow: Parameters) -> tuple[list[Tensor], list[Tensor] | None]:
-    biases = None if spec.biases[0] is None else [slow[name] for name in spec.biases]
-    return [slow[name] for name in spec.weights], biases
-
-
-def _prediction_shape(spec: MLPSpec, slow: Parameters, x: Tensor) -> tuple[int, int, int]:
-    return (*x.shape[:2], slow[spec.weights[-1]].shape[0])
-
-
-def _check_targets(spec: MLPSpec, slow: Parameters, inner: InnerLoop, x: Tensor, y: Tensor, name: str) -> None:
-    inner.loss.check(_prediction_shape(spec, slow, x), y, name, values=False)  # the op looks at those

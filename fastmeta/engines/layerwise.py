@@ -28,7 +28,7 @@ class LayerwiseEngine:
     name = "layerwise"
 
     def why_not(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
-        return why_no_formulas(model, inner, support_x)
+        return why_no_formulas(model, support_x)
 
     def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
         return None
@@ -36,20 +36,20 @@ class LayerwiseEngine:
     def adapt(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
         spec = mlp_spec(model)
         slow = dict(model.named_parameters())
-        weights, biases = _layers(spec, slow)
+        weights, biases = layers(spec, slow)
         adapt_weight = [w.requires_grad for w in weights]
         adapt_bias = [b is not None and b.requires_grad for b in biases]
         x = rows(spec, support_x)
         constant = None
         for _ in range(inner.steps):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not inner.first_order):
-                inputs, pre, prediction = _forward(spec, weights, biases, x)
+                inputs, pre, prediction = forward(spec, weights, biases, x)
                 if constant is None:
                     inner.loss.check(prediction.shape, support_y, "support_y")
                     constant = inner.loss.constant(support_y, prediction)
                 # Everything backward is linear in this gradient, so the step size goes in once, here.
                 gradient = inner.loss.gradient(prediction, constant) * -inner.lr
-                deltas = _backward(spec, weights, inputs, pre, prediction, gradient)
+                deltas = backward(spec, weights, inputs, pre, prediction, gradient)
             for layer, (delta, a) in enumerate(zip(deltas, inputs, strict=True)):
                 if adapt_weight[layer]:
                     weights[layer] = torch.baddbmm(weights[layer], delta.mT, a)
@@ -68,10 +68,10 @@ class LayerwiseEngine:
 
     def predict(self, model: nn.Module, weights: Parameters, x: Tensor) -> Tensor:
         spec = mlp_spec(model)
-        return _forward(spec, *_layers(spec, weights), rows(spec, x))[2]
+        return forward(spec, *layers(spec, weights), rows(spec, x))[2]
 
 
-def why_no_formulas(model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
+def why_no_formulas(model: nn.Module, support_x: Tensor) -> str | None:
     """None if the model is an MLP that explicit formulas can serve on this input, else the reason."""
     spec = mlp_spec(model)
     if isinstance(spec, str):
@@ -94,7 +94,8 @@ def rows(spec: MLPSpec, x: Tensor) -> Tensor:
     return x.flatten(2) if spec.flatten else x
 
 
-def _layers(spec: MLPSpec, named: Parameters) -> tuple[list[Tensor], list[Tensor | None]]:
+def layers(spec: MLPSpec, named: Parameters) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Weights and biases in the order of the layers."""
     return [named[n] for n in spec.weights], [None if n is None else named[n] for n in spec.biases]
 
 
@@ -108,7 +109,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.baddbmm(bias if bias.dim() == 1 else bias.unsqueeze(1), x, weight.mT)
 
 
-def _forward(spec: MLPSpec, weights: list[Tensor], biases: list[Tensor | None], x: Tensor):
+def forward(spec: MLPSpec, weights: list[Tensor], biases: list[Tensor | None], x: Tensor):
     """The layers' inputs, their pre-activations, and the prediction."""
     inputs, pre = [], []
     for weight, bias, activation in zip(weights, biases, spec.activations, strict=True):
@@ -118,7 +119,7 @@ def _forward(spec: MLPSpec, weights: list[Tensor], biases: list[Tensor | None], 
     return inputs, pre, x
 
 
-def _backward(spec: MLPSpec, weights, inputs, pre, prediction: Tensor, gradient: Tensor) -> list[Tensor]:
+def backward(spec: MLPSpec, weights, inputs, pre, prediction: Tensor, gradient: Tensor) -> list[Tensor]:
     """From the gradient at the prediction to the gradients at every layer's pre-activation, `[T, S, O_l]`."""
     outputs = [*inputs[1:], prediction]
     deltas: list[Tensor] = []

@@ -24,7 +24,6 @@ from torch.nn import functional as F
 
 from . import _activations
 from ._base import Engine, InnerLoop, Parameters
-from ._losses import MeanSquaredError
 from .inspect import MLPSpec, mlp_spec
 from .layerwise import LayerwiseEngine, rows, why_no_formulas
 from .lowrank_module import LowRankModuleEngine
@@ -36,25 +35,25 @@ class LowRankEngine:
     name = "lowrank"
 
     def why_not(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
-        return _form(model, inner, support_x).why_not(model, inner, support_x)
+        return _form(model, support_x).why_not(model, inner, support_x)
 
     def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
-        return _form(model, inner, support_x).why_slow(model, inner, support_x)
+        return _form(model, support_x).why_slow(model, inner, support_x)
 
     def adapt(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
-        return _form(model, inner, support_x).adapt(model, inner, support_x, support_y)
+        return _form(model, support_x).adapt(model, inner, support_x, support_y)
 
     def query(
         self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
     ) -> Tensor:
-        return _form(model, inner, support_x).query(model, inner, support_x, support_y, query_x)
+        return _form(model, support_x).query(model, inner, support_x, support_y, query_x)
 
     def predict(self, model: nn.Module, weights: Parameters, x: Tensor) -> Tensor:
-        return _form(model, _NO_STEPS, x).predict(model, weights, x)  # its loss is not asked for
+        return _form(model, x).predict(model, weights, x)
 
 
-def _form(model: nn.Module, inner: InnerLoop, x: Tensor) -> Engine:
-    return _PROBES if why_no_formulas(model, inner, x) else _FORMULAS
+def _form(model: nn.Module, x: Tensor) -> Engine:
+    return _PROBES if why_no_formulas(model, x) else _FORMULAS
 
 
 class _LowRankFormulas(LayerwiseEngine):
@@ -105,7 +104,6 @@ class _LowRankFormulas(LayerwiseEngine):
 
 
 _FORMULAS, _PROBES = _LowRankFormulas(), LowRankModuleEngine()
-_NO_STEPS = InnerLoop(0.0, 0, False, MeanSquaredError())
 
 
 class _Layer:

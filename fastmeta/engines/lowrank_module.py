@@ -27,7 +27,7 @@ from ._base import InnerLoop, Parameters
 from ._exact import outside_inference_mode, twice_differentiable
 from ._linears import Answer, LowRank, Mapped
 from ._trace import PathChanged, Trace, Use, forget, give_up, is_part, traced
-from .vmap import VmapEngine, _buffers_per_task
+from .vmap import VmapEngine, buffers_per_task
 
 # Low rank pays while the rows that have changed a layer are at most this many times its width: measured even on a CPU.
 ROWS_PER_WIDTH = 1.0
@@ -182,7 +182,7 @@ def _run(
     # The query set needs one derivative only; but of attention, the plain form is also the one that vmap does not run
     # task by task.
     with sdpa_kernel(SDPBackend.MATH) if uses is None else twice_differentiable():
-        return vmap(one_task, randomness="different")(fast, mapped, _buffers_per_task(model, x.shape[0]), x)
+        return vmap(one_task, randomness="different")(fast, mapped, buffers_per_task(model, x.shape[0]), x)
 
 
 def _gradient(function: Callable, leaves, second_order: bool):

@@ -35,22 +35,12 @@ class VmapEngine:
 
     def adapt(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
         slow = dict(model.named_parameters())
-        weights = {name: slow[name] for name in slow if slow[name].requires_grad}
-        frozen = {name: slow[name] for name in slow if name not in weights}
-
-        def task_loss(weights, frozen, buffers, x, y):
-            prediction = functional_call(model, (weights, frozen, buffers), (x,))
-            inner.loss.check((1, *prediction.shape), y.unsqueeze(0), "support_y")
-            return inner.loss.one_task(prediction, y)
-
-        for step in range(inner.steps):
-            axis = None if step == 0 else 0
-            second_order = torch.is_grad_enabled() and not inner.first_order
-            step_gradient = gradients_per_task(task_loss, (axis, None, 0, 0, 0), second_order=second_order)
-            buffers = _buffers_per_task(model, support_x.shape[0])
-            gradients = step_gradient(weights, frozen, buffers, support_x, support_y)
-            weights = functional.fast_weight_update(weights, gradients, inner.lr)
-        return {name: weights.get(name, slow[name]) for name in slow}
+        fast = {name: p for name, p in slow.items() if p.requires_grad}
+        for _ in range(inner.steps):
+            buffers = buffers_per_task(model, support_x.shape[0])
+            gradients = task_gradients(model, inner, fast, buffers, support_x, support_y)
+            fast = functional.fast_weight_update(fast, gradients, inner.lr)
+        return slow | fast
 
     def query(
         self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
@@ -58,18 +48,43 @@ class VmapEngine:
         return self.predict(model, self.adapt(model, inner, support_x, support_y), query_x)
 
     def predict(self, model: nn.Module, weights: Parameters, x: Tensor) -> Tensor:
-        slow = dict(model.named_parameters())
-        fast = {name: w for name, w in weights.items() if not is_shared(w, slow[name])}
-        shared = {name: w for name, w in weights.items() if name not in fast}
-
-        def task_predict(fast, shared, buffers, x):
-            return functional_call(model, (fast, shared, buffers), (x,))
-
-        mapped = vmap(task_predict, in_dims=(0, None, 0, 0), randomness="different")
-        return mapped(fast, shared, _buffers_per_task(model, x.shape[0]), x)
+        return task_predictions(model, weights, buffers_per_task(model, x.shape[0]), x)
 
 
-def _buffers_per_task(model: nn.Module, num_tasks: int) -> dict[str, Tensor]:
+def task_predictions(model: nn.Module, weights: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
+    """Predictions `[T, B, C]` for `x` `[T, B, ...]` under `weights` by name, `[T, *shape]` or shared by the tasks, and
+    the slow weights where there are none. `buffers` `[T, ...]` are written into, as the module writes into its own."""
+    slow = dict(model.named_parameters())
+    fast = {name: w for name, w in weights.items() if not is_shared(w, slow[name])}
+    shared = {name: w for name, w in (slow | dict(weights)).items() if name not in fast}
+
+    def task_predict(fast, shared, buffers, x):
+        return functional_call(model, (fast, shared, buffers), (x,))
+
+    return vmap(task_predict, in_dims=(0, None, 0, 0), randomness="different")(fast, shared, dict(buffers), x)
+
+
+def task_gradients(
+    model: nn.Module, inner: InnerLoop, fast: Parameters, buffers: Parameters, x: Tensor, y: Tensor
+) -> dict[str, Tensor]:
+    """Gradient `[T, *shape]` of every task's loss for the parameters in `fast`, `[T, *shape]` or shared by the tasks.
+    `buffers` as in `task_predictions`."""
+    slow = dict(model.named_parameters())
+    shared = {name: w for name, w in slow.items() if name not in fast}
+
+    def task_loss(fast, shared, buffers, x, y):
+        prediction = functional_call(model, (fast, shared, buffers), (x,))
+        inner.loss.check((1, *prediction.shape), y.unsqueeze(0), "support_y")
+        return inner.loss.one_task(prediction, y)
+
+    axes = {name: None if is_shared(w, slow[name]) else 0 for name, w in fast.items()}
+    second_order = torch.is_grad_enabled() and not inner.first_order
+    gradient = gradients_per_task(task_loss, (axes, None, 0, 0, 0), second_order=second_order)
+    return gradient(dict(fast), shared, dict(buffers), x, y)
+
+
+def buffers_per_task(model: nn.Module, num_tasks: int) -> dict[str, Tensor]:
+    """A copy `[T, ...]` of the module's buffers for each task."""
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.modules.batchnorm._BatchNorm) or layer.training or layer.running_mean is None:
             continue

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from .. import algorithms
-from ..algorithms.cavia import FiLMConv4
 from ..nn import conv4, mlp
 
 if TYPE_CHECKING:
@@ -146,7 +145,8 @@ def _cavia(config, tasks, settings):
     context = settings.pop("context_size", None) or (100 if images else 5)
     if config.model == "conv4":
         side = tasks.input_shape[-1]
-        model = FiLMConv4(tasks.output_size, context, in_channels=channels, hidden=config.hidden[0], image_size=side)
+        options = {"in_channels": channels, "hidden": config.hidden[0], "image_size": side}
+        model = algorithms.ContextFiLMConv4(tasks.output_size, context, **options)
     else:
         sizes = [size + context, *config.hidden, tasks.output_size]
         norm = {"norm": config.norm, "track_running_stats": False}
@@ -280,8 +280,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         settings={"mode": "head", "set_width": 128, "rank": 4}, images=_SOME_WAYS,
     ),
     "caml-modulation": Algorithm(
-        _caml_modulation, "CAML of 2019: features modulated by the task's classes", settings={"metric_weight": 0.5},
-        images=_SOME_WAYS,
+        _caml_modulation, "CAML of 2019 with no inner loop: features modulated by the task's classes",
+        settings={"metric_weight": 0.5}, images=_SOME_WAYS,
     ),
     "caml-incontext": Algorithm(
         _caml_incontext, "CAML of 2024: in-context learning by a transformer",

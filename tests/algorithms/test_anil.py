@@ -16,7 +16,7 @@ from inner_loop_checks import (
 )
 from torch import nn
 
-from fastmeta.algorithms import _adaptation
+from fastmeta.algorithms import _encoder
 from fastmeta.algorithms.anil import ANIL, BOIL
 from fastmeta.nn import conv4, mlp
 
@@ -66,10 +66,10 @@ def test_the_encoder_runs_once_per_example():
     model[0].register_forward_hook(lambda *_: calls.append(1))
     ANIL(model, inner_steps=7)(batch)
     assert len(calls) == 2  # support and query
-    encoder, tail = _adaptation.split(model, ["4.weight", "4.bias"])
+    encoder, tail = _encoder.split(model, ["4.weight", "4.bias"])
     assert len(encoder) == 4 and len(tail) == 1
-    assert _adaptation.split(model, ["4.weight"])[1] is tail
-    assert _adaptation.split(model, ["0.weight"]) == (None, model)
+    assert _encoder.split(model, ["4.weight"])[1] is tail
+    assert _encoder.split(model, ["0.weight"]) == (None, model)
     model[4] = nn.Linear(12, 4).double()  # a layer that was replaced is seen
     assert ANIL(model)(batch).logits.shape[-1] == 4
 

@@ -6,7 +6,7 @@ from embedding_cases import check_protocol, class_batch, hidden_signal, judge, t
 from torch import nn
 from torch.nn import functional as F
 
-from fastmeta.algorithms.caml_modulation import FiLM, FiLMConv4, FiLMMLP, ModulationCAML
+from fastmeta.algorithms import FiLM, FiLMConv4, FiLMMLP, ModulationCAML
 from fastmeta.nn import conv4, mlp
 from fastmeta.tasks import TaskBatch
 

@@ -15,7 +15,7 @@ from inner_loop_checks import (
 )
 from torch import nn
 
-from fastmeta.algorithms.cavia import CAVIA, FiLM, FiLMConv4
+from fastmeta.algorithms import CAVIA, ContextFiLM, ContextFiLMConv4
 from fastmeta.nn import mlp
 
 
@@ -36,7 +36,7 @@ class SmallFiLM(nn.Module):
     def __init__(self):
         super().__init__()
         self.convolution, self.norm = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3, track_running_stats=False)
-        self.film, self.head = FiLM(2, 3), nn.Linear(12, 3)
+        self.film, self.head = ContextFiLM(2, 3), nn.Linear(12, 3)
 
     def forward(self, x, context):
         h = torch.tanh(self.film(self.norm(self.convolution(x)), context))
@@ -114,7 +114,7 @@ def test_saves_and_loads():
 
 
 def test_film():
-    film, h = FiLM(2, 3), torch.randn(4, 3, 5, 5)
+    film, h = ContextFiLM(2, 3), torch.randn(4, 3, 5, 5)
     torch.testing.assert_close(film(h, torch.zeros(2)), h)
     context = torch.tensor([1.0, -2.0])
     gamma, beta = (film.modulation.weight @ context).chunk(2)
@@ -125,7 +125,7 @@ def test_film():
 
 @pytest.mark.parametrize("film_after", [1, 4])
 def test_film_conv4(film_after):
-    net = FiLMConv4(5, 10, hidden=4, film_after=film_after, in_channels=3, image_size=36)
+    net = ContextFiLMConv4(5, 10, hidden=4, film_after=film_after, in_channels=3, image_size=36)
     algorithm = CAVIA(net, 10, concatenate=False, inner_steps=2)
     batch = class_batch(tasks=2, ways=5, shape=(3, 36, 36), dtype=torch.float32)
     algorithm(batch).loss.backward()
@@ -138,9 +138,9 @@ def test_arguments_are_checked():
     with pytest.raises(ValueError, match="context_size must be at least 1"):
         CAVIA(mlp([6, 3]), 0)
     with pytest.raises(ValueError, match="film_after"):
-        FiLMConv4(5, film_after=5)
+        ContextFiLMConv4(5, film_after=5)
     with pytest.raises(ValueError, match="image_size"):
-        FiLMConv4(5, image_size=8)
+        ContextFiLMConv4(5, image_size=8)
     batch = class_batch()
     with pytest.raises(ValueError, match="the model takes 8 features, but an input has 5 and its context 2"):
         CAVIA(small_mlp((8, 3)), 2)(batch)

@@ -1,0 +1,67 @@
+"""Checks of what algorithms are made with and called with. Errors name the argument, what came and what is allowed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..tasks import TaskBatch
+
+
+def check_count(name: str, value: int, least: int) -> int:
+    """`value`, if it is an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+def check_size(name: str, value: int | None, least: int = 1, *, or_none: bool = False) -> int | None:
+    """`value`, if it is an int of at least `least`, or None where that has a meaning."""
+    if or_none and value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be {'None or ' if or_none else ''}an int of at least {least}, got {value!r}")
+    return value
+
+
+def check_number(name: str, value: float, least: float = float("-inf"), *, open: bool = False) -> float:
+    """`value` as a float, if it is a finite number of at least `least`, or above it where the range is open."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not least <= value < float("inf") or (open and value == least):
+        raise ValueError(f"{name} must be {'above' if open else 'at least'} {least} and finite, got {value}")
+    return float(value)
+
+
+def check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
+    """Raise ValueError unless inputs and targets begin with the same tasks and examples."""
+    if x.dim() < 2 or y.dim() < 2 or x.shape[:2] != y.shape[:2]:
+        raise ValueError(
+            f"{x_name} and {y_name} must begin with the same tasks and examples, [T, B, ...], "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+
+
+def check_batch(batch: TaskBatch) -> None:
+    """Raise ValueError unless inputs and targets of support and query begin with the same tasks and examples."""
+    support_x, support_y, query_x, query_y = batch
+    check_pair("support_x", support_x, "support_y", support_y)
+    check_pair("query_x", query_x, "query_y", query_y)
+    if support_x.shape[0] != query_x.shape[0]:
+        raise ValueError(f"support_x has {support_x.shape[0]} tasks, query_x has {query_x.shape[0]}")
+
+
+def check_width(features: Tensor, width: int) -> None:
+    """Raise ValueError unless embeddings `[T, B, D]` have the width that the algorithm was made for."""
+    if features.shape[2] != width:
+        raise ValueError(f"encoder must return embeddings [B, {width}], got [B, {features.shape[2]}]")
+
+
+def check_tasks(query_x: Tensor, tasks: int) -> None:
+    """Raise ValueError unless there are queries of as many tasks as the state has."""
+    if query_x.shape[0] != tasks:
+        raise ValueError(f"query_x has {query_x.shape[0]} tasks, state has {tasks}")

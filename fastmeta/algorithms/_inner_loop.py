@@ -1,0 +1,95 @@
+"""What algorithms share in which something adapts to each task by an inner loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..engines import Engine, InnerLoop, as_loss, choose
+from ._arguments import check_batch, check_count, check_pair, check_size, check_tasks
+from ._chunks import chunked_loss
+from .fast_weights import FastWeights
+from .output import MetaOutput
+
+if TYPE_CHECKING:
+    from ..tasks import TaskBatch
+
+
+class InnerLoopAlgorithm(nn.Module):
+    """`adapt`, `predict` and `forward` around an inner loop.
+
+    A subclass says what the loop makes of support sets in `_adapted`, and in `_tasks` what comes of whole tasks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        inner_steps: int,
+        loss: str | Callable[[Tensor, Tensor], Tensor],
+        first_order: bool = False,
+        task_chunk: int | None = None,
+    ):
+        super().__init__()
+        self.inner_steps = check_count("inner_steps", inner_steps, 0)
+        self.task_chunk = check_size("task_chunk", task_chunk, or_none=True)
+        self.model = model
+        self.first_order = first_order
+        self.loss = as_loss(loss)
+
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
+        """Run the inner loop on support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`."""
+        check_pair("support_x", support_x, "support_y", support_y)
+        slow = dict(self.model.named_parameters())
+        weights = slow | self._adapted(self._inner(support_y), support_x, support_y)
+        shared = frozenset(name for name, w in weights.items() if w.dim() == slow[name].dim())
+        return FastWeights(weights, shared, support_x.shape[0])
+
+    def predict(self, state: FastWeights, query_x: Tensor) -> Tensor:
+        """Predictions `[T, Q, C]` of the adapted weights for `query_x` `[T, Q, ...]`."""
+        check_tasks(query_x, len(state))
+        return self._predicted(state.weights, query_x)
+
+    def forward(self, batch: TaskBatch) -> MetaOutput:
+        """Adapt to every task's support set and judge on its query set."""
+        check_batch(batch)
+        if self._in_chunks(batch):
+            return chunked_loss(self._tasks, batch, self.task_chunk, [p for p in self.parameters() if p.requires_grad])
+        return self._tasks(*batch)
+
+    def extra_repr(self) -> str:
+        return (
+            f"inner_steps={self.inner_steps}, first_order={self.first_order}, loss={self.loss.name!r}, "
+            f"task_chunk={self.task_chunk}"
+        )
+
+    def _adapted(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
+        """Weights by name after the loop, `[T, *shape]`, or `[*shape]` if the tasks share them, as they do the rest."""
+        raise NotImplementedError
+
+    def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
+        """`forward` of one chunk."""
+        raise NotImplementedError
+
+    def _predicted(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return self._engine(self._inner(), x).predict(self.model, weights, x)
+
+    def _engine(self, inner: InnerLoop, x: Tensor) -> Engine:
+        return choose("auto", self.model, inner, x)
+
+    def _inner(self, *targets: Tensor, lr: float = 0.0) -> InnerLoop:
+        """`lr`: of engines, which have one rate for all weights."""
+        differentiable = torch.is_grad_enabled() and any(target.requires_grad for target in targets)
+        return InnerLoop(lr, self.inner_steps, self.first_order, self.loss, differentiable)
+
+    def _in_chunks(self, batch: TaskBatch) -> bool:
+        return self.task_chunk is not None and batch[0].shape[0] > self.task_chunk
+
+
+def detached_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The slow weights by name without a graph: all of them, and those that adapt and are trained."""
+    slow = {name: p.detach() for name, p in model.named_parameters()}
+    return slow, {name: slow[name] for name, p in model.named_parameters() if p.requires_grad}

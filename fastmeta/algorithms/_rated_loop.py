@@ -1,0 +1,62 @@
+"""What algorithms share whose inner loop has rates of its own, by parameter name (see `_rates.py`).
+
+A multi-layer perceptron runs in the fused inner loops (`fastmeta.functional.meta_loss_mlp`); anything else runs step by
+step under `torch.func`. Where an `nn.Sequential` begins with layers that do not adapt, these run once, as an encoder.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..engines import InnerLoop
+from ..engines.vmap import VmapEngine, buffers_per_task, task_gradients
+from ._encoder import encode, split
+from ._fused import fused_loop
+from ._inner_loop import InnerLoopAlgorithm
+from ._rates import Rates, stepped
+from .output import MetaOutput, judged
+
+_VMAP = VmapEngine()
+
+
+class RatedInnerLoop(InnerLoopAlgorithm):
+    """An inner loop of gradient steps, with the rates that a subclass says in `_rates`."""
+
+    def _rates(self) -> Rates:
+        raise NotImplementedError
+
+    def _adapted(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
+        rates = self._rates()
+        encoder, tail = split(self.model, rates)
+        (support_x,) = encode(encoder, support_x)
+        if inner.first_order:
+            support_x = support_x.detach()
+        loop = fused_loop(tail, inner, rates, support_x)
+        if loop is None:
+            return step_by_step(tail, inner, rates, support_x, support_y)
+        fast = loop.adapted(dict(tail.named_parameters()), support_x, support_y)
+        return {name: fast[name] for name in rates}
+
+    def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
+        inner, rates = self._inner(support_y, query_y), self._rates()
+        encoder, tail = split(self.model, rates)
+        support_x, query_x = encode(encoder, support_x, query_x)
+        if inner.first_order:  # support rows reach the query loss through inner gradients alone
+            support_x = support_x.detach()
+        loop = fused_loop(tail, inner, rates, support_x)
+        if loop is None:
+            fast = step_by_step(tail, inner, rates, support_x, support_y)
+            return judged(self.loss, _VMAP.predict(tail, fast, query_x), query_y)
+        slow = dict(tail.named_parameters())
+        (task_loss, logits), mean = loop.meta_loss(slow, support_x, support_y, query_x, query_y)
+        return judged(self.loss, logits, query_y, task_loss, mean)
+
+
+def step_by_step(model: nn.Module, inner: InnerLoop, rates: Rates, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """The weights that adapt after the inner loop, `[T, *shape]`, on any module."""
+    slow = dict(model.named_parameters())
+    fast = {name: slow[name] for name in rates}
+    for step in range(inner.steps):
+        gradients = task_gradients(model, inner, fast, buffers_per_task(model, x.shape[0]), x, y)
+        fast = stepped(fast, gradients, rates, step)
+    return fast
