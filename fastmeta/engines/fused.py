@@ -83,19 +83,11 @@ class FusedEngine(LayerwiseEngine):
         return self.meta_loss(model, inner, support_x, support_y, query_x, query_y)[0].logits
 
     def meta_loss(
-        self,
-        model: nn.Module,
-        inner: InnerLoop,
-        support_x: Tensor,
-        support_y: Tensor,
-        query_x: Tensor,
-        query_y: Tensor,
-        task_weights: Tensor | None = None,
+        self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> tuple[MetaLoss, Tensor]:
-        """Query loss `[T]` and predictions `[T, Q, C]` in one call; and the mean of the losses, weighted by
-        `task_weights` `[T]`."""
+        """Query loss `[T]` and predictions `[T, Q, C]` in one call; and the mean of the losses."""
         tensors, options = self.arguments(model, inner, support_x, support_y, query_x, query_y)
-        return mean_meta_loss_mlp(*tensors, **options, task_weights=task_weights)
+        return mean_meta_loss_mlp(*tensors, **options)
 
     def arguments(
         self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
