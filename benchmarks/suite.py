@@ -13,8 +13,9 @@ import torch.nn.functional as F
 import fastmeta.nn
 from benchmarks import contenders as peers
 from benchmarks.measure import Contender
-from fastmeta import MAML, ProtoNet, TaskBatch, functional, inner_loops
+from fastmeta import MAML, ProtoNet, TaskBatch, functional
 from fastmeta.dispatch.spec import REGISTRY, Make
+from fastmeta.functional.inner_loops import first_layer_cost
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def _installed(module: str) -> bool:
 def maml_flops(sizes, tasks: int, shots: int, queries: int, steps: int) -> float:
     """The arithmetic that an exact meta-gradient must do (docs/inner-loops.md), the first layer in its cheaper form."""
     hidden = sum(o * i for i, o in zip(sizes[1:-1], sizes[2:], strict=True))
-    cost = inner_loops.first_layer_cost(shots, queries, sizes[0], sizes[1], steps)
+    cost = first_layer_cost(shots, queries, sizes[0], sizes[1], steps)
     # forward, deltas and gradient of every step; two products each of the tangents' forward, deltas and gradient
     return tasks * (2 * (9 * steps * shots + 3 * queries) * hidden + min(cost))
 
