@@ -13,8 +13,9 @@ import torch.nn.functional as F
 import fastmeta.nn
 from benchmarks import contenders as peers
 from benchmarks.measure import Contender
-from fastmeta import MAML, ProtoNet, TaskBatch, functional, inner_loops
+from fastmeta import MAML, ProtoNet, TaskBatch, functional
 from fastmeta.dispatch.spec import REGISTRY, Make
+from fastmeta.functional.inner_loops import first_layer_cost
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,57 @@ def prototypical_losses(make: Make) -> Iterator[Case]:
             rows["materialised [T,Q,N,D]"] = with_gradient(peers.materialised_prototypical_loss)
         # forward, and in the backward the forward again and two products
         yield Case(f"prototypical_loss fwd+bwd {workload.label}", rows, bars, 4 * workload.flops, 2 * workload.bytes)
+
+
+def _weighted(ours: Callable, peers_losses: dict[str, Callable], weights, leaves) -> dict[str, dict[str, Contender]]:
+    """`ours(task_weights)` and what is multiplied with weights by hand, differentiated; and ours without weights."""
+
+    def with_gradient(losses):
+        def run():
+            total = losses().mean()
+            return total, torch.autograd.grad(total, leaves)
+
+        return run
+
+    rows = {"fastmeta": with_gradient(lambda: ours(weights)), "by hand": with_gradient(lambda: weights * ours(None))}
+    rows |= {name: with_gradient(lambda loss=loss: weights * loss()) for name, loss in peers_losses.items()}
+    return {"contenders": rows, "yardsticks": {"without weights": with_gradient(lambda: ours(None))}}
+
+
+def task_weights(make: Make) -> Iterator[Case]:
+    """Weighted means of the tasks' losses cost what their mean does."""
+    at_most = {"without weights": 1.1}
+    workload = _workload("prototypical_loss", 0, make)
+    support, support_labels, query, query_labels, ways, _ = workload.args
+    episode = support.requires_grad_(), support_labels, query.requires_grad_(), query_labels, ways
+    backward = REGISTRY["prototypical_loss_bwd"]
+    weights = make.uniform(0, 2, len(support))
+
+    def in_two_ops():
+        with torch.no_grad():
+            loss = functional.prototypical_loss(*episode)[0]
+            return (weights * loss).mean(), backward(weights / len(weights), *episode, "sqeuclidean", 3)
+
+    runs = _weighted(
+        lambda w: functional.prototypical_loss(*episode, task_weights=w)[0],
+        {"unfused": lambda: peers.unfused_prototypical_loss(*episode)},
+        weights,
+        (support, query),
+    )
+    runs["contenders"]["backward op"] = in_two_ops
+    yield Case(f"weighted prototypical_loss fwd+bwd {workload.label}", **runs, at_most=at_most)
+
+    sizes, tasks = (1, 40, 40, 1), 1000
+    model, _, batch, _ = maml_batch(sizes, tasks, 10, 10, 1, make)
+    parameters = list(model.parameters())
+    layers = [p for p in parameters if p.dim() == 2], [p for p in parameters if p.dim() == 1]
+    options = {"lr": 0.01, "steps": 1, "loss": "mse", "activation": "relu"}
+
+    def meta_losses(w):
+        return functional.meta_loss_mlp(*batch, *layers, **options, task_weights=w).loss
+
+    runs = _weighted(meta_losses, {}, make.uniform(0, 2, tasks), parameters)
+    yield Case("weighted meta_loss_mlp sinusoid 1-40-40-1 K1 T1000", **runs, at_most=at_most)
 
 
 def contrastive_losses(make: Make) -> Iterator[Case]:
@@ -150,7 +202,7 @@ def _installed(module: str) -> bool:
 def maml_flops(sizes, tasks: int, shots: int, queries: int, steps: int) -> float:
     """The arithmetic that an exact meta-gradient must do (docs/inner-loops.md), the first layer in its cheaper form."""
     hidden = sum(o * i for i, o in zip(sizes[1:-1], sizes[2:], strict=True))
-    cost = inner_loops.first_layer_cost(shots, queries, sizes[0], sizes[1], steps)
+    cost = first_layer_cost(shots, queries, sizes[0], sizes[1], steps)
     # forward, deltas and gradient of every step; two products each of the tangents' forward, deltas and gradient
     return tasks * (2 * (9 * steps * shots + 3 * queries) * hidden + min(cost))
 
@@ -309,6 +361,7 @@ GROUPS: dict[str, Callable[[Make], Iterator[Case]]] = {
     "pairwise_distance": distances,
     "fast_weight_update": updates,
     "functional_mlp": mlps,
+    "task_weights": task_weights,
     "maml": mamls,
     "maml_module": modules,
     "protonet": protonets,

@@ -23,9 +23,10 @@ STABLE_TORCH_LIBRARY(fastmeta_native, m) {
   m.def(
       "prototypical_loss_bwd(Tensor grad_loss, Tensor support, Tensor support_labels, Tensor query, "
       "Tensor query_labels, int num_classes, int metric, int needs) -> (Tensor, Tensor)");
+  // of every op `_with_gradient`: outputs, and the gradients of the sum of `scale` times the losses; scale [1] or [tasks]
   m.def(
       "prototypical_loss_with_gradient(Tensor support, Tensor support_labels, Tensor query, Tensor query_labels, "
-      "int num_classes, int metric, float scale, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
+      "int num_classes, int metric, Tensor scale, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("functional_mlp(Tensor x, Tensor[] weights, Tensor[] biases, int activation) -> Tensor");
   m.def(
       "functional_mlp_bwd(Tensor grad, Tensor x, Tensor[] weights, Tensor[] biases, int activation, int needs) "
@@ -33,7 +34,7 @@ STABLE_TORCH_LIBRARY(fastmeta_native, m) {
   m.def("contrastive_loss(Tensor embeddings, float temperature) -> Tensor");
   m.def("contrastive_loss_bwd(Tensor grad, Tensor embeddings, float temperature, int needs) -> Tensor");
   m.def(
-      "contrastive_loss_with_gradient(Tensor embeddings, float temperature, float scale, int needs) "
+      "contrastive_loss_with_gradient(Tensor embeddings, float temperature, Tensor scale, int needs) "
       "-> (Tensor, Tensor)");
   m.def(
       "adapt_mlp(Tensor support_x, Tensor support_y, Tensor support_weight, Tensor gram_support, Tensor[] weights, "
@@ -59,7 +60,7 @@ STABLE_TORCH_LIBRARY(fastmeta_native, m) {
       "meta_loss_mlp_with_gradient(Tensor support_x, Tensor support_y, Tensor support_weight, Tensor query_x, "
       "Tensor query_y, Tensor query_weight, Tensor gram_support, Tensor gram_query, Tensor[] weights, Tensor[] biases, "
       "Tensor rates, Tensor[] element_rates, int loss, int activation, float delta, float momentum, "
-      "float weight_decay, bool first_order, float scale, int needs) "
+      "float weight_decay, bool first_order, Tensor scale, int needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor[])");
 }
 

@@ -61,6 +61,22 @@ def test_equal_to_autograd(loss, dtype, options):
     assert all(torch.equal(found[name], right[name]) for name in right)
 
 
+@pytest.mark.skipif(not has_kernel, reason="no compiled kernels for the CPU")
+def test_tasks_that_count_for_more():
+    maml, batch = make("cross_entropy", tasks=40)
+    maml.gradients(batch)
+    weights = torch.randn(40, dtype=torch.float64) * (torch.arange(40) % 3 != 1)
+    truth = maml(batch)
+    loss = (weights * truth.task_loss).mean()
+    gradients = torch.autograd.grad(loss, list(maml.parameters()))
+    output, found = maml._direct.run(batch, weights.requires_grad_())
+    assert not output.loss.requires_grad
+    torch.testing.assert_close(output.loss, loss.detach())
+    torch.testing.assert_close(output.task_loss, truth.task_loss.detach())
+    for gradient, right in zip(found.values(), gradients, strict=True):
+        torch.testing.assert_close(gradient, right)
+
+
 def test_sees_what_changes():
     maml, batch = make()
     assert_right(maml, batch)

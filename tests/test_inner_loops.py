@@ -448,7 +448,8 @@ def test_gradients_known_from_the_forward_pass(form):
         torch.testing.assert_close(left, right)
 
 
-def test_the_mean_given_with_the_losses():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_mean_given_with_the_losses(weighted):
     """Its gradient may come out of the forward pass, on the GPU too; nothing else asked of the same graph may."""
     data, weights, biases = problem("cross_entropy", dtype=torch.float64)
     rate = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64, device=DEVICE).requires_grad_()
@@ -462,22 +463,30 @@ def test_the_mean_given_with_the_losses():
         "losses alone": lambda loss, logits, mean: (uneven * loss).sum(),
     }
     inner = {"lr": rate, "steps": 2, "loss": "cross_entropy", "activation": "relu", "first_order": False}
+    own = torch.tensor([2.0, -0.7, 0.0], dtype=torch.float64, device=DEVICE) if weighted else None
 
-    def found():
-        (loss, logits), mean = mean_meta_loss_mlp(*data, weights, biases, **inner)
+    def found(own=own):
+        (loss, logits), mean = mean_meta_loss_mlp(*data, weights, biases, **inner, task_weights=own)
         return loss, logits, mean
+
+    def mean_of(loss):
+        return (own * loss).mean() if weighted else loss.mean()
 
     for name, use in uses.items():
         with use_backend("reference"):
             loss, logits = meta_loss_mlp(*data, weights, biases, **inner)
-            expected = torch.autograd.grad(use(loss, logits, loss.mean()), leaves)
+            expected = torch.autograd.grad(use(loss, logits, mean_of(loss)), leaves)
         for options in ({}, {"create_graph": True}):
             for ours, right in zip(torch.autograd.grad(use(*found()), leaves, **options), expected, strict=True):
                 torch.testing.assert_close(ours, right, msg=name)
+    if weighted:  # they may have gradients too
+        loss, _, mean = found(own.requires_grad_())
+        torch.testing.assert_close(torch.autograd.grad(mean, own)[0], loss.detach() / 3)
+        own.requires_grad_(False)
     mean = found()[2]
     first = [g.clone() for g in torch.autograd.grad(mean, leaves, retain_graph=True)]
     for left, right in zip(first, torch.autograd.grad(mean, leaves), strict=True):
         torch.testing.assert_close(left, right)
     with torch.no_grad():
         loss, _, mean = found()
-        torch.testing.assert_close(mean, loss.mean())
+        torch.testing.assert_close(mean, mean_of(loss))

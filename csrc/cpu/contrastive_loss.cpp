@@ -62,12 +62,12 @@ struct Problem {
     }
   }
 
-  // `grad` of each task's loss, or the same for all
-  void gradient(const T* grad, T every, T* out) const {
+  // `grad` of each task's loss
+  void gradient(Operand<T> grad, T* out) const {
     parallel(tasks * blocks, 2 * cost(), [&](int64_t i) {
       ContrastItem<T> block = item(i);
       const int64_t t = i / blocks;
-      block.factor = (grad ? grad[t] : every) * scale / T(count);
+      block.factor = grad.base[t * grad.step] * scale / T(count);
       block.d_embeddings = out + t * count * width;
       kernels<T>().contrast_gradient(block);
     });
@@ -86,8 +86,6 @@ Tensor contrastive_loss(Tensor embeddings, double temperature) {
 
 Tensor contrastive_loss_bwd(Tensor grad, Tensor embeddings, double temperature, int64_t needs) {
   check_dims(kOp, embeddings, 3);
-  check_dims(kOp, grad, 1);
-  STD_TORCH_CHECK(grad.size(0) == embeddings.size(0), kOp, ": the incoming gradient is of the wrong size");
   Tensor out = new_like(embeddings, needs & 1);
   if (!(needs & 1)) return out;
   by_dtype(kOp, embeddings, [&](auto zero) {
@@ -95,12 +93,12 @@ Tensor contrastive_loss_bwd(Tensor grad, Tensor embeddings, double temperature, 
     const Problem<T> problem(embeddings, temperature);
     std::vector<T> losses(size_t(problem.tasks));
     problem.losses(losses.data());
-    problem.gradient(data<T>(grad), 0, mutable_data<T>(out));
+    problem.gradient(of_tasks<T>(kOp, grad, problem.tasks, embeddings), mutable_data<T>(out));
   });
   return out;
 }
 
-std::tuple<Tensor, Tensor> contrastive_loss_with_gradient(Tensor embeddings, double temperature, double scale,
+std::tuple<Tensor, Tensor> contrastive_loss_with_gradient(Tensor embeddings, double temperature, Tensor scale,
                                                           int64_t needs) {
   check_dims(kOp, embeddings, 3);
   Tensor loss = new_tensor(embeddings, {embeddings.size(0)}), out = new_like(embeddings, needs & 1);
@@ -108,7 +106,7 @@ std::tuple<Tensor, Tensor> contrastive_loss_with_gradient(Tensor embeddings, dou
     using T = decltype(zero);
     const Problem<T> problem(embeddings, temperature);
     problem.losses(mutable_data<T>(loss));
-    if (needs & 1) problem.gradient(nullptr, T(scale), mutable_data<T>(out));
+    if (needs & 1) problem.gradient(of_tasks<T>(kOp, scale, problem.tasks, embeddings), mutable_data<T>(out));
   });
   return {loss, out};
 }

@@ -65,7 +65,6 @@ Gradients meta_loss_mlp_bwd(Tensor grad_loss, Tensor grad_logits, Tensor support
   const InnerArguments arguments{support_x,     support_y, support_weight, gram_support, weights,      biases,
                                  rates,         element_rates, loss, activation, delta, momentum, weight_decay,
                                  first_order};
-  check_dims(kOp, grad_loss, 1);
   check_dims(kOp, grad_logits, 3);
   Gradients out;
   by_dtype(kOp, support_x, [&](auto zero) {
@@ -73,25 +72,24 @@ Gradients meta_loss_mlp_bwd(Tensor grad_loss, Tensor grad_logits, Tensor support
     InnerProblem<T> problem(kOp, arguments);
     InnerLoop<T>& p = *problem.loop;
     problem.rows(p.query, query_x, query_y, query_weight, gram_query);
-    STD_TORCH_CHECK(grad_loss.size(0) == problem.tasks && grad_logits.size(0) == problem.tasks &&
-                        grad_logits.size(1) == p.query.count && grad_logits.size(2) == problem.outputs(),
+    STD_TORCH_CHECK(grad_logits.size(0) == problem.tasks && grad_logits.size(1) == p.query.count && grad_logits.size(2) == problem.outputs(),
                     kOp, ": incoming gradients are of the wrong size");
     p.query_pass = true;
-    p.grad_loss = data<T>(grad_loss);
+    p.grad_loss = of_tasks<T>(kOp, grad_loss, problem.tasks, support_x);
     p.grad_logits = data<T>(grad_logits);
     out = run_gradient(problem, arguments, query_x, gram_query, needs);
   });
   return out;
 }
 
-// Outputs, and the gradients of `scale` times the losses' sum: one pass instead of two.
+// Outputs, and the gradients of the sum of `scale` times the losses: one pass instead of two.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor,
            std::vector<Tensor>>
 meta_loss_mlp_with_gradient(Tensor support_x, Tensor support_y, Tensor support_weight, Tensor query_x, Tensor query_y,
                             Tensor query_weight, Tensor gram_support, Tensor gram_query, std::vector<Tensor> weights,
                             std::vector<Tensor> biases, Tensor rates, std::vector<Tensor> element_rates, int64_t loss,
                             int64_t activation, double delta, double momentum, double weight_decay, bool first_order,
-                            double scale, int64_t needs) {
+                            Tensor scale, int64_t needs) {
   const InnerArguments arguments{support_x,     support_y, support_weight, gram_support, weights,      biases,
                                  rates,         element_rates, loss, activation, delta, momentum, weight_decay,
                                  first_order};
@@ -102,7 +100,7 @@ meta_loss_mlp_with_gradient(Tensor support_x, Tensor support_y, Tensor support_w
     InnerProblem<T> problem(kOp, arguments);
     problem.rows(problem.loop->query, query_x, query_y, query_weight, gram_query);
     problem.loop->query_pass = true;
-    problem.loop->every_grad_loss = T(scale);
+    problem.loop->grad_loss = of_tasks<T>(kOp, scale, problem.tasks, support_x);
     set_outputs(problem, query_x, outputs);
     gradients = run_gradient(problem, arguments, query_x, gram_query, needs);
   });

@@ -81,14 +81,14 @@ std::tuple<Tensor, Tensor> prototypical_loss(Tensor support, Tensor support_labe
   return {loss, accuracy};
 }
 
-// d_support and d_query for the incoming gradient of each task, or `every` for all; with the sums of losses and hits
-// of each part, if wanted
+// d_support and d_query for the incoming gradient of each task; with the sums of losses and hits of each part, if wanted
 template <class T>
-void run_gradient(const Problem& problem, const T* g, T every, const Tensor& support, const Tensor& support_labels,
+void run_gradient(const Problem& problem, const Tensor& grad_loss, const Tensor& support, const Tensor& support_labels,
                   const Tensor& query, const Tensor& query_labels, int64_t needs, const Tensor& d_support,
                   const Tensor& d_query, std::vector<T>* sums) {
   const int64_t parts = problem.parts, size = problem.classes * problem.width;
   const int64_t support_size = problem.support * problem.width;
+  const Operand<T> g = of_tasks<T>(kOp, grad_loss, problem.tasks, support);
   T* ds = mutable_data<T>(d_support);
   T* dq = mutable_data<T>(d_query);
   const bool split = (needs & 1) && parts > 1;
@@ -97,7 +97,7 @@ void run_gradient(const Problem& problem, const T* g, T every, const Tensor& sup
   parallel(problem.tasks * parts, 3 * problem.cost(), [&](int64_t i) {
     const int64_t t = i / parts;
     LossItem<T> item = problem.item<T>(i, support, support_labels, query, query_labels);
-    item.grad = (g ? g[t] : every) / T(problem.queries ? problem.queries : 1);
+    item.grad = g.base[t * g.step] / T(problem.queries ? problem.queries : 1);
     if (sums) {
       item.loss = &(*sums)[size_t(2 * i)];
       item.accuracy = &(*sums)[size_t(2 * i + 1)];
@@ -122,28 +122,27 @@ std::tuple<Tensor, Tensor> prototypical_loss_bwd(Tensor grad_loss, Tensor suppor
                                                  Tensor query_labels, int64_t num_classes, int64_t metric,
                                                  int64_t needs) {
   const Problem problem(support, support_labels, query, query_labels, num_classes, metric);
-  check_dims(kOp, grad_loss, 1);
   Tensor d_support = new_like(support, needs & 1), d_query = new_like(query, needs & 2);
   by_dtype(kOp, support, [&](auto zero) {
     using T = decltype(zero);
-    run_gradient<T>(problem, data<T>(grad_loss), 0, support, support_labels, query, query_labels, needs, d_support,
+    run_gradient<T>(problem, grad_loss, support, support_labels, query, query_labels, needs, d_support,
                     d_query, nullptr);
   });
   return {d_support, d_query};
 }
 
-// Outputs, and the gradients of `scale` times the losses' sum: the distances once instead of twice.
+// Outputs, and the gradients of the sum of `scale` times the losses: the distances once instead of twice.
 std::tuple<Tensor, Tensor, Tensor, Tensor> prototypical_loss_with_gradient(Tensor support, Tensor support_labels,
                                                                            Tensor query, Tensor query_labels,
                                                                            int64_t num_classes, int64_t metric,
-                                                                           double scale, int64_t needs) {
+                                                                           Tensor scale, int64_t needs) {
   const Problem problem(support, support_labels, query, query_labels, num_classes, metric);
   Tensor loss = new_tensor(support, {problem.tasks}), accuracy = new_tensor(support, {problem.tasks});
   Tensor d_support = new_like(support, needs & 1), d_query = new_like(query, needs & 2);
   by_dtype(kOp, support, [&](auto zero) {
     using T = decltype(zero);
     std::vector<T> sums(size_t(2 * problem.tasks * problem.parts));
-    run_gradient<T>(problem, nullptr, T(scale), support, support_labels, query, query_labels, needs, d_support, d_query,
+    run_gradient<T>(problem, scale, support, support_labels, query, query_labels, needs, d_support, d_query,
                     &sums);
     write_means(problem, sums, loss, accuracy);
   });

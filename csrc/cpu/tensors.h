@@ -74,6 +74,15 @@ inline void check_dims(const char* op, const Tensor& t, int64_t dims) {
                   " dimensions here, got ", t.dim());
 }
 
+// A number for each task, or one for all of them.
+template <class T>
+Operand<T> of_tasks(const char* op, const Tensor& t, int64_t tasks, const Tensor& like) {
+  check_dims(op, t, 1);
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type() && (t.size(0) == tasks || t.size(0) == 1), op,
+                  ": needs one number per task, or one for all, in the dtype of the others");
+  return {data<T>(t), t.size(0) == tasks};
+}
+
 // items [0, n) over the threads; a thread gets no fewer than about `kWorth` operations, `cost` being those of an item
 constexpr int64_t kWorth = 50000;
 template <class F>

@@ -74,23 +74,22 @@ Gradients meta_loss_mlp_bwd(Tensor grad_loss, Tensor grad_logits, Tensor support
   return run_gradient(problem, arguments, query_x, gram_query, needs, device.stream);
 }
 
-// Outputs, and the gradients of `scale` times the losses' sum: one launch in place of two.
+// Outputs, and the gradients of the sum of `scale` times the losses: one launch in place of two.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor,
            std::vector<Tensor>>
 meta_loss_mlp_with_gradient(Tensor support_x, Tensor support_y, Tensor support_weight, Tensor query_x, Tensor query_y,
                             Tensor query_weight, Tensor gram_support, Tensor gram_query, std::vector<Tensor> weights,
                             std::vector<Tensor> biases, Tensor rates, std::vector<Tensor> element_rates, int64_t loss,
                             int64_t activation, double delta, double momentum, double weight_decay, bool first_order,
-                            double scale, int64_t needs) {
+                            Tensor scale, int64_t needs) {
   const InnerArguments arguments{support_x, support_y,     support_weight, gram_support, weights,
                                  biases,    rates,         element_rates,  loss,         activation,
                                  delta,     momentum,      weight_decay,   first_order};
-  STD_TORCH_CHECK(scale != 0, kOp, ": scale must not be 0");
   InnerProblem problem(kOp, arguments);
   problem.rows(problem.loop.query, query_x, query_y, query_weight, gram_query);
   const OnDevice device(support_x);
   Outputs outputs = new_outputs(problem, query_x);
-  problem.loop.every_grad_loss = scale;
+  problem.loop.grad_losses = problem.numbers(scale);
   return std::tuple_cat(std::move(outputs),
                         run_gradient(problem, arguments, query_x, gram_query, needs, device.stream));
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.dispatch import backends
+from fastmeta.dispatch.library import mean_gradient
 from fastmeta.engines import InnerLoop, choose
 from fastmeta.engines.fused import FusedEngine
 from fastmeta.engines.inspect import Snapshot, mlp_spec, parameters_of
@@ -59,8 +60,8 @@ class DirectGradient:
             and backends.forced_backend() == self.forced
         )
 
-    def run(self, batch: TaskBatch) -> tuple[MetaOutput, dict[str, Tensor]]:
-        """The output, and gradients by name."""
+    def run(self, batch: TaskBatch, task_weights: Tensor | None = None) -> tuple[MetaOutput, dict[str, Tensor]]:
+        """The output, and gradients by name; with `task_weights` `[T]` those of the weighted mean."""
         args, native, loss = self.args.copy(), self.native.copy(), self.inner.loss
         for at, given in zip(_X, (batch.support_x, batch.query_x), strict=True):
             args[at] = rows(self.spec, given)
@@ -68,9 +69,12 @@ class DirectGradient:
         for at, given in zip(_Y, (batch.support_y, batch.query_y), strict=True):
             args[at] = loss.kernel_targets(given)
             native[at] = args[at].contiguous()
-        (task_loss, logits), gradients = backends.run_native_gradient(SPEC, args, native, _NEEDS)
+        task_weights = None if task_weights is None else task_weights.detach()
+        scale = mean_gradient(args[0], task_weights)
+        (task_loss, logits), gradients = backends.run_native_gradient(SPEC, args, native, _NEEDS, scale)
         gradients = (*gradients[_WEIGHTS], *gradients[_BIASES])
-        output = judged(loss, logits, batch.query_y, task_loss)
+        mean = None if task_weights is None else (task_weights * task_loss).mean()
+        output = judged(loss, logits, batch.query_y, task_loss, mean)
         found = {}
         for name, dims, place in self.results:
             gradient = gradients[place]

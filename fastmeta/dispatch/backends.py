@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.dispatch import native
-from fastmeta.dispatch.spec import REGISTRY, Args, OpSpec, leading_size
+from fastmeta.dispatch.spec import REGISTRY, Args, OpSpec
 
 METRICS = ("sqeuclidean", "euclidean", "cosine", "dot", "manhattan")
 ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid", "silu", "gelu", "sine")
@@ -284,8 +284,9 @@ def run(spec: OpSpec, args: Args):
     return backend.run(spec, args)
 
 
-def run_with_gradient(spec: OpSpec, args: Args, needs: int, wants_mean: bool):
-    """The outputs and the gradients of the first one's mean in one pass; None where no kernel has that.
+def run_with_gradient(spec: OpSpec, args: Args, needs: int, wants_mean: bool, scale: Tensor):
+    """The outputs, and the gradients of the sum of `scale` `[T]` or `[1]` times the first, in one pass; None where no
+    kernel has that.
 
     On a GPU only where it is sure that they are wanted: whether another gradient is asked for cannot be seen there
     without waiting.
@@ -293,7 +294,7 @@ def run_with_gradient(spec: OpSpec, args: Args, needs: int, wants_mean: bool):
     device_type = next(_tensors(args)).device.type
     if not (wants_mean or device_type == "cpu") or not gives_gradient(spec, args):
         return None
-    return run_native_gradient(spec, args, native_arguments(spec, args), needs)
+    return run_native_gradient(spec, args, native_arguments(spec, args), needs, scale)
 
 
 def gives_gradient(spec: OpSpec, args: Args) -> bool:
@@ -302,13 +303,13 @@ def gives_gradient(spec: OpSpec, args: Args) -> bool:
     return native.has_kernel(f"{spec.name}_with_gradient", device_type) and choose(spec, args).run is _run_native
 
 
-def run_native_gradient(spec: OpSpec, args: Args, native: list, needs: int):
+def run_native_gradient(spec: OpSpec, args: Args, native: list, needs: int, scale: Tensor):
     """`run_with_gradient` where `gives_gradient`; `native` are the `native_arguments` of `args`."""
     if spec.check is not None:
         spec.check(*args)
     first = next(_tensors(args))
     calls[spec.name, "cpp" if first.is_cpu else "cuda"] += 1
-    found = _native_op(f"{spec.name}_with_gradient")(*native, 1 / max(leading_size(_tensors(args)), 1), needs)
+    found = _native_op(f"{spec.name}_with_gradient")(*native, scale, needs)
     outputs = len(found) - len(spec.differentiable)
     return found[0] if outputs == 1 else tuple(found[:outputs]), found[outputs:]
 

@@ -36,13 +36,17 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 class Op(OpSpec):
     """An `OpSpec` that can be called once it is registered."""
 
-    def __call__(self, *args):
-        return call(self, args)[0]
+    def __call__(self, *args, weights: Tensor | None = None):
+        """The outputs. `weights` `[T]` change nothing in them: they say what the caller will multiply the first with
+        before it takes the mean, so that a kernel can find the gradient of that beside it."""
+        return call(self, args, weights=weights)[0]
 
-    def with_mean(self, *args):
-        """The outputs, and the mean of the first: what to differentiate where a kernel finds gradients beside it."""
-        outputs, mean = call(self, args, wants_mean=True)
-        return outputs, outputs[0].mean() if mean is None else mean
+    def with_mean(self, *args, weights: Tensor | None = None):
+        """The outputs, and the mean of the first, or of `weights` `[T]` times the first: what to differentiate where a
+        kernel finds gradients beside it."""
+        constant = weights is None or not weights.requires_grad  # a mean made beside the outputs has no other gradient
+        outputs, mean = call(self, args, wants_mean=constant, weights=weights)
+        return outputs, _mean(outputs[0], weights) if mean is None else mean
 
 
 def register(op: Op) -> Op:
@@ -86,9 +90,9 @@ def _define(spec: OpSpec) -> None:
     _plain_functions[spec.name] = _make_plain_function(spec)
 
 
-def call(spec: OpSpec, args: Args, wants_mean: bool = False):
+def call(spec: OpSpec, args: Args, wants_mean: bool = False, weights: Tensor | None = None):
     """The outputs of an op, by the way in that is right where the caller stands; and with `wants_mean` the mean of the
-    first, or None where it is found as well by the caller."""
+    first, weighted where there are `weights`, or None where it is found as well by the caller."""
     transformed = torch._C._are_functorch_transforms_active()
     compiling = torch.compiler.is_compiling()
     if forward_ad._current_level >= 0 or transformed and compiling:
@@ -103,6 +107,8 @@ def call(spec: OpSpec, args: Args, wants_mean: bool = False):
         return structure.join_outputs(outputs), None
     if compiling or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
         return dispatcher_op(spec)(*_lifted(spec, args)), None
+    if weights is not None and type(weights) not in _PLAIN:
+        return dispatcher_op(spec)(*_lifted(spec, args)), None
     tensors, needing, wanted = [], [], []
     for arg, bit in zip(args, spec.bits, strict=True):
         for index, t in enumerate((arg,) if isinstance(arg, Tensor) else arg if _is_list(arg) else ()):
@@ -115,8 +121,10 @@ def call(spec: OpSpec, args: Args, wants_mean: bool = False):
     if not (needing and torch.is_grad_enabled()):
         return backends.run(spec, _lifted(spec, args)), None
     structure = _Structure(args)
+    if weights is not None:
+        weights = weights.detach()
     wants_mean = wants_mean and spec.with_gradient
-    flat = _plain_functions[spec.name].apply(structure, args, tensors, wanted, wants_mean, *needing)
+    flat = _plain_functions[spec.name].apply(structure, args, tensors, wanted, wants_mean, weights, *needing)
     return structure.join_outputs(flat), flat[-1] if wants_mean else None
 
 
@@ -349,24 +357,25 @@ def _make_plain_function(spec: OpSpec) -> type[torch.autograd.Function]:
     What each input costs autograd adds up to more than a small kernel takes: inputs are only those tensors that need
     gradients, without views of them.
     """
-    extras = 5  # inputs before the tensors
+    extras = 6  # inputs before the tensors
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, structure, args, tensors, wanted, wants_mean, *needing):
+        def forward(ctx, structure, args, tensors, wanted, wants_mean, weights, *needing):
             ctx.save_for_backward(*tensors)
             ctx.structure, ctx.wanted = structure, wanted
             args = _lifted(spec, args)
             found = None
             if spec.with_gradient:
                 ctx.set_materialize_grads(False)
-                found = backends.run_with_gradient(spec, args, _needs_of(wanted), wants_mean)
+                ctx.scale = mean_gradient(tensors[0], weights)
+                found = backends.run_with_gradient(spec, args, _needs_of(wanted), wants_mean, ctx.scale)
             outputs, ctx.known = found or (backends.run(spec, args), None)
             outputs = structure.split_outputs(outputs)
             if spec.differentiable_outputs is not None:
                 ctx.mark_non_differentiable(*outputs[spec.differentiable_outputs :])
             ctx.averaged = len(outputs[0]) if wants_mean else None
-            return (*outputs, outputs[0].mean()) if wants_mean else outputs
+            return (*outputs, _mean(outputs[0], weights)) if wants_mean else outputs
 
         @staticmethod
         def backward(ctx, *grads):
@@ -374,10 +383,10 @@ def _make_plain_function(spec: OpSpec) -> type[torch.autograd.Function]:
                 return (None,) * (extras + len(ctx.wanted))
             wanted = [w if n else (None, 0, 0) for w, n in zip(ctx.wanted, ctx.needs_input_grad[extras:], strict=True)]
             *grads, of_mean = grads if ctx.averaged is not None else (*grads, None)
-            found = _known_gradients(ctx, grads, of_mean) if spec.with_gradient else None
+            found = _known_gradients(ctx, spec, grads, of_mean) if spec.with_gradient else None
             if found is None:
                 if of_mean is not None:
-                    each = (of_mean / max(ctx.averaged, 1)).expand(ctx.averaged)
+                    each = (of_mean * ctx.scale).expand(ctx.averaged)
                     grads[0] = each if grads[0] is None else grads[0] + each
                 found = spec.backward(_lifted(spec, _saved(ctx)), ctx.structure.nest(grads), _needs_of(wanted))
             return *(None,) * extras, *(_gradient(found, *w) for w in wanted)
@@ -401,22 +410,37 @@ def _gradient(found, bit: int | None, index: int | None, dims: int) -> Tensor | 
     return gradient if gradient is None or gradient.dim() == dims else gradient.squeeze(0)
 
 
-def _known_gradients(ctx, grads, of_mean: Tensor | None) -> tuple | None:
-    """Those found with the outputs, for the mean of the first; None where it is no multiple of the mean that is
-    differentiated, or where the gradients are to be differentiated again."""
+def mean_gradient(of_tasks: Tensor, weights: Tensor | None = None) -> Tensor:
+    """That of the mean of one loss for each task of `of_tasks` `[T, ...]`: `[1]`, or with `weights` `[T]` as long."""
+    each = filled(of_tasks, (1,), 1 / max(len(of_tasks), 1))
+    return each if weights is None else weights * each
+
+
+def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    return losses.mean() if weights is None else (weights * losses).mean()
+
+
+def _known_gradients(ctx, spec: OpSpec, grads, of_mean: Tensor | None) -> tuple | None:
+    """Those found with the outputs, for the mean of the first; None where that does not tell what is asked for, or
+    where the gradients are to be differentiated again."""
     first, *others = grads
     known, ctx.known = ctx.known, None  # once: the caller may write into them
     if known is None or torch.is_grad_enabled() or any(g is not None for g in others):
         return None
     if of_mean is not None:
         return _scaled(known, of_mean) if first is None else None
-    count = first.numel()
-    if count == 0:
+    if first.numel() == 0:
         return None
-    if torch.equal(first, filled(first, (count,), 1 / count)):
+    scale = ctx.scale.expand_as(first)
+    if torch.equal(first, scale):
         return known
-    factor = first.view(-1)[0]
-    return _scaled(known, factor * count) if bool((first == factor).all()) else None
+    # a multiple, but for the rounding of products with weights: each task's gradient is as right as its incoming one
+    largest = scale.abs().argmax()
+    factor = first[largest] / scale[largest]
+    expected = factor * scale
+    if bool(((first - expected).abs() <= 4 * torch.finfo(first.dtype).eps * expected.abs()).all()):
+        return _scaled(known, factor)
+    return _scaled_per_task(known, first, scale) if spec.per_task else None
 
 
 def _scaled(known, factor: Tensor):
@@ -426,6 +450,20 @@ def _scaled(known, factor: Tensor):
     tensors = [t for t in _flat_outputs(known) if t.numel()]
     if tensors:
         torch._foreach_mul_(tensors, factor)
+    return known
+
+
+def _scaled_per_task(known, wanted: Tensor, found: Tensor) -> tuple | None:
+    """Gradients `[T, ...]` found for the incoming gradients `found` `[T]`, as those for `wanted`; None where they do
+    not tell them: of what was infinite or had a factor of 0."""
+    factors = torch.where(wanted == found, 1, wanted / found)
+    tensors = [t for t in _flat_outputs(known) if t.numel()]
+    if not bool(factors.isfinite().all()):
+        return None
+    if not bool(factors.all()) and not all(bool(t.isfinite().all()) for t in tensors):
+        return None
+    for t in tensors:
+        t.mul_(factors.view(-1, *[1] * (t.dim() - 1)))
     return known
 
 

@@ -58,8 +58,10 @@ class OpSpec:
     gradient_of: tuple[str, ...] = ()  # of a backward op: output i is the gradient of this argument
     check: Callable | None = None  # refuses values that only the data tells, such as labels
     workloads: Callable[[Make], Iterable[Workload]] | None = None
-    # a native `<name>_with_gradient` gives outputs, and gradients of the first one's mean, in one pass
+    # a native `<name>_with_gradient` gives outputs, and gradients of the mean of the first, plain or weighted, in one
+    # pass; the first output is `[T]`, the first argument `[T, ...]`
     with_gradient: bool = False
+    per_task: bool = False  # tasks share nothing that has a gradient: each task's is a multiple of its loss's
     autocast: str = "float32"  # under autocast: "lower" as matmul, "float32" as a loss, "widest" as an addition
     source: str = ""
     backends: tuple[str, ...] = ("cuda", "cpp", "triton", "reference")  # those that have it

@@ -80,6 +80,13 @@ def choice_of_tasks(name: str, value: Tensor, tasks: int) -> None:
         raise ValueError(f"{name} has T = {value.shape[0]} (shape {list(value.shape)}), but the others have {tasks}")
 
 
+def task_weights(value, like_name: str, like: Tensor) -> None:
+    """`value` is None, or holds a number for each task of `like`."""
+    if value is not None:
+        tensor("task_weights", value, "[T]")
+        same_size("task_weights", value, 0, "T", like_name, like.shape[0])
+
+
 def labels(name: str, value, layout: str, like: Tensor, like_name: str) -> None:
     """`value` holds int64 class labels, one per row of `like`."""
     if not isinstance(value, Tensor):
@@ -100,9 +107,11 @@ def same_size(name: str, value: Tensor, axis: int, axis_name: str, other_name: s
         )
 
 
-def same_kind(first_name: str, first: Tensor, **others: Tensor) -> None:
+def same_kind(first_name: str, first: Tensor, **others: Tensor | None) -> None:
     """All tensors have the dtype and device of the first."""
     for name, other in others.items():
+        if other is None:
+            continue
         if other.dtype != first.dtype:
             raise TypeError(f"{name} is {_dtype(other)}, but {first_name} is {_dtype(first)}: they must agree")
         same_device(name, other, first_name, first)

@@ -79,6 +79,8 @@ def prototypical_loss(
     query_labels: Tensor,
     num_classes: int,
     metric: str = "sqeuclidean",
+    *,
+    task_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and accuracy of a Prototypical Network from its embeddings (Snell et al. 2017, algorithm 1), fused.
 
@@ -92,16 +94,20 @@ def prototypical_loss(
         query_labels: `[T, Q]` int64 in [0, num_classes).
         num_classes: N.
         metric: as in `pairwise_distance`.
+        task_weights: `[T]`, same dtype and device, may require a gradient: each task's loss is multiplied with its own,
+            so that `loss.mean()` is their weighted mean. Default None, all 1.
 
     Returns:
-        loss `[T]`, the mean over the task's queries, and accuracy `[T]` in [0, 1], which has no gradient. Both NaN
-        where Q = 0.
+        loss `[T]`, the mean over the task's queries times the task's weight, and accuracy `[T]` in [0, 1], which has no
+        gradient. Both NaN where Q = 0.
 
     Raises:
         TypeError: a dtype that is not allowed or differs.
         ValueError: a shape or device that does not fit, an unknown metric, a label out of range.
     """
-    key = checks.key("prototypical_loss", support, support_labels, query, query_labels, num_classes, metric)
+    key = checks.key(
+        "prototypical_loss", support, support_labels, query, query_labels, num_classes, metric, task_weights
+    )
     known = checks.passed(key)
     if not known:
         checks.tensor("support", support, "[T, S, D]")
@@ -112,14 +118,25 @@ def prototypical_loss(
         checks.labels("query_labels", query_labels, "[T, Q]", query, "query")
         checks.class_count(num_classes)
         checks.choice("metric", metric, METRICS)
-    support, query = cast(_prototypical_loss.SPEC.autocast, support, query)
+        checks.task_weights(task_weights, "support", support)
+    support, query, task_weights = cast(_prototypical_loss.SPEC.autocast, support, query, task_weights)
     if not known:
-        checks.same_kind("support", support, query=query)
+        checks.same_kind("support", support, query=query, task_weights=task_weights)
         checks.remember(key)
-    return _prototypical_loss.SPEC(support, support_labels, query, query_labels, num_classes, metric)
+    loss, accuracy = _prototypical_loss.SPEC(
+        support, support_labels, query, query_labels, num_classes, metric, weights=task_weights
+    )
+    return loss if task_weights is None else task_weights * loss, accuracy
 
 
-def contrastive_loss(first: Tensor, second: Tensor, temperature: float = 0.5, *, normalise: bool = True) -> Tensor:
+def contrastive_loss(
+    first: Tensor,
+    second: Tensor,
+    temperature: float = 0.5,
+    *,
+    normalise: bool = True,
+    task_weights: Tensor | None = None,
+) -> Tensor:
     """NT-Xent (Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", equation 1):
     every embedding is to find the other view of its example among all embeddings of the batch.
 
@@ -132,9 +149,11 @@ def contrastive_loss(first: Tensor, second: Tensor, temperature: float = 0.5, *,
         temperature: above 0. The paper's section 5.1 tries 0.05 to 1; 0.5 is its default for small images.
         normalise: divide embeddings by their Euclidean norm (of 1e-8 at least); False takes them as they come, and so
             dot products in place of cosines.
+        task_weights: `[T]`, same dtype and device, may require a gradient: each batch's loss is multiplied with its
+            own, so that `loss.mean()` is their weighted mean. Default None, all 1.
 
     Returns:
-        loss `[T]`; 0 where B = 1, and NaN where B = 0.
+        loss `[T]`, times `task_weights`; 0 where B = 1, and NaN where B = 0.
 
     Raises:
         TypeError: a dtype that is not allowed or differs.
@@ -146,9 +165,11 @@ def contrastive_loss(first: Tensor, second: Tensor, temperature: float = 0.5, *,
     checks.tensor("second", second, "[T, B, D]")
     for axis, name in enumerate("TBD"):
         checks.same_size("second", second, axis, name, "first", first.shape[axis])
-    first, second = cast(_contrastive_loss.SPEC.autocast, first, second)
-    checks.same_kind("first", first, second=second)
+    checks.task_weights(task_weights, "first", first)
+    first, second, task_weights = cast(_contrastive_loss.SPEC.autocast, first, second, task_weights)
+    checks.same_kind("first", first, second=second, task_weights=task_weights)
     embeddings = torch.cat([first, second], 1)
     if normalise:
         embeddings = torch.nn.functional.normalize(embeddings, dim=-1, eps=1e-8)
-    return _contrastive_loss.SPEC(embeddings, float(temperature))
+    loss = _contrastive_loss.SPEC(embeddings, float(temperature), weights=task_weights)
+    return loss if task_weights is None else task_weights * loss

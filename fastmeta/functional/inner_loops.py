@@ -146,6 +146,7 @@ def meta_loss_mlp(
     norm: str | None = None,
     support_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
+    task_weights: Tensor | None = None,
     huber_delta: float = 1.0,
     form: str = "auto",
 ) -> MetaLoss:
@@ -156,42 +157,49 @@ def meta_loss_mlp(
         query_x: `[T, Q, I]`, floating.
         query_y: as `support_y`. Has no gradient.
         query_mask: bool `[T, Q]`, False for rows that are padding; a task without rows has loss 0.
+        task_weights: `[T]`, dtype and device of `support_x`, may require a gradient: each task's query loss is
+            multiplied with its own, so that `loss.mean()` is their weighted mean. Default None, all 1.
 
     The others as in `adapt_mlp`.
 
     Returns:
         `(loss [T], logits [T, Q, C])`, differentiable with respect to weights, biases, rates, support_x and query_x;
-        the loss at least in float32.
+        the loss, times `task_weights`, at least in float32.
 
     Raises:
         TypeError, ValueError: as `adapt_mlp`.
     """
-    return _meta_loss_mlp_and_mean(
-        support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation, first_order, momentum,
-        weight_decay, norm, support_mask, query_mask, huber_delta, form, False
-    )[0]  # fmt: skip
+    (found, logits), _ = _meta_loss_mlp_and_mean(
+        support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation, first_order, task_weights,
+        momentum, weight_decay, norm, support_mask, query_mask, huber_delta, form, False
+    )  # fmt: skip
+    return MetaLoss(found if task_weights is None else task_weights.to(found.dtype) * found, logits)
 
 
 def mean_meta_loss_mlp(support_x, support_y, query_x, query_y, weights, biases, *, lr, steps, loss, activation,
-                       first_order) -> tuple[MetaLoss, Tensor]:  # fmt: skip
-    """`meta_loss_mlp`, and the mean of its losses: what to differentiate, as kernels find its gradient too."""
+                       first_order, task_weights=None) -> tuple[MetaLoss, Tensor]:  # fmt: skip
+    """`meta_loss_mlp`, its losses without weights, and their weighted mean: what to differentiate, as kernels find its
+    gradient too."""
     return _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation,
-                                   first_order)  # fmt: skip
+                                   first_order, task_weights)  # fmt: skip
 
 
 def _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation,
-                            first_order, momentum=0.0, weight_decay=0.0, norm=None, support_mask=None, query_mask=None,
-                            huber_delta=1.0, form="auto", wants_mean=True):  # fmt: skip
+                            first_order, task_weights, momentum=0.0, weight_decay=0.0, norm=None, support_mask=None,
+                            query_mask=None, huber_delta=1.0, form="auto", wants_mean=True):  # fmt: skip
     loop = _Loop(support_x, support_y, (query_x, query_y, query_mask), weights, biases, lr, steps, loss, activation,
                  momentum, weight_decay, norm, support_mask, form)  # fmt: skip
     args = loop.meta_loss_arguments(loss, activation, huber_delta, momentum, weight_decay, first_order)
+    checks.task_weights(task_weights, "support_x", support_x)
+    checks.same_kind("support_x", support_x, task_weights=task_weights)
+    task_weights = _at_least_float32(task_weights)
     mean = None
     if norm:
         loss, logits = _inner_loop.meta_loss(*args, norm=_norm(norm))
     elif wants_mean:
-        (loss, logits), mean = _meta_loss_mlp.SPEC.with_mean(*args)
+        (loss, logits), mean = _meta_loss_mlp.SPEC.with_mean(*args, weights=task_weights)
     else:
-        loss, logits = _meta_loss_mlp.SPEC(*args)
+        loss, logits = _meta_loss_mlp.SPEC(*args, weights=task_weights)
     return MetaLoss(loss, logits if logits.dtype == loop.dtype else logits.to(loop.dtype)), mean
 
 

@@ -80,6 +80,7 @@ SPEC = register(
         samples=samples,
         workloads=workloads,
         with_gradient=True,
+        per_task=True,
         backends=("cpp", "triton", "reference"),
         source="Chen et al. 2020, equation 1",
     )

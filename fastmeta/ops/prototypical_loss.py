@@ -117,6 +117,7 @@ SPEC = register(
         differentiable=("support", "query"),
         differentiable_outputs=1,
         with_gradient=True,
+        per_task=True,
         backward=backward,
         samples=samples,
         workloads=workloads,

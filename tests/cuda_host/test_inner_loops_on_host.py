@@ -233,12 +233,15 @@ def check(ops, a, needs=None, run=both_orders):
 
 
 def check_one_pass(ops, a, arguments, expected, inputs, everything, run):
-    """Outputs and the gradient of a multiple of the losses' sum in one launch."""
-    scale, dtype = 0.3, a["support_x"].dtype
-    wanted = torch.autograd.grad(scale * expected[0].sum(), inputs, allow_unused=True)
-    wanted = [torch.zeros_like(t) if g is None else g for g, t in zip(wanted, inputs, strict=True)]
-    ours = run(lambda: ops.meta_loss_mlp_with_gradient(*arguments, scale, everything))
-    agree(ours, [*expected, *wanted], dtype)
+    """Outputs and the gradient of the losses' weighted sum in one launch: one weight for all, or each task's own."""
+    dtype, tasks = a["support_x"].dtype, len(a["support_x"])
+    own = torch.randn(tasks, dtype=torch.float64) * (torch.arange(tasks) != 1)
+    for scale in (torch.tensor([0.3], dtype=torch.float64), own):
+        scale = scale.to(dtype)
+        wanted = torch.autograd.grad((scale * expected[0]).sum(), inputs, allow_unused=True, retain_graph=True)
+        wanted = [torch.zeros_like(t) if g is None else g for g, t in zip(wanted, inputs, strict=True)]
+        ours = run(lambda: ops.meta_loss_mlp_with_gradient(*arguments, scale, everything))  # noqa: B023
+        agree(ours, [*expected, *wanted], dtype)
 
 
 # the checks ---------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ struct InnerTask : InnerWorker<T> {
       if (loss.value) this->unpad(logits, n, outputs, p.logits_out + (task * count + begin) * outputs);
       if (backward) {
         loss.delta = this->query_delta[0];
-        loss.weight_scale = p.grad_loss ? p.grad_loss[task] : p.every_grad_loss;
+        loss.weight_scale = *of_task<T>(p.grad_loss, task);
       }
       total += row_losses<T>(p.loss, p.delta, loss);
       if (!backward) continue;

@@ -317,7 +317,8 @@ struct LaneLoop {
       if (backward) {
         loss.delta = query_delta[0];
         loss.scale = numbers;
-        store(numbers, p.grad_loss ? load_first(p.grad_loss + task, count) : broadcast(p.every_grad_loss));
+        const cpu::Operand<T>& g = p.grad_loss;
+        store(numbers, g.step ? load_first(g.base + task, count) : broadcast(*g.base));
       }
       total += lane_losses<T>(p.loss, p.delta, loss);
       if (!backward) continue;

@@ -64,10 +64,9 @@ struct InnerLoop {
   T* loss_out;
   T* logits_out;
   Target<T> fast_weights[kMostInnerLayers], fast_biases[kMostInnerLayers], coefficients;
-  // backward: incoming; null stands for the same number for all tasks, and for none
-  const T* grad_loss;
-  const T* grad_logits;
-  T every_grad_loss;
+  // backward: incoming
+  Operand<T> grad_loss;
+  const T* grad_logits;  // null: none
   Operand<T> grad_weights[kMostInnerLayers], grad_biases[kMostInnerLayers], grad_coefficients;
   // backward: outgoing
   Target<T> d_support_x, d_query_x, d_gram_support, d_gram_query, d_rates;

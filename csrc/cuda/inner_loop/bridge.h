@@ -121,6 +121,12 @@ class InnerProblem {
 
   void check(const Tensor& t, int64_t dims) const { check_tensor(op_, a_.support_x, t, dims); }
 
+  // A number for each task, or one for all of them.
+  InnerInput numbers(const Tensor& t) const {
+    check(t, 1);
+    return input(t);
+  }
+
   // An output of all tasks, of the size of one task's part of `like` for each.
   Tensor per_task(const Tensor& like) const {
     return like.dim() == 3 ? new_tensor(like, {loop.tasks, like.size(1), like.size(2)})

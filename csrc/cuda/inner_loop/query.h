@@ -46,8 +46,8 @@ struct InnerQuery : InnerBlock<A, kChip> {
   // The query rows' gradients of everything: of the adapted weights to `adjoint`.
   __device__ __forceinline__ void query_backward() const {
     const int classes = p.layer[p.layers - 1].out, last = p.layers - 1;
-    const bool gives = p.every_grad_loss != 0;
-    const A scale = gives ? A(p.every_grad_loss) : *of_task(static_cast<const void*>(p.losses), 1);
+    const bool gives = p.grad_losses.data;
+    const A scale = gives ? *of_task(p.grad_losses) : *of_task(static_cast<const void*>(p.losses), 1);
     const A* extra = gives ? nullptr : of_task(static_cast<const void*>(p.logits), int64_t(p.query.rows) * classes);
     A total = 0;
     fill_zero(states + p.adjoint, p.state);

@@ -72,7 +72,7 @@ struct InnerLoop {
   // results, or what came in going backward
   void* losses;
   void* logits;
-  double every_grad_loss;  // not 0: going backward all losses' incoming gradient; losses and logits are results then
+  InnerInput grad_losses;  // given: going backward the losses' incoming gradient; losses and logits are results then
   void* coefficients;
   void* d_support_x;
   void* d_query_x;
