@@ -275,6 +275,29 @@ def modules(make: Make) -> Iterator[Case]:
     )
 
 
+def convolutions(make: Make) -> Iterator[Case]:
+    torch.manual_seed(0)
+    model = fastmeta.nn.conv4(track_running_stats=False).to(make.device, make.dtype)
+    tasks, ways, queries, steps = 4, 5, 75, 1
+    model.append(torch.nn.Linear(64, ways, device=make.device, dtype=make.dtype))
+    batch = TaskBatch(
+        make.normal(tasks, ways, 1, 28, 28), make.balanced_labels(tasks, ways, 1),
+        make.normal(tasks, queries, 1, 28, 28), make.labels(ways, tasks, queries),
+    )  # fmt: skip
+    maml = MAML(model, inner_lr=0.01, inner_steps=steps)
+    yield Case(
+        "MAML meta-gradient Conv4 of 64 channels 28x28 K1 T4",
+        {
+            "fastmeta": lambda: torch.autograd.grad(maml(batch).loss, list(maml.parameters())),
+            "task loop": lambda: peers.maml_by_loop(model, F.cross_entropy, batch, 0.01, steps),
+        },
+        0,  # not counted: a convolution has forms of fewer multiplications than its definition (Winograd's)
+        _rows_and_gradients(model, batch),
+        {"task loop": 1},
+        yardsticks={"supervised on the same rows": lambda: peers.supervised(model, F.cross_entropy, batch)},
+    )
+
+
 def protonets(make: Make) -> Iterator[Case]:
     ways, shots, queries, tasks = 5, 1, 5, 16
     torch.manual_seed(0)
@@ -322,5 +345,6 @@ GROUPS: dict[str, Callable[[Make], Iterator[Case]]] = {
     "functional_mlp": mlps,
     "maml": mamls,
     "maml_module": modules,
+    "maml_conv": convolutions,
     "protonet": protonets,
 }
