@@ -157,6 +157,6 @@ def test_table_is_the_suites():
 def test_memory_is_the_reports():
     rows, missing = json.loads(named_results("memory.json").read_text())["rows"], []
     for row in rows:
-        figures = f"| {row['workload']} | {row['contender']} | {row['megabytes']:.0f} | {row['seconds']:.2f} |"
+        figures = f"| {row['workload']} | {row['contender']} | {row['megabytes']:.1f} | {row['seconds']:.2f} |"
         missing += [figures] if figures not in README.read_text() else []
     assert not missing, "the README should have\n" + "\n".join(missing)
