@@ -28,31 +28,41 @@ def gate(device: str) -> None:
             testing.check_op(spec, sample.args)
 
 
-def run_case(case: suite.Case, seconds: float, peak: dict[str, float]) -> dict:
+def run_case(case: suite.Case, seconds: float) -> dict:
     measure.check_equal(case.contenders)
     times = measure.interleaved({**case.contenders, **case.yardsticks}, seconds)
     medians = {name: statistics.median(t) for name, t in times.items()}
-    ours = medians.get("fastmeta")
-    record = {"name": case.name, "contenders": {name: measure.summary(t) for name, t in times.items()}}
-    if ours is not None:
-        record["ratios"] = {name: m / ours for name, m in medians.items() if name != "fastmeta"}
-        record["bars"] = {n: {"bar": b, "met": medians[n] / ours >= b} for n, b in case.bars.items()}
-        record["at_most"] = {n: {"bar": b, "met": ours / medians[n] <= b} for n, b in case.at_most.items()}
-    if case.flops:
-        record["bound_ms"] = roofline.bound_ms(case.flops, case.bytes, peak)
-    return record
+    ours = medians["fastmeta"]
+    return {
+        "name": case.name,
+        "contenders": {name: measure.summary(t) for name, t in times.items()},
+        "ratios": {name: m / ours for name, m in medians.items() if name != "fastmeta"},
+        "bars": {n: {"bar": b, "met": medians[n] / ours >= b} for n, b in case.bars.items()},
+        "at_most": {n: {"bar": b, "met": ours / medians[n] <= b} for n, b in case.at_most.items()},
+        "same_work": list(case.contenders),  # the others are yardsticks
+        "work": {"flops": case.flops, "nbytes": case.bytes},
+    }
+
+
+def add_bounds(cases: list[dict], peak: roofline.Peak) -> None:
+    """To each case its bound, by the best rates of the whole run, and who beat it, which shows that it is none."""
+    for case in cases:
+        case["bound"] = peak.bound(**case["work"])
+        quickest = {name: case["contenders"][name]["min_ms"] for name in case["same_work"]}
+        case["below_bound"] = [name for name, ms in quickest.items() if ms < case["bound"]["ms"]]
 
 
 def markdown(report: dict) -> str:
-    machine, peak = report["machine"], report["peak"]
+    machine, wrong = report["machine"], [case["name"] for case in report["cases"] if case["below_bound"]]
     lines = [
         f"# Measured {report['date']}",
         "",
         f"{machine['cpu']}, {machine['threads']} threads ({machine['cpu_capability']}), GPU: {machine['gpu']}, torch "
-        f"{machine['torch']}, float32; large GEMM {peak['gflops']:.0f} GFLOP/s, copy {peak['gbytes']:.0f} GB/s. "
-        f"Command: `{report['command']}`. Medians of interleaved rounds; ratio = contender / fastmeta; bound = least "
-        "time for the arithmetic and the bytes at those rates.",
+        f"{machine['torch']}, float32; {report['peak_in_words']}. Command: `{report['command']}`. Medians of "
+        "interleaved rounds; ratio = contender / fastmeta; bound = least time at those rates for the fewest FLOPs "
+        "known to give the exact answer (benchmarks/counts.py) or for the bytes that must move, whichever is longer.",
         "",
+        *(f"**Error in the bound, beaten by a contender: {name}.**\n" for name in wrong),
         "| workload | contender | median ms | ratio | bar | bound ms |",
         "|---|---|---|---|---|---|",
     ]
@@ -65,10 +75,12 @@ def rows(cases: list[dict]) -> list[tuple[str, ...]]:
     found = []
     for case in cases:
         for name, times in case["contenders"].items():
-            ratio, bar = case.get("ratios", {}).get(name), case.get("bars", {}).get(name)
-            most = case.get("at_most", {}).get(name)
+            ratio, bar, most = case["ratios"].get(name), case["bars"].get(name), case["at_most"].get(name)
             if most:
                 bar = {"met": most["met"], "bar": f">= {1 / most['bar']:.2f}"}
+            bound = f"{case['bound']['ms']:.3f}, {case['bound']['by']}" if name == "fastmeta" else ""
+            if name in case["below_bound"]:
+                bound = f"ERROR in the bound: beats {case['bound']['ms']:.3f}, {case['bound']['by']}"
             found.append(
                 (
                     case["name"],
@@ -76,7 +88,7 @@ def rows(cases: list[dict]) -> list[tuple[str, ...]]:
                     f"{times['median_ms']:.3f}",
                     f"{ratio:.2f}" if ratio else "",
                     f"{'met' if bar['met'] else 'MISSED'} {bar['bar']}" if bar else "",
-                    f"{case['bound_ms']:.3f}" if "bound_ms" in case and name == "fastmeta" else "",
+                    bound,
                 )
             )
     return found
@@ -96,19 +108,22 @@ def main(
     if unknown:
         raise typer.BadParameter(f"--group must be of {', '.join(suite.GROUPS)}; got {', '.join(sorted(unknown))}")
     gate(device)
-    peak = roofline.measure(device)
-    cases = []
+    peak, cases = roofline.Peak(device), []
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("timing", total=len(groups))
         for name in groups:
+            peak.look()
             for case in suite.GROUPS[name](Make(torch.float32, device)):
-                cases.append(run_case(case, seconds, peak))
+                cases.append(run_case(case, seconds))
             progress.advance(bar)
+    peak.look()
+    add_bounds(cases, peak)
     report = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": "python -m benchmarks" + "".join(f" --group {g}" for g in group or []),
         "machine": roofline.machine(),
-        "peak": peak,
+        "peak": peak.report(),
+        "peak_in_words": peak.words(),
         "cases": cases,
     }
     table = Table("workload", "contender", "median ms", "ratio", "bar", "bound ms")

@@ -151,7 +151,7 @@ def maml_by_loop(model, loss, batch, lr, steps) -> tuple[Tensor, ...]:
 
 
 def supervised(model, loss, batch) -> tuple[Tensor, ...]:
-    """Plain supervised forward and backward over the same rows: the least that any method can cost."""
+    """Plain supervised forward and backward over the same rows, without any adaptation: the yardstick."""
     x = torch.cat([batch.support_x, batch.query_x], 1).flatten(0, 1)
     y = torch.cat([batch.support_y, batch.query_y], 1).flatten(0, 1)
     return torch.autograd.grad(loss(model(x), y), list(model.parameters()))

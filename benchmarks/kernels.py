@@ -39,10 +39,11 @@ def kernels(run: Callable[[], object]) -> Iterator[tuple[str, float, float]]:
 
 def report(seconds: float) -> Iterator[str]:
     """Lines of Markdown."""
-    machine, peak = roofline.machine(), roofline.measure("cuda")
+    machine, peak = roofline.machine(), roofline.Peak("cuda")
+    peak.look()
     yield (
-        f"{machine['gpu']}, torch {machine['torch']}, float32; large GEMM {peak['gflops']:.0f} GFLOP/s, copy "
-        f"{peak['gbytes']:.0f} GB/s. Medians of interleaved rounds, in microseconds."
+        f"{machine['gpu']}, torch {machine['torch']}, float32; {peak.words()}. Medians of interleaved rounds, in "
+        "microseconds."
     )
     for case in suite.GROUPS["maml"](Make(torch.float32, "cuda")):
         if case.name.endswith("CUDA graph"):

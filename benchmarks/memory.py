@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
@@ -76,7 +77,9 @@ def main(
     console.print(table)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        report = {"machine": roofline.machine(), "command": "python -m benchmarks.memory", "rows": rows}
+        date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+        command = "python -m benchmarks.memory"
+        report = {"date": date, "machine": roofline.machine(), "command": command, "rows": rows}
         (out / "memory.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

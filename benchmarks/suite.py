@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import fastmeta.nn
 from benchmarks import contenders as peers
+from benchmarks import counts
 from benchmarks.measure import Contender
 from fastmeta import MAML, ProtoNet, TaskBatch, functional
 from fastmeta.dispatch.spec import REGISTRY, Make
@@ -24,9 +25,9 @@ class Case:
 
     name: str
     contenders: dict[str, Contender]
+    flops: float  # the least that an exact answer takes (benchmarks/counts.py)
+    bytes: float
     bars: dict[str, float] = field(default_factory=dict)
-    flops: float = 0
-    bytes: float = 0
     # other work in the same run, not compared for equal results, and how often its time ours may be at most
     yardsticks: dict[str, Contender] = field(default_factory=dict)
     at_most: dict[str, float] = field(default_factory=dict)
@@ -61,8 +62,8 @@ def prototypical_losses(make: Make) -> Iterator[Case]:
         }
         if index == 0:
             rows["materialised [T,Q,N,D]"] = with_gradient(peers.materialised_prototypical_loss)
-        # forward, and in the backward the forward again and two products
-        yield Case(f"prototypical_loss fwd+bwd {workload.label}", rows, bars, 4 * workload.flops, 2 * workload.bytes)
+        # the product and its two adjoints; both inputs and their gradients
+        yield Case(f"prototypical_loss fwd+bwd {workload.label}", rows, 3 * workload.flops, 2 * workload.bytes, bars)
 
 
 def _weighted(ours: Callable, peers_losses: dict[str, Callable], weights, leaves) -> dict[str, dict[str, Contender]]:
@@ -134,8 +135,8 @@ def contrastive_losses(make: Make) -> Iterator[Case]:
             "matrix": with_gradient(peers.nt_xent),
             "compiled": with_gradient(compiled(peers.nt_xent)),
         }
-        # scores once forward and once for the gradient, and the gradient's own product
-        yield Case(f"contrastive_loss fwd+bwd {label}", rows, {}, 3 * workload.flops, 2 * workload.bytes)
+        # scores are symmetric, half a product; their gradient by the rows is a whole one
+        yield Case(f"contrastive_loss fwd+bwd {label}", rows, 3 * workload.flops, 2 * workload.bytes)
 
 
 def distances(make: Make) -> Iterator[Case]:
@@ -150,7 +151,7 @@ def distances(make: Make) -> Iterator[Case]:
             "compiled": lambda q=query, p=prototypes, f=bmm_compiled: f(q, p),
         }
         bars = dict.fromkeys(("bmm", "cdist", "compiled"), bar)
-        yield Case(f"pairwise_distance fwd {workload.label}", rows, bars, workload.flops, workload.bytes)
+        yield Case(f"pairwise_distance fwd {workload.label}", rows, workload.flops, workload.bytes, bars)
 
 
 def updates(make: Make) -> Iterator[Case]:
@@ -163,7 +164,7 @@ def updates(make: Make) -> Iterator[Case]:
         "addcmul loop": lambda: peers.update_by_addcmul(params, grads, lrs),
     }
     bars = {"foreach": 1.5, "addcmul loop": 1.0}
-    yield Case(f"fast_weight_update fwd {workload.label}", rows, bars, workload.flops, workload.bytes)
+    yield Case(f"fast_weight_update fwd {workload.label}", rows, workload.flops, workload.bytes, bars)
 
     leaves = [t.clone().requires_grad_() for t in [*params, *grads, *flat_lrs]]
     n = len(params)
@@ -181,7 +182,10 @@ def updates(make: Make) -> Iterator[Case]:
         "foreach": with_gradient(peers.update_by_foreach),
         "addcmul loop": with_gradient(peers.update_by_addcmul),
     }
-    yield Case(f"fast_weight_update fwd+bwd {workload.label}", rows, bars, 3 * workload.flops, 2 * workload.bytes)
+    # besides the forward's: cotangents in, gradients of gradients and rates out; those of params are the cotangents
+    nbytes = workload.bytes + counts.nbytes([*cotangents, *grads, *flat_lrs])
+    flops = 5 * workload.flops // 2  # a multiply-add forward, a product and a multiply-add backward
+    yield Case(f"fast_weight_update fwd+bwd {workload.label}", rows, flops, nbytes, bars)
 
 
 def mlps(make: Make) -> Iterator[Case]:
@@ -192,19 +196,12 @@ def mlps(make: Make) -> Iterator[Case]:
             "fastmeta": lambda x=x, w=weights, b=biases: functional.functional_mlp(x, w, b),
             "baddbmm chain": lambda x=x, w=weights, b=biases: peers.mlp_by_baddbmm(x, w, b),
         }
-        yield Case(f"functional_mlp fwd {workload.label}", rows, {"baddbmm chain": bar}, workload.flops, workload.bytes)
+        bars = {"baddbmm chain": bar}
+        yield Case(f"functional_mlp fwd {workload.label}", rows, workload.flops, workload.bytes, bars)
 
 
 def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
-
-
-def maml_flops(sizes, tasks: int, shots: int, queries: int, steps: int) -> float:
-    """The arithmetic that an exact meta-gradient must do (docs/inner-loops.md), the first layer in its cheaper form."""
-    hidden = sum(o * i for i, o in zip(sizes[1:-1], sizes[2:], strict=True))
-    cost = first_layer_cost(shots, queries, sizes[0], sizes[1], steps)
-    # forward, deltas and gradient of every step; two products each of the tangents' forward, deltas and gradient
-    return tasks * (2 * (9 * steps * shots + 3 * queries) * hidden + min(cost))
 
 
 def maml_batch(sizes, tasks: int, shots: int, queries: int, steps: int, make: Make | None = None):
@@ -223,6 +220,11 @@ def maml_batch(sizes, tasks: int, shots: int, queries: int, steps: int, make: Ma
     loss = F.mse_loss if regression else F.cross_entropy
     maml = MAML(model, inner_lr=0.01, inner_steps=steps, loss="mse" if regression else "cross_entropy")
     return model, loss, batch, maml
+
+
+def _rows_and_gradients(model: torch.nn.Module, batch: TaskBatch) -> int:
+    """Bytes of the tasks' rows, of the slow weights and of their gradients."""
+    return counts.nbytes([*batch, *model.parameters(), *model.parameters()])
 
 
 def mamls(make: Make) -> Iterator[Case]:
@@ -254,8 +256,9 @@ def mamls(make: Make) -> Iterator[Case]:
         case = Case(
             f"MAML meta-gradient {name}",
             rows,
+            counts.maml(sizes, tasks, shots, queries, steps),
+            _rows_and_gradients(model, batch),
             {peer: faster for peer in rows if peer != "fastmeta"},
-            flops=maml_flops(sizes, tasks, shots, queries, steps),
             yardsticks={
                 "supervised on the same rows": lambda m=model, f=loss, b=batch: peers.supervised(m, f, b),
                 "fastmeta, a graph and its backward": lambda maml=maml, batch=batch: torch.autograd.grad(
@@ -317,7 +320,32 @@ def modules(make: Make) -> Iterator[Case]:
     yield Case(
         "MAML meta-gradient residual net 784-128-128-128-5 with LayerNorm K5 T128",
         {"fastmeta": meta_gradient("auto"), "vmap engine": meta_gradient("vmap")},
+        counts.maml((784, 128, 128, 128, 5), tasks, ways, queries, steps),  # sums of layers cost no products
+        _rows_and_gradients(model, batch),
         {"vmap engine": 5},
+        yardsticks={"supervised on the same rows": lambda: peers.supervised(model, F.cross_entropy, batch)},
+    )
+
+
+def convolutions(make: Make) -> Iterator[Case]:
+    torch.manual_seed(0)
+    model = fastmeta.nn.conv4(track_running_stats=False).to(make.device, make.dtype)
+    tasks, ways, queries, steps = 4, 5, 75, 1
+    model.append(torch.nn.Linear(64, ways, device=make.device, dtype=make.dtype))
+    batch = TaskBatch(
+        make.normal(tasks, ways, 1, 28, 28), make.balanced_labels(tasks, ways, 1),
+        make.normal(tasks, queries, 1, 28, 28), make.labels(ways, tasks, queries),
+    )  # fmt: skip
+    maml = MAML(model, inner_lr=0.01, inner_steps=steps)
+    yield Case(
+        "MAML meta-gradient Conv4 of 64 channels 28x28 K1 T4",
+        {
+            "fastmeta": lambda: torch.autograd.grad(maml(batch).loss, list(maml.parameters())),
+            "task loop": lambda: peers.maml_by_loop(model, F.cross_entropy, batch, 0.01, steps),
+        },
+        0,  # not counted: a convolution has forms of fewer multiplications than its definition (Winograd's)
+        _rows_and_gradients(model, batch),
+        {"task loop": 1},
         yardsticks={"supervised on the same rows": lambda: peers.supervised(model, F.cross_entropy, batch)},
     )
 
@@ -352,7 +380,13 @@ def protonets(make: Make) -> Iterator[Case]:
         "torch.func": vmapped,
         "task loop": lambda: peers.protonet_by_loop(encoder, batch, ways),
     }
-    yield Case(f"ProtoNet gradient 784-64-64 {ways}way {shots}shot {queries}query T{tasks}", rows)
+    distances = 3 * 2 * tasks * (ways * queries) * ways * 64
+    yield Case(
+        f"ProtoNet gradient 784-64-64 {ways}way {shots}shot {queries}query T{tasks}",
+        rows,
+        counts.supervised((784, 64, 64), tasks * ways * (shots + queries)) + distances,
+        _rows_and_gradients(encoder, batch),
+    )
 
 
 GROUPS: dict[str, Callable[[Make], Iterator[Case]]] = {
@@ -364,5 +398,6 @@ GROUPS: dict[str, Callable[[Make], Iterator[Case]]] = {
     "task_weights": task_weights,
     "maml": mamls,
     "maml_module": modules,
+    "maml_conv": convolutions,
     "protonet": protonets,
 }

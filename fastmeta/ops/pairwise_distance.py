@@ -85,7 +85,7 @@ def workloads(make: Make):
         yield Workload(
             f"T{t}-Q{q}-N{n}-D{d}",
             (query, prototypes, "sqeuclidean"),
-            flops=3 * t * q * n * d,
+            flops=2 * t * q * n * d,
             bytes=size * t * (q * d + n * d + q * n),
         )
 

@@ -100,7 +100,7 @@ def workloads(make: Make):
         yield Workload(
             f"T{t}-N{n}-{shot}shot-{per_class}query-D{d}",
             (support, labels[0], query, labels[1], n, "sqeuclidean"),
-            flops=3 * t * n * n * per_class * d,
+            flops=2 * t * n * n * per_class * d,
             bytes=support.element_size() * t * n * (shot + per_class) * d,
         )
 

@@ -1,0 +1,162 @@
+"""What the README and docs/ say holds: code runs, commands parse, paths exist, figures are those of the results."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from benchmarks import __main__ as benchmarks_command
+from benchmarks import memory as memory_command
+from benchmarks import sampler as sampler_command
+from fastmeta import tasks
+from fastmeta.cli.main import app
+from fastmeta.tasks import glyphs
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ids = {"ids": lambda page: page.name}
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """(number of its first line, text) of every fenced block in `language`."""
+    text = page.read_text()
+    return [(text[: m.start(2)].count("\n"), m[2]) for m in FENCE.finditer(text) if m[1] == language]
+
+
+def spans(page: Path) -> list[str]:
+    """What stands in backticks outside of fenced blocks."""
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text()))
+
+
+# code -----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], **ids)
+def test_python_runs(page, monkeypatch):
+    """A page's blocks in order, in one namespace, as a reader types them."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(tasks, "glyphs", lambda split, seed=0: glyphs("val", seed))  # a quarter of the time to draw
+    namespace = {"__name__": "__main__"}
+    for line, code in blocks(page, "python"):
+        exec(compile("\n" * line + code, str(page), "exec"), namespace)  # errors name the page's line
+
+
+# commands -------------------------------------------------------------------------------------------------------------
+def single(function):
+    alone = typer.Typer()
+    alone.command()(function)
+    return alone
+
+
+MODULES = {
+    "fastmeta": app,
+    "benchmarks": single(benchmarks_command.main),
+    "benchmarks.memory": single(memory_command.main),
+    "benchmarks.sampler": single(sampler_command.main),
+}
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:fastmeta|make|python -m (?:fastmeta|benchmarks)\b\S*)(?: .*)?$")
+
+
+def parse(command: str) -> None:
+    """Raises where the command would be refused before it does anything."""
+    words = shlex.split(command, comments=True)
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words.pop(0)
+    if words[0] == "make":
+        assert {word for word in words[1:] if "=" not in word} <= TARGETS, command
+        return
+    name, arguments = (words[2], words[3:]) if words[:2] == ["python", "-m"] else (words[0], words[1:])
+    entry = typer.main.get_command(MODULES[name])
+    if hasattr(entry, "commands"):
+        assert arguments[0] in entry.commands, f"{name} has no command {arguments[0]}"
+        name, entry, arguments = arguments[0], entry.commands[arguments[0]], arguments[1:]
+    entry.make_context(name, list(arguments))
+
+
+@pytest.mark.parametrize("page", PAGES, **ids)
+def test_commands_of_blocks_parse(page):
+    for _, block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if COMMAND.match(line):
+                parse(line)
+            else:
+                assert re.match(r"(\w+=\S+ )*pip install |$|#", line), f"nothing here knows {line!r}"
+
+
+@pytest.mark.parametrize("page", PAGES, **ids)
+def test_commands_in_sentences_parse(page):
+    for span in spans(page):
+        if COMMAND.match(span) and span != "fastmeta" and "NAME" not in span:
+            try:
+                parse(span)
+            except Exception as error:
+                # a sentence may leave out what must be given, as `fastmeta evaluate` does
+                assert type(error).__name__ == "MissingParameter", f"{span}: {error}"
+
+
+@pytest.mark.parametrize(
+    "command, why",
+    [
+        ("fastmeta train protonet --shotz 1", "shotz"),
+        ("fastmeta train nothing", "nothing"),
+        ("fastmeta trane maml", "trane"),
+        ("fastmeta evaluate", "checkpoint"),
+        ("make dmeo", "dmeo"),
+        ("python -m benchmarks --secs 3", "secs"),
+    ],
+)
+def test_wrong_commands_are_seen(command, why):
+    with pytest.raises(Exception, match=why):
+        parse(command)
+
+
+# names ----------------------------------------------------------------------------------------------------------------
+FOLDERS = ("fastmeta", "csrc", "kernels", "docs", "tests", "benchmarks", ".ci")
+
+
+@pytest.mark.parametrize("page", PAGES, **ids)
+def test_paths_and_tests_exist(page):
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    for span in spans(page):
+        if re.fullmatch(r"[\w.]+/[\w./*<>-]*", span) and span.split("/")[0] in FOLDERS:
+            assert list(ROOT.glob(re.sub(r"<\w+>", "*", span).rstrip("/"))), f"{span} does not exist"
+        if re.fullmatch(r"test_\w+", span):
+            assert f"def {span}(" in sources, f"there is no {span}"
+
+
+def test_environment_variables():
+    """Those in the README's table are those that the package and its build read."""
+    told = set(re.findall(r"FASTMETA_[A-Z_]+", "".join(line for line in README.open() if line.startswith("| `"))))
+    sources = [*(ROOT / "fastmeta").rglob("*.py"), ROOT / "setup.py", *(ROOT / "csrc").rglob("*.cpp")]
+    calls = r'\w[([]"(FASTMETA_[A-Z_]+)"'  # get("..."), environ["..."], getenv("...")
+    read = set(re.findall(calls, "".join(path.read_text() for path in sources)))
+    assert told == read
+
+
+# figures --------------------------------------------------------------------------------------------------------------
+def named_results(name: str) -> Path:
+    """The file of results that the README names first."""
+    return ROOT / re.search(rf"`(benchmarks/results/[\w-]+/{name})`", README.read_text())[1]
+
+
+def test_table_is_the_suites():
+    report, missing = json.loads(named_results("suite.md").with_suffix(".json").read_text()), []
+    for case in report["cases"]:
+        median = case["contenders"]["fastmeta"]["median_ms"]
+        ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in case["ratios"].items())
+        row = f"| {case['name']} | {median:.3f} | {ratios} |"
+        missing += [row] if row not in README.read_text() else []
+    assert not missing, "the README should have\n" + "\n".join(missing)
+
+
+def test_memory_is_the_reports():
+    rows, missing = json.loads(named_results("memory.json").read_text())["rows"], []
+    for row in rows:
+        figures = f"| {row['workload']} | {row['contender']} | {row['megabytes']:.1f} | {row['seconds']:.2f} |"
+        missing += [figures] if figures not in README.read_text() else []
+    assert not missing, "the README should have\n" + "\n".join(missing)
