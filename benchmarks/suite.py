@@ -16,7 +16,6 @@ from benchmarks import counts
 from benchmarks.measure import Contender
 from fastmeta import MAML, ProtoNet, TaskBatch, functional
 from fastmeta.dispatch.spec import REGISTRY, Make
-from fastmeta.functional.inner_loops import first_layer_cost
 
 
 @dataclass(frozen=True)
