@@ -98,6 +98,8 @@ class TestMAML:
             MAML(model, inner_steps=-1)
         with pytest.raises(TypeError, match="inner_lr"):
             MAML(model, inner_lr="fast")
+        with pytest.raises(ValueError, match="inner_lr"):
+            MAML(model, inner_lr=float("nan"))
         with pytest.raises(ValueError, match="loss must be"):
             MAML(model, loss="hinge")
         with pytest.raises(ValueError, match="task_chunk"):
@@ -168,6 +170,17 @@ class TestProtoNet:
         output = net(batch)
         logits = net.predict(net.adapt(batch.support_x, batch.support_y), batch.query_x)
         torch.testing.assert_close(output.loss, F.cross_entropy(logits.flatten(0, 1), batch.query_y.flatten()))
+
+    def test_examples_may_be_numbers(self):
+        """What `nn.Embedding` takes: an example without dimensions. Floating ones lack their tasks or features."""
+        net, ids = ProtoNet(nn.Embedding(12, 4)), torch.arange(12).view(2, 6)
+        labels = torch.arange(2).repeat(2, 3)
+        output = net(TaskBatch(ids[:, :4], labels[:, :4], ids[:, 4:], labels[:, 4:]))
+        prototypes = net.encoder.weight.view(2, 3, 2, 4)[:, :2].mean(1)
+        logits = -(net.encoder.weight.view(2, 6, 1, 4)[:, 4:] - prototypes.unsqueeze(1)).square().sum(-1)
+        torch.testing.assert_close(output.loss, F.cross_entropy(logits.flatten(0, 1), labels[:, 4:].flatten()))
+        with pytest.raises(ValueError, match=r"support_x must have shape \[T, B, ...\], got \[4, 5\]"):
+            net.adapt(torch.randn(4, 5), labels)
 
     def test_evaluation_is_not_transductive(self):
         torch.manual_seed(0)

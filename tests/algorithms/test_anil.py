@@ -60,6 +60,19 @@ def test_protocol(net, adapts):
     assert all(state[0][name] is slow[name] for name in state.shared)
 
 
+@pytest.mark.parametrize("net", NETS)
+def test_first_order_holds_for_adapt_and_predict_too(net):
+    """The encoder's gradient comes from the query rows alone, not from the support rows behind the inner gradient."""
+    build, shape = NETS[net]
+    algorithm, batch = ANIL(build(), inner_lr=0.3, inner_steps=2, first_order=True), class_batch(shape=shape)
+    parameters = list(algorithm.parameters())
+    logits = algorithm.predict(algorithm.adapt(batch.support_x, batch.support_y), batch.query_x)
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch.query_y.flatten())
+    right = torch.autograd.grad(algorithm(batch).loss, parameters)
+    for ours, expected in zip(torch.autograd.grad(loss, parameters), right, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_the_encoder_runs_once_per_example():
     calls = []
     model, batch = small_conv(), class_batch(shape=(1, 6, 6))
