@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY(fastmeta_native, m) {
   m.def(
       "prototypical_loss_bwd(Tensor grad_loss, Tensor support, Tensor support_labels, Tensor query, "
       "Tensor query_labels, int num_classes, int metric, int needs) -> (Tensor, Tensor)");
-  // of every op `_with_gradient`: outputs, and the gradients of the sum of `scale` times the losses; scale [1] or [tasks]
+  // ops `_with_gradient`: outputs, and the gradients of the sum of `scale`, [1] or [tasks], times the losses
   m.def(
       "prototypical_loss_with_gradient(Tensor support, Tensor support_labels, Tensor query, Tensor query_labels, "
       "int num_classes, int metric, Tensor scale, int needs) -> (Tensor, Tensor, Tensor, Tensor)");

@@ -72,7 +72,8 @@ Gradients meta_loss_mlp_bwd(Tensor grad_loss, Tensor grad_logits, Tensor support
     InnerProblem<T> problem(kOp, arguments);
     InnerLoop<T>& p = *problem.loop;
     problem.rows(p.query, query_x, query_y, query_weight, gram_query);
-    STD_TORCH_CHECK(grad_logits.size(0) == problem.tasks && grad_logits.size(1) == p.query.count && grad_logits.size(2) == problem.outputs(),
+    STD_TORCH_CHECK(grad_logits.size(0) == problem.tasks && grad_logits.size(1) == p.query.count &&
+                        grad_logits.size(2) == problem.outputs(),
                     kOp, ": incoming gradients are of the wrong size");
     p.query_pass = true;
     p.grad_loss = of_tasks<T>(kOp, grad_loss, problem.tasks, support_x);

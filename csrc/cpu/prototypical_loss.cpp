@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor> prototypical_loss(Tensor support, Tensor support_labe
   return {loss, accuracy};
 }
 
-// d_support and d_query for the incoming gradient of each task; with the sums of losses and hits of each part, if wanted
+// d_support and d_query for the incoming gradient of each task; if wanted with each part's sums of losses and hits
 template <class T>
 void run_gradient(const Problem& problem, const Tensor& grad_loss, const Tensor& support, const Tensor& support_labels,
                   const Tensor& query, const Tensor& query_labels, int64_t needs, const Tensor& d_support,
@@ -125,8 +125,8 @@ std::tuple<Tensor, Tensor> prototypical_loss_bwd(Tensor grad_loss, Tensor suppor
   Tensor d_support = new_like(support, needs & 1), d_query = new_like(query, needs & 2);
   by_dtype(kOp, support, [&](auto zero) {
     using T = decltype(zero);
-    run_gradient<T>(problem, grad_loss, support, support_labels, query, query_labels, needs, d_support,
-                    d_query, nullptr);
+    run_gradient<T>(problem, grad_loss, support, support_labels, query, query_labels, needs, d_support, d_query,
+                    nullptr);
   });
   return {d_support, d_query};
 }
@@ -142,8 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prototypical_loss_with_gradient(Tenso
   by_dtype(kOp, support, [&](auto zero) {
     using T = decltype(zero);
     std::vector<T> sums(size_t(2 * problem.tasks * problem.parts));
-    run_gradient<T>(problem, scale, support, support_labels, query, query_labels, needs, d_support, d_query,
-                    &sums);
+    run_gradient<T>(problem, scale, support, support_labels, query, query_labels, needs, d_support, d_query, &sums);
     write_means(problem, sums, loss, accuracy);
   });
   return {loss, accuracy, d_support, d_query};
