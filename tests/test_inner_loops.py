@@ -179,16 +179,21 @@ def test_gradcheck_of_weights_rates_and_inputs(form):
     assert gradcheck(run, inputs)
 
 
+@pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("form", ["onchip", "lowrank"])
-def test_an_encoder_in_front_learns_through_the_head(form):
+def test_an_encoder_in_front_learns_through_the_head(form, first_order):
     data, weights, biases = problem("cross_entropy", 3, 4, 5, (6, 8, 3))
     encoder = torch.randn(6, 9, dtype=torch.float64, device=DEVICE).requires_grad_()
     raw = [torch.randn(3, n, 9, dtype=torch.float64, device=DEVICE) for n in (4, 5)]
     features = [torch.tanh(x @ encoder.t()) for x in raw]
-    ours = meta_loss_mlp(features[0], data[1], features[1], data[3], weights, biases, lr=0.3, steps=3, form=form)
-    truth = by_hand((features[0], data[1], features[1], data[3]), weights, biases, lambda *_: 0.3, 3, "cross_entropy",
-                    "relu")  # fmt: skip
+    data = features[0], data[1], features[1], data[3]
+    options = {"lr": 0.3, "steps": 3, "form": form, "first_order": first_order}
+    ours = meta_loss_mlp(*data, weights, biases, **options)
+    truth = by_hand(data, weights, biases, lambda *_: 0.3, 3, "cross_entropy", "relu", first_order=first_order)
     assert_same(ours.loss, truth, [encoder, *weights, *biases])
+    predictions = functional_mlp(features[1], adapt_mlp(*data[:2], weights, biases, **options))
+    loss = F.cross_entropy(predictions.flatten(0, 1), data[3].flatten(), reduction="none").view(3, -1).mean(1)
+    assert_same(loss, truth, [encoder, *weights, *biases])
 
 
 @pytest.mark.parametrize("form", ["onchip", "lowrank"])
