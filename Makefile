@@ -9,36 +9,40 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h
 
 .PHONY: demo test bench lint build gpu-check clean
 demo: $(VENV)/built
-	$(VENV)/bin/fastmeta demo
+	@$(VENV)/bin/fastmeta demo
 
 test: $(VENV)/built
-	$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest $(PYTEST_ARGS)
 
 bench: $(VENV)/built
-	$(PY) -m benchmarks $(BENCH_ARGS)
+	@$(PY) -m benchmarks $(BENCH_ARGS)
 
 lint: $(VENV)/installed
-	$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff check .
 
 build: $(VENV)/built
 
 $(VENV)/installed: requirements.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -r requirements.txt
-	touch $@
+	@echo "installing what requirements.txt names into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --upgrade pip
+	@$(PY) -m pip install --quiet -r requirements.txt
+	@touch $@
 
 # the package and its command are linked once; what is native is then built in place, where ninja knows what changed
 $(VENV)/linked: $(VENV)/installed setup.py pyproject.toml
-	FASTMETA_NO_EXT=1 $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
-	touch $@
+	@FASTMETA_NO_EXT=1 $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
 
+# compilers tell much: all of it in the log, and on the screen where the build fails
 $(VENV)/built: $(VENV)/linked $(NATIVE)
-	$(PY) setup.py --quiet build_ext --inplace
-	touch $@
+	@echo "building the native kernels (about two minutes the first time; build/native.log has the compilers' words)"
+	@mkdir -p build
+	@$(PY) setup.py --quiet build_ext --inplace > build/native.log 2>&1 || { cat build/native.log; exit 1; }
+	@touch $@
 
 gpu-check:
-	PYTHON=$(PYTHON) OUT=$(OUT) bash benchmarks/gpu_check.sh
+	@PYTHON=$(PYTHON) OUT=$(OUT) bash benchmarks/gpu_check.sh
 
 clean:
-	rm -rf $(VENV) build *.egg-info fastmeta/*.so
+	@rm -rf $(VENV) build *.egg-info fastmeta/*.so

@@ -1,7 +1,6 @@
 """`adapt_mlp` and `meta_loss_mlp`: against `torch.func` on one task at a time, in float64, for combinations of options.
 
-The battery of `test_ops.py` compares every backend with the reference; here the reference's meaning is tested, and what
-the functions promise beside it.
+`test_references.py` says what the ops mean; here the functions are tested, and what they promise beside it.
 """
 
 import pytest
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from conftest import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import ACTIVATIONS, maximum_entropy
 from torch.autograd import gradcheck
 
 from fastmeta.dispatch.backends import use_backend
@@ -18,7 +18,6 @@ from fastmeta.functional.inner_loops import mean_meta_loss_mlp
 
 ROW_LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "huber")
 LOSSES = (*ROW_LOSSES, "maximum_entropy")
-ACTIVATIONS = ("relu", "tanh", "sigmoid", "silu", "gelu", "sine", "identity")
 
 
 def problem(loss="mse", tasks=3, rows=4, queries=5, widths=(6, 8, 5, 2), bias=True, seed=0, dtype=torch.float64):
@@ -61,27 +60,6 @@ def one_task_loss(loss, prediction, target, delta=1.0):
     return F.huber_loss(prediction, target, delta=delta)
 
 
-def maximum_entropy(rewards, target):
-    losses = []
-    for i in range(target.shape[-2]):
-        returns = []
-        for j in range(target.shape[-1]):
-            if target.dim() == 3:
-                returns.append((rewards[:-1] * target[:-1, i, j]).sum() - target[-1, i, j])
-            else:
-                horizon = len(rewards) // target.numel()
-                first = (i * target.shape[1] + j) * horizon
-                returns.append(rewards[first : first + horizon].sum() - target[i, j])
-        samples = torch.stack(returns[1:])
-        most = samples.detach().max()  # steps that diverge soon have returns whose exponential is infinite
-        losses.append((samples - most).exp().mean().log() + most - returns[0])
-    return torch.stack(losses).mean()
-
-
-FUNCTIONS = {"relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": F.silu, "gelu": F.gelu,
-             "sine": torch.sin, "identity": lambda x: x}  # fmt: skip
-
-
 def by_hand(data, weights, biases, rate, steps, loss, activation, *, momentum=0.0, decay=0.0, first_order=False):
     """Query losses `[T]`: each task by itself, its inner gradients by `torch.func.grad`. `rate(k, l, kind)`."""
     layers = len(weights)
@@ -89,7 +67,7 @@ def by_hand(data, weights, biases, rate, steps, loss, activation, *, momentum=0.
     def net(parameters, x):
         for i in range(layers):
             x = x @ parameters[i].t() + (parameters[layers + i] if biases else 0)
-            x = FUNCTIONS[activation](x) if i < layers - 1 else x
+            x = ACTIVATIONS[activation](x) if i < layers - 1 else x
         return x
 
     def task(sx, sy, qx, qy):
@@ -120,7 +98,7 @@ def assert_same(ours, truth, leaves, rtol=1e-10):
 @settings(max_examples=60, deadline=None)
 @given(
     loss=st.sampled_from(LOSSES),
-    activation=st.sampled_from(ACTIVATIONS),
+    activation=st.sampled_from(list(ACTIVATIONS)),
     form=st.sampled_from(["onchip", "lowrank"]),
     steps=st.integers(0, 4),
     rates=st.sampled_from(["float", "L", "K", "LK", "element"]),
@@ -179,16 +157,21 @@ def test_gradcheck_of_weights_rates_and_inputs(form):
     assert gradcheck(run, inputs)
 
 
+@pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("form", ["onchip", "lowrank"])
-def test_an_encoder_in_front_learns_through_the_head(form):
+def test_an_encoder_in_front_learns_through_the_head(form, first_order):
     data, weights, biases = problem("cross_entropy", 3, 4, 5, (6, 8, 3))
     encoder = torch.randn(6, 9, dtype=torch.float64, device=DEVICE).requires_grad_()
     raw = [torch.randn(3, n, 9, dtype=torch.float64, device=DEVICE) for n in (4, 5)]
     features = [torch.tanh(x @ encoder.t()) for x in raw]
-    ours = meta_loss_mlp(features[0], data[1], features[1], data[3], weights, biases, lr=0.3, steps=3, form=form)
-    truth = by_hand((features[0], data[1], features[1], data[3]), weights, biases, lambda *_: 0.3, 3, "cross_entropy",
-                    "relu")  # fmt: skip
+    data = features[0], data[1], features[1], data[3]
+    options = {"lr": 0.3, "steps": 3, "form": form, "first_order": first_order}
+    ours = meta_loss_mlp(*data, weights, biases, **options)
+    truth = by_hand(data, weights, biases, lambda *_: 0.3, 3, "cross_entropy", "relu", first_order=first_order)
     assert_same(ours.loss, truth, [encoder, *weights, *biases])
+    predictions = functional_mlp(features[1], adapt_mlp(*data[:2], weights, biases, **options))
+    loss = F.cross_entropy(predictions.flatten(0, 1), data[3].flatten(), reduction="none").view(3, -1).mean(1)
+    assert_same(loss, truth, [encoder, *weights, *biases])
 
 
 @pytest.mark.parametrize("form", ["onchip", "lowrank"])

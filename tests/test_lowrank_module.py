@@ -300,6 +300,8 @@ def all_low_rank(monkeypatch):
     monkeypatch.setattr(lowrank_module, "ROWS_PER_WIDTH", 1e9)
 
 
+# vmap takes weight_norm task by task and says that this is slow: here the gradient counts
+@pytest.mark.filterwarnings("ignore:There is a performance drop.*aten.._weight_norm:UserWarning")
 @pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
 @pytest.mark.parametrize("name", MODELS)
 def test_meta_gradient_is_the_oracles(form, name, first_order):

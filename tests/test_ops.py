@@ -1,6 +1,6 @@
-"""Every op of the registry on every backend against the float64 reference: values, gradients, second order.
+"""Every op of the registry on every kernel backend against the float64 reference: values, gradients, second order.
 
-What is special to one op stands in `tests/ops/`.
+What the reference itself is worth shows in `test_references.py`; what is special to one op in `tests/ops/`.
 """
 
 import pytest
@@ -18,6 +18,7 @@ from fastmeta.dispatch.spec import REGISTRY, Make
 BACKENDS = [
     name for name, b in backends.BACKENDS.items() if DEVICE in b.devices and not (CUDA and name == "reference")
 ]
+KERNELS = [name for name in BACKENDS if name != "reference"]  # compared with the reference it would be with itself
 DTYPES = {
     "cuda": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
     "triton": (torch.float32, torch.float64, torch.float16, torch.bfloat16) if CUDA else (torch.float32, torch.float64),
@@ -43,7 +44,7 @@ def first_labels(name: str) -> list[str]:
     return list(seen.values())
 
 
-def cases(labels=LABELS.get, backends=BACKENDS, dtypes=DTYPES.get, interpreted=None):
+def cases(labels=LABELS.get, backends=KERNELS, dtypes=DTYPES.get, interpreted=None):
     """Test parameters; `interpreted` picks fewer samples for Triton's interpreter, which is slow."""
 
     def picked(backend):
@@ -52,7 +53,7 @@ def cases(labels=LABELS.get, backends=BACKENDS, dtypes=DTYPES.get, interpreted=N
     def shown(name, backend):
         found = picked(backend)(name)
         if REGISTRY[name].second_order == "loop" and backend == "reference":
-            # many samples, each a loop of differentiated steps, of what is compared with itself
+            # many samples, each a loop of differentiated steps, of the same plain torch
             return [label for label in found if label in first_labels(name)]
         if REGISTRY[name].second_order == "loop" and backend == "triton":
             found = [label for label in found if not label.startswith("maximum_entropy")]  # which it refuses
@@ -101,13 +102,12 @@ def test_gradients(name, backend, dtype, label, poisoned_memory):
 
 @pytest.mark.parametrize(
     "name, backend, dtype, label",
-    # of the reference it is the truth itself, and half precision has no digits left
     cases(
         # of inner loops it is plain torch at every second derivative
         lambda name: [] if name.endswith("_bwd") else first_labels(name)[:4] if loops(name) else LABELS[name],
-        [b for b in BACKENDS if b != "reference"],
-        lambda _: (torch.float32, torch.float64),
-        lambda name: [] if name.endswith("_bwd") else first_labels(name),
+        # half precision has no digits left
+        dtypes=lambda _: (torch.float32, torch.float64),
+        interpreted=lambda name: [] if name.endswith("_bwd") else first_labels(name),
     ),
 )
 def test_second_order(name, backend, dtype, label, poisoned_memory):
@@ -129,6 +129,7 @@ def smallest_label(name: str) -> list[str]:
     "name, backend, dtype, label",
     cases(
         lambda name: first_labels(name)[: 4 if loops(name) else None],
+        BACKENDS,
         dtypes=lambda _: [torch.float64],
         interpreted=of_kernels(smallest_label),
     ),
@@ -173,7 +174,8 @@ OPCHECKS_IN_EAGER_MODE = ("test_schema", "test_autograd_registration", "test_fak
 
 
 @pytest.mark.parametrize(
-    "name, backend, dtype, label", cases(spread_labels, dtypes=lambda _: [torch.float32], interpreted=first_label)
+    "name, backend, dtype, label",
+    cases(spread_labels, BACKENDS, lambda _: [torch.float32], interpreted=first_label),
 )
 def test_opcheck(name, backend, dtype, label):
     require(backend)
@@ -199,7 +201,7 @@ def strided(t: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "name, backend, dtype, label",
-    cases(spread_labels, dtypes=lambda _: [torch.float32], interpreted=few_spread_labels),
+    cases(spread_labels, BACKENDS, lambda _: [torch.float32], interpreted=few_spread_labels),
 )
 def test_any_strides(name, backend, dtype, label):
     require(backend)

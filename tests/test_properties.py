@@ -1,4 +1,4 @@
-"""Over random sizes, labels, metrics, dtypes: equal to the float64 reference, and the symmetries of the ops.
+"""Over random sizes, labels, metrics, dtypes: equal to the truth in float64, and the symmetries of the ops.
 
 The examples are the same on every run.
 """
@@ -8,6 +8,7 @@ import torch
 from conftest import CUDA, DEVICE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plain import TRUTH
 from test_ops import BACKENDS, DTYPES, require
 
 from fastmeta import testing, use_backend
@@ -47,7 +48,7 @@ def holds(backend, *strategies, examples=25):
     return run
 
 
-# equal to the reference ------------------------------------------------------------------------------
+# equal to the truth ----------------------------------------------------------------------------------
 
 
 def width_for(metric, d):
@@ -129,12 +130,14 @@ def test_every_op_is_here():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_equals_the_reference(name, backend):
+def test_equals_the_truth(name, backend):
+    """Which is the reference, and about the reference plain PyTorch."""
+
     @holds(backend, st.data(), st.sampled_from(DTYPES[backend]), seeds, examples=40)
     def run(data, dtype, seed):
         args = data.draw(ARGUMENTS[name](Make(dtype, DEVICE, seed)))
         for order in (0, 1):
-            testing.check_op(REGISTRY[name], args, order)
+            testing.check_op(REGISTRY[name], args, order, truth=TRUTH[name] if backend == "reference" else None)
 
 
 # symmetries ------------------------------------------------------------------------------------------

@@ -276,7 +276,8 @@ def test_kmeans_finds_clusters_and_partitions_differ():
     points = centres[truth] + 0.3 * torch.randn(200, 10, generator=generator(1))
     partitions = kmeans_partitions(points, 8, 3)
     assert partitions.shape == (3, 200) and partitions.dtype == torch.int64 and partitions.max() < 8
-    assert len((truth * 8 + partitions[0]).unique()) == 8  # the same partition, by other names
+    for partition in partitions:  # clusters so far apart survive any scaling, if points and means have the same
+        assert len((truth * 8 + partition).unique()) == 8  # the same partition, by other names
     assert torch.equal(partitions, kmeans_partitions(points, 8, 3))
     noise = torch.randn(200, 10, generator=generator(2))
     one, two = kmeans_partitions(noise, 20, 2)
@@ -287,6 +288,39 @@ def test_kmeans_finds_clusters_and_partitions_differ():
         kmeans_partitions(points / 0, 8)
     with pytest.raises(ValueError, match="partitions"):
         kmeans_partitions(points, 8, 0)
+
+
+def test_partitions_after_the_first_are_of_scaled_dimensions(monkeypatch):
+    """Each dimension by a number of its own from N(0, 1), in each partition by others."""
+    cluster = pytest.importorskip("sklearn.cluster")
+    seen = []
+
+    class Recorded(cluster.MiniBatchKMeans):
+        def fit(self, points, *rest, **named):
+            seen.append(torch.from_numpy(points))
+            return super().fit(points, *rest, **named)
+
+    monkeypatch.setattr(cluster, "MiniBatchKMeans", Recorded)
+    points = torch.rand(4, 3000, generator=generator()) + 1
+    kmeans_partitions(points, 2, 3, seed=1)
+    assert len(seen) == 3 and torch.equal(seen[0], points)
+    factors = [scaled / points for scaled in seen[1:]]
+    for factor in factors:
+        torch.testing.assert_close(factor, factor[:1].expand_as(factor))  # the same for all points
+        assert abs(factor[0].mean()) < 0.1 and abs(factor[0].std() - 1) < 0.1
+        assert 0.65 < (factor[0].abs() < 1).float().mean() < 0.72  # 0.683 of a normal distribution
+    assert abs(torch.corrcoef(torch.stack([factor[0] for factor in factors]))[0, 1]) < 0.1
+
+
+def test_scaling_decides_what_is_clustered():
+    """The corners of a rectangle in two clusters: as they are by its long side, scaled by either."""
+    pytest.importorskip("sklearn")
+    corners = torch.tensor([[0.0, 0.0], [0.0, 1.5], [1.0, 0.0], [1.0, 1.5]]).repeat(10, 1)
+    first, *others = kmeans_partitions(corners, 2, 20)
+    by_x, by_y = corners[:, 0] > 0, corners[:, 1] > 0
+    found = [[bool(((p == p[0]) == (side == side[0])).all()) for side in (by_x, by_y)] for p in (first, *others)]
+    assert found[0] == [False, True]
+    assert {tuple(f) for f in found[1:]} == {(True, False), (False, True)}
 
 
 def test_clusters_without_scikit_learn_say_what_is_missing(monkeypatch):

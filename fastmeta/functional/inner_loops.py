@@ -116,13 +116,13 @@ def adapt_mlp(
     loop = _Loop(support_x, support_y, None, weights, biases, lr, steps, loss, activation, momentum, weight_decay, norm,
                  support_mask, form)  # fmt: skip
     shared = (loop.rates, loop.element_rates, loss, activation, huber_delta, momentum, weight_decay, first_order)
-    x, gram = loop.first_layer(loop.support_x)
+    x, gram = loop.first_layer(loop.support_x, first_order)
     args = (x, loop.support_y, loop.support_weight, gram, loop.kernel_weights, loop.kernel_biases, *shared)
     fast = _inner_loop.adapt(*args, norm=_norm(norm)) if norm else _adapt_mlp.SPEC(*args)
     low_rank = None
     if loop.lowrank:
         (weight,), biases = _with_tasks(loop.weights[:1], 3), _with_tasks(loop.biases[:1], 2)
-        first = (weight, biases[0] if biases else None, fast[2], loop.support_x)
+        first = (weight, biases[0] if biases else None, fast[2], loop.rows_in_gradients(first_order))
         low_rank = tuple(None if t is None else t.to(loop.dtype) for t in first)
     layers = ([t.to(loop.dtype) for t in group] for group in fast[:2])
     return MLPFastWeights(*layers, activation, low_rank, _norm(norm))
@@ -371,17 +371,22 @@ class _Loop:
 
     def meta_loss_arguments(self, *shared) -> tuple:
         """What the op takes; `shared` are its last arguments, from the loss's name on."""
-        x, gram = self.first_layer(self.support_x)
-        qx, query_gram = self.first_layer(self.query_x)
+        *_, first_order = shared
+        x, gram = self.first_layer(self.support_x, first_order)
+        qx, query_gram = self.first_layer(self.query_x, first_order)
         return (x, self.support_y, self.support_weight, qx, self.query_y, self.query_weight, gram, query_gram,
                 self.kernel_weights, self.kernel_biases, self.rates, self.element_rates, *shared)  # fmt: skip
 
-    def first_layer(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def rows_in_gradients(self, first_order: bool) -> Tensor:
+        """The support rows as a factor of the first layer's inner gradients, which in first order are constants."""
+        return self.support_x.detach() if first_order else self.support_x
+
+    def first_layer(self, x: Tensor, first_order: bool) -> tuple[Tensor, Tensor]:
         """`x` and no Gram matrix, or in low-rank form the first layer's product and the Gram matrix."""
         if not self.lowrank:
             return x, filled(x, (1, 0, 0), 0.0)
         bias = self.biases[0].flatten() if self.biases else None
-        gram = torch.bmm(x, self.support_x.mT)
+        gram = torch.bmm(x, self.rows_in_gradients(first_order).mT)
         return F.linear(x, self.weights[0].flatten(0, -2), bias), gram if bias is None else gram + 1
 
 

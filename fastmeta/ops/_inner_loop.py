@@ -280,3 +280,6 @@ def samples(make: Make):
                 f"{loss}-{activation}-{label}",
                 arguments(make, *sizes, loss=loss, activation=activation, **departures),
             )
+    # trajectories in the support set too, and in the query set more than one sample beside a demonstration
+    args = arguments(make, 2, 4, 6, (3, 5, 2), "dense", loss="maximum_entropy", activation="relu")
+    yield Sample("maximum_entropy-relu-T2-S4-Q6-3x5x2", args)

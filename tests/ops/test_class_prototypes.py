@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import DEVICE
+from plain import class_prototypes as by_loop
 from test_ops import BACKENDS, require
 
 from fastmeta import use_backend
@@ -15,16 +16,6 @@ def backend(request):
     require(request.param)
     with use_backend(request.param):
         yield request.param
-
-
-def by_loop(embeddings, labels, num_classes):
-    means = torch.zeros(len(embeddings), num_classes, embeddings.shape[2], dtype=embeddings.dtype, device=DEVICE)
-    for t in range(len(embeddings)):
-        for n in range(num_classes):
-            rows = embeddings[t][labels[t] == n]
-            if len(rows):
-                means[t, n] = rows.mean(0)
-    return means
 
 
 # class sizes differ between classes and tasks; class 4 is absent everywhere

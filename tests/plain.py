@@ -1,0 +1,288 @@
+"""What every op means in plain PyTorch, one task at a time and in the most obvious way: the truth about the references.
+
+Nothing of the package computes it. Arguments are those of the op; `TRUTH` has a function for every op of the registry,
+the `_bwd` ops by autograd of the forward.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nan
+
+from fastmeta.dispatch.spec import REGISTRY
+
+ACTIVATIONS = {
+    "identity": lambda x: x, "relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": F.silu,
+    "gelu": F.gelu, "sine": torch.sin,
+}  # fmt: skip
+
+
+def number_of_tasks(tensors) -> int:
+    return next((len(t) for t in tensors if len(t) != 1), 1)
+
+
+def of_task(tensor, task):
+    """What the tasks share is every task's."""
+    return tensor[task if len(tensor) > 1 else 0]
+
+
+def stack(rows, like, *shape):
+    """Of no rows too, which torch cannot stack."""
+    return torch.stack(rows) if rows else like.new_zeros(0, *shape)
+
+
+# embeddings ------------------------------------------------------------------------------------------
+
+
+def class_prototypes(embeddings, labels, num_classes):
+    tasks = []
+    for rows, classes in zip(embeddings, labels, strict=True):
+        absent = rows.new_zeros(rows.shape[1])
+        means = [rows[classes == n].mean(0) if n in classes else absent for n in range(num_classes)]
+        tasks.append(stack(means, rows, rows.shape[1]))
+    return stack(tasks, embeddings, num_classes, embeddings.shape[2])
+
+
+def class_prototypes_bwd(grad, labels):
+    tasks = []
+    for means, classes in zip(grad, labels, strict=True):
+        rows = [means[n] / (classes == n).sum() for n in classes]
+        tasks.append(stack(rows, means, means.shape[1]))
+    return stack(tasks, grad, labels.shape[1], grad.shape[2])
+
+
+def distances(query, prototypes, metric):
+    """Of one query."""
+    if metric == "dot":
+        return -(prototypes @ query)
+    if metric == "cosine":
+        return 1 - F.cosine_similarity(prototypes, query.unsqueeze(0))
+    difference = prototypes - query
+    if metric == "manhattan":
+        return difference.abs().sum(1)
+    squares = difference.square().sum(1)
+    if metric == "sqeuclidean":
+        return squares
+    # the slope of the root is infinite at 0, where the distance has its least value: there the derivative is 0
+    return stack([square.sqrt() if square > 0 else torch.zeros_like(square) for square in squares], squares)
+
+
+def pairwise_distance(query, prototypes, metric):
+    tasks = [
+        stack([distances(q, points, metric) for q in queries], query, len(points))
+        for queries, points in zip(query, prototypes, strict=True)
+    ]
+    return stack(tasks, query, query.shape[1], prototypes.shape[1])
+
+
+def prototypical_loss(support, support_labels, query, query_labels, num_classes, metric):
+    prototypes = class_prototypes(support, support_labels, num_classes)
+    losses, accuracies = [], []
+    for table, labels in zip(pairwise_distance(query, prototypes, metric), query_labels, strict=True):
+        if len(labels) == 0:
+            losses.append(support.new_tensor(nan))
+            accuracies.append(support.new_tensor(nan))
+            continue
+        losses.append(F.cross_entropy(-table, labels))
+        nearest = [row.index(min(row)) for row in table.tolist()]  # of equals the first
+        right = [n == label for n, label in zip(nearest, labels.tolist(), strict=True)]
+        accuracies.append(support.new_tensor(sum(right) / len(right)))
+    return stack(losses, support), stack(accuracies, support)
+
+
+def contrastive_loss(embeddings, temperature):
+    tasks = []
+    for rows in embeddings:
+        losses = []
+        for i, row in enumerate(rows):
+            others = [j for j in range(len(rows)) if j != i]
+            partner = others.index((i + len(rows) // 2) % len(rows))
+            scores = rows[others] @ row / temperature
+            losses.append(F.cross_entropy(scores, torch.tensor(partner, device=rows.device)))
+        tasks.append(torch.stack(losses).mean() if losses else rows.new_tensor(nan))
+    return stack(tasks, embeddings)
+
+
+# a multi-layer perceptron ----------------------------------------------------------------------------
+
+
+def layers(x, weights, biases, activation):
+    """The net of one task."""
+    for i, weight in enumerate(weights):
+        x = F.linear(x if i == 0 else ACTIVATIONS[activation](x), weight, biases[i] if biases else None)
+    return x
+
+
+def functional_mlp(x, weights, biases, activation):
+    tasks = range(number_of_tasks([x, *weights, *biases]))
+    outputs = [
+        layers(of_task(x, t), [of_task(w, t) for w in weights], [of_task(b, t) for b in biases], activation)
+        for t in tasks
+    ]
+    return stack(outputs, x, x.shape[1], weights[-1].shape[1])
+
+
+def fast_weight_update(params, grads, lrs, lr):
+    tasks = range(number_of_tasks([*params, *grads, *lrs]))
+    updated = []
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        rows = [of_task(param, t) - (of_task(lrs[i], t) if lrs else lr) * of_task(grad, t) for t in tasks]
+        updated.append(stack(rows, param, param.shape[1]))
+    return updated
+
+
+def fast_weight_update_bwd(grad_outs, grads, lrs, lr, needs):
+    params = [torch.zeros_like(g) for g in grad_outs]
+    return vjp(fast_weight_update, grad_outs, (params, grads, lrs, lr), (1, 2), needs)
+
+
+# inner loops -----------------------------------------------------------------------------------------
+
+
+def maximum_entropy(rewards, target):
+    """Of one task: rewards `[S]`, target `[S, d, 1 + M]` or `[d, 1 + M]`."""
+    losses = []
+    for i in range(target.shape[-2]):
+        returns = []
+        for j in range(target.shape[-1]):
+            if target.dim() == 3:
+                returns.append((rewards[:-1] * target[:-1, i, j]).sum() - target[-1, i, j])
+            else:
+                horizon = len(rewards) // target.numel()
+                first = (i * target.shape[1] + j) * horizon
+                returns.append(rewards[first : first + horizon].sum() - target[i, j])
+        samples = torch.stack(returns[1:])
+        most = samples.detach().max()  # steps that diverge soon have returns whose exponential is infinite
+        losses.append((samples - most).exp().mean().log() + most - returns[0])
+    return torch.stack(losses).mean()
+
+
+def task_loss(loss, prediction, target, row_weights, delta):
+    if loss == "maximum_entropy":
+        return maximum_entropy(prediction[:, 0] * row_weights, target)
+    if loss == "cross_entropy":
+        rows = F.cross_entropy(prediction, target, reduction="none")
+    elif loss == "mse":
+        rows = F.mse_loss(prediction, target, reduction="none").mean(1)
+    elif loss == "binary_cross_entropy":
+        rows = F.binary_cross_entropy_with_logits(prediction, target, reduction="none").mean(1)
+    else:
+        rows = F.huber_loss(prediction, target, reduction="none", delta=delta).mean(1)
+    return rows.dot(row_weights)
+
+
+def adapt_task(x, y, row_weights, gram, weights, biases, rates, element_rates, loss, activation, delta, momentum,
+               weight_decay, first_order):  # fmt: skip
+    """Fast weights, biases and coefficients of one task; `gram` is None in the dense form.
+
+    In the Gram form the first layer's gradient is that of its output, `x - gram @ coefficients`.
+    """
+    coefficients = None if gram is None else torch.zeros_like(x)
+    params, count = [*weights, *biases], len(weights)
+    first_layer = 0 if gram is None else 1  # of those that have weights
+    velocity = None
+    for of_layer in rates:
+        params = [p if p.requires_grad else p.detach().requires_grad_() for p in params]
+        h = x if gram is None else x - gram @ coefficients
+        if gram is None:
+            wanted, prediction = params, layers(h, params[:count], params[count:], activation)
+        else:
+            h = h if h.requires_grad else h.detach().requires_grad_()
+            after = layers(ACTIVATIONS[activation](h), params[:count], params[count:], activation) if params else h
+            wanted, prediction = [h, *params], after
+        value = task_loss(loss, prediction, y, row_weights, delta)
+        gradients = torch.autograd.grad(value, wanted, create_graph=not first_order, materialize_grads=True)
+        if gram is None:
+            gradients = [g + weight_decay * p for g, p in zip(gradients, params, strict=True)]
+        if velocity is not None:
+            gradients = [momentum * v + g for v, g in zip(velocity, gradients, strict=True)]
+        velocity, step = gradients, list(gradients)
+        if gram is not None:
+            coefficients = coefficients + of_layer[0] * step.pop(0)
+        for i, direction in enumerate(step):
+            rate = of_layer[first_layer + i % count]
+            params[i] = params[i] - (rate * element_rates[i] if element_rates else rate) * direction
+    return params[:count], params[count:], coefficients
+
+
+def _adapt(support, gram_support, weights, biases, rates, element_rates, options):
+    """Of every task what `adapt_task` returns."""
+    given = len(weights) < rates.shape[2]
+    tasks = range(len(support[0]))
+    return [
+        adapt_task(
+            *(part[t] for part in support), of_task(gram_support, t) if given else None,
+            [of_task(w, t) for w in weights], [of_task(b, t) for b in biases], of_task(rates, t),
+            [of_task(e, t) for e in element_rates], *options,
+        )
+        for t in tasks
+    ]  # fmt: skip
+
+
+def adapt_mlp(support_x, support_y, support_weight, gram_support, weights, biases, rates, element_rates, *options):
+    support = support_x, support_y, support_weight
+    tasks = _adapt(support, gram_support, weights, biases, rates, element_rates, options)
+    fast_weights = [stack([w[i] for w, _, _ in tasks], p, *p.shape[1:]) for i, p in enumerate(weights)]
+    fast_biases = [stack([b[i] for _, b, _ in tasks], p, *p.shape[1:]) for i, p in enumerate(biases)]
+    if len(weights) == rates.shape[2]:
+        return fast_weights, fast_biases, support_x.new_zeros(len(support_x), 0, 0)
+    return fast_weights, fast_biases, stack([c for _, _, c in tasks], support_x, *support_x.shape[1:])
+
+
+def meta_loss_mlp(support_x, support_y, support_weight, query_x, query_y, query_weight, gram_support, gram_query,
+                  weights, biases, rates, element_rates, *options):  # fmt: skip
+    loss, activation, delta = options[:3]
+    support = support_x, support_y, support_weight
+    tasks = _adapt(support, gram_support, weights, biases, rates, element_rates, options)
+    losses, predictions = [], []
+    for t, (fast_weights, fast_biases, coefficients) in enumerate(tasks):
+        h = query_x[t]
+        if coefficients is not None:
+            h = h - of_task(gram_query, t) @ coefficients
+            h = ACTIVATIONS[activation](h) if weights else h
+        predictions.append(layers(h, fast_weights, fast_biases, activation))
+        losses.append(task_loss(loss, predictions[-1], query_y[t], query_weight[t], delta))
+    outputs = weights[-1].shape[1] if weights else query_x.shape[2]
+    return stack(losses, query_x), stack(predictions, query_x, query_x.shape[1], outputs)
+
+
+# gradients -------------------------------------------------------------------------------------------
+
+
+def flat(values) -> list:
+    return [t for v in values for t in (v if isinstance(v, (list, tuple)) else [v])]
+
+
+def vjp(function, grads, args, positions, needs) -> list:
+    """Gradients of the arguments at `positions`, of size 0 where `needs` has no bit for them."""
+    args = list(args)
+    for p in positions:
+        tensors = [t if t.requires_grad else t.detach().requires_grad_() for t in flat([args[p]])]
+        args[p] = tensors if isinstance(args[p], (list, tuple)) else tensors[0]
+    outputs = function(*args)
+    outputs = flat(outputs if isinstance(outputs, (list, tuple)) else [outputs])
+    live = [(o, g) for o, g in zip(outputs, flat(grads), strict=False) if o.requires_grad]
+    inputs = [(t, needs >> bit & 1) for bit, p in enumerate(positions) for t in flat([args[p]])]
+    wanted = [t for t, needed in inputs if needed]
+    if live:
+        options = {"create_graph": True, "materialize_grads": True}
+        found = iter(torch.autograd.grad([o for o, _ in live], wanted, [g for _, g in live], **options))
+    else:
+        found = (torch.zeros_like(t) for t in wanted)
+    return [next(found) if needed else t.new_empty(0) for t, needed in inputs]
+
+
+def gradient_of(function):
+    """What `<op>_bwd` computes, from gradients of the op's outputs, its arguments and `needs`."""
+    spec = REGISTRY[function.__name__]
+    count = len(REGISTRY[f"{spec.name}_bwd"].argument_names) - len(spec.argument_names) - 1
+
+    def gradients(*args):
+        return vjp(function, args[:count], args[count:-1], spec.differentiable_positions, args[-1])
+
+    return gradients
+
+
+_DERIVED = (pairwise_distance, prototypical_loss, contrastive_loss, functional_mlp, adapt_mlp, meta_loss_mlp)
+_WRITTEN = (class_prototypes, class_prototypes_bwd, fast_weight_update, fast_weight_update_bwd)
+TRUTH = {function.__name__: function for function in (*_WRITTEN, *_DERIVED)}
+TRUTH |= {f"{function.__name__}_bwd": gradient_of(function) for function in _DERIVED}
