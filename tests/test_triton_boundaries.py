@@ -17,17 +17,17 @@ from fastmeta.dispatch.spec import REGISTRY, Make
 from fastmeta.ops import _inner_loop, contrastive_loss
 
 METRICS = ("sqeuclidean", "euclidean", "cosine", "dot", "manhattan")
-DTYPES = (torch.float32, torch.float64)
+F32, F64 = (torch.float32,), (torch.float64,)
 # patches: (module of fastmeta.kernels, name, value), where a constant is too large for the interpreter
-Case = namedtuple("Case", "op make dtypes patches", defaults=(DTYPES, ()))
+Case = namedtuple("Case", "op make dtypes patches", defaults=(F32, ()))
 
 
 def _distances(make, metric):
     return make.normal(1, 65, 65), make.normal(1, 65, 65), metric
 
 
-def _prototypical(make, metric, tasks):
-    support, query = ((make.normal(tasks, 65, 65, scale=0.2), make.labels(33, tasks, 65)) for _ in range(2))
+def _prototypical(make, metric, tasks, width):
+    support, query = ((make.normal(tasks, 65, width, scale=width**-0.5), make.labels(33, tasks, 65)) for _ in range(2))
     return *support, *query, 33, metric
 
 
@@ -51,26 +51,28 @@ def _inner(make, op, *sizes, form="dense", **departures):
     return (*args[:3], args[6], *args[8:]) if op == "adapt_mlp" else args
 
 
-F64 = (torch.float64,)
 # as on a GPU: tiles of 16, and of 1024 elements of a state, where the interpreter would have 64 and 4096
 SMALL = (("inner_loop.call", "INTERPRETED", False),)
 CASES = {
-    "class_prototypes": Case("class_prototypes", lambda m: (m.normal(2, 65, 65), m.labels(17, 2, 65), 17)),
-    **{f"pairwise_distance-{m}": Case("pairwise_distance", lambda make, m=m: _distances(make, m)) for m in METRICS},
+    "class_prototypes": Case("class_prototypes", lambda m: (m.normal(2, 65, 65), m.labels(17, 2, 65), 17), F32 + F64),
     **{
-        f"prototypical_loss-{m}": Case("prototypical_loss", lambda make, m=m: _prototypical(make, m, 1))
+        f"pairwise_distance-{m}": Case("pairwise_distance", lambda make, m=m: _distances(make, m), F32 + F64)
+        for m in METRICS
+    },
+    **{
+        f"prototypical_loss-{m}": Case("prototypical_loss", lambda make, m=m: _prototypical(make, m, 1, 65))
         for m in ("sqeuclidean", "cosine")
     },
     # fewer programs than blocks of queries: the last of a task's programs has blocks beyond the end
     "prototypical_loss-blocks": Case(
         "prototypical_loss",
-        lambda make: _prototypical(make, "euclidean", 2),
+        lambda make: _prototypical(make, "euclidean", 2, 3),
         patches=(("prototypical_loss", "ENOUGH_PROGRAMS", 4),),
     ),
     # room for the weights of two tasks at a time
     "prototypical_loss-scratch": Case(
         "prototypical_loss",
-        lambda make: _prototypical(make, "dot", 3),
+        lambda make: _prototypical(make, "dot", 3, 3),
         F64,
         (("prototypical_loss", "SCRATCH_BYTES", 2 * 65 * 33 * 8), ("prototypical_loss", "ENOUGH_PROGRAMS", 1)),
     ),
