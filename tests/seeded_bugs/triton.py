@@ -151,14 +151,14 @@ BUGS = [
         "kernels/triton/fast_weight_update.py",
         "element = block.to(INDEX) * BLOCK + tl.arange(0, BLOCK)",
         "element = tl.arange(0, BLOCK).to(INDEX)",
-        at("fast_weight_update-"),
+        at("fast_weight_update-float"),
     ),
     Bug(
         "tensors-from-the-17th-on-not-updated",
         "kernels/triton/fast_weight_update.py",
         "for start in range(0, len(outs), MOST):",
         "for start in range(0, min(len(outs), MOST), MOST):",
-        at("fast_weight_update-"),
+        at("fast_weight_update-float"),
     ),
     Bug(
         "rate-of-a-task-from-the-last-block-alone",

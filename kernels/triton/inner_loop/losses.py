@@ -36,7 +36,7 @@ def _log_of_one_more(x):
 
 
 @triton.jit
-def _of_output(z, y, bends_at, LOSS: tl.constexpr):
+def _of_output(z, y, delta, LOSS: tl.constexpr):
     """Loss of one output `z` with target `y`, and its two derivatives."""
     difference = z - y
     if LOSS == 1:
@@ -48,9 +48,9 @@ def _of_output(z, y, bends_at, LOSS: tl.constexpr):
         return tl.where(z > 0, z, 0.0) + _log_of_one_more(e) - y * z, p - y, e * larger * larger
     else:
         size = tl.abs(difference)
-        near = size <= bends_at
-        value = tl.where(near, 0.5 * difference * difference, bends_at * (size - 0.5 * bends_at))
-        slope = tl.where(near, difference, tl.where(difference < 0, -bends_at, bends_at))
+        near = size <= delta
+        value = tl.where(near, 0.5 * difference * difference, delta * (size - 0.5 * delta))
+        slope = tl.where(near, difference, tl.where(difference < 0, -delta, delta))
         return value, slope, tl.where(near, tl.full(z.shape, 1, z.dtype), 0.0)
 
 
