@@ -20,7 +20,7 @@ CAPABILITIES = (80, 90, 100)
 TARGETS = (("float32", 80), ("float32", 90), ("float32", 100), ("bfloat16", 90))  # dtype, compute capability * 10
 # constants that choose what a kernel does; the others are sizes
 BRANCHES = (
-    "METRIC", "LOSS", "ACTIVATION", "HAS_BASE", "HAS_RATE", "HAS_BIAS", "SHARED_X", "PRECISION", "INDEX", "GIVEN",
+    "METRIC", "LOSS", "ACTIVATION", "HAS_BASE", "HAS_RATE", "HAS_BIAS", "SHARED_X", "TF32", "INDEX", "GIVEN",
     "MOMENTUM",
 )  # fmt: skip
 # bytes that a block may have on the smallest GPU of compute capability 8 or later
@@ -48,7 +48,10 @@ def _leaves(value, path):
 
 
 def _nested(value):
-    return tuple(_nested(v) for v in value) if isinstance(value, tuple) else _type_of(value)
+    if not isinstance(value, tuple):
+        return _type_of(value)
+    types = map(_nested, value)
+    return type(value)(*types) if hasattr(value, "_fields") else tuple(types)  # kernels take fields by their names
 
 
 def _source(launch):
@@ -88,7 +91,8 @@ def _launches(dtype: str):
         with _common.record_launches() as launches:
             module.aot(new)
         for launch in launches:
-            kind = " ".join(f"{k}={launch.constants[k]}" for k in BRANCHES if k in launch.constants)
+            constants = launch.constants | getattr(launch.constants.get("HOW"), "_asdict", dict)()
+            kind = " ".join(f"{k}={constants[k]}" for k in BRANCHES if k in constants)
             found.setdefault(f"{launch.kernel.__name__} {kind}".strip(), launch)
     return found
 

@@ -1,4 +1,4 @@
-"""What all kernels share: the way to launch one, tile sizes, precision, and activations with their derivatives."""
+"""What all kernels share: the way to launch one, tile sizes, TF32, and activations with their derivatives."""
 
 from __future__ import annotations
 
@@ -117,23 +117,23 @@ def triton_accumulator(dtype: torch.dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies: TF32 where the user allows it, and for half precision, which TF32 holds exactly."""
+def tf32(dtype: torch.dtype) -> bool:
+    """Whether `tl.dot` multiplies in TF32: where the user allows it, and half precision, which TF32 holds exactly."""
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed or dtype in (torch.float16, torch.bfloat16) else "ieee"
+    return allowed or dtype in (torch.float16, torch.bfloat16)
 
 
 # inside kernels -------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def multiply_add(a, b, total, PRECISION: tl.constexpr):
+def multiply_add(a, b, total, TF32: tl.constexpr):
     """`total + a @ b`, for `a [M, K]`, `b [K, N]`."""
     if total.dtype == tl.float64:
         # tl.dot takes float64 on some versions and chips only
         return total + tl.sum(tl.trans(a)[:, :, None] * b[:, None, :], 0)
     else:
-        return tl.dot(a, b, total, input_precision=PRECISION)
+        return tl.dot(a, b, total, input_precision="tf32" if TF32 else "ieee")
 
 
 @triton.jit

@@ -16,8 +16,8 @@ from fastmeta.kernels._common import (
     blocks,
     launch,
     multiply_add,
-    precision,
     step,
+    tf32,
     tile,
     triton_accumulator,
     warps,
@@ -26,7 +26,7 @@ from fastmeta.kernels._common import (
 
 @triton.jit
 def score_tile(
-    z, q, n, V, D, scale, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    z, q, n, V, D, scale, ACC: tl.constexpr, TF32: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Scores of rows `q` against rows `n`, `[BLOCK_Q, BLOCK_N]`; -inf for a row with itself and beyond the last."""
@@ -35,13 +35,13 @@ def score_tile(
         k = start + tl.arange(0, BLOCK_D)
         a = tl.load(z + q[:, None] * D + k[None, :], mask=(q < V)[:, None] & (k < D)[None, :], other=0)
         b = tl.load(z + n[None, :] * D + k[:, None], mask=(n < V)[None, :] & (k < D)[:, None], other=0)
-        s = multiply_add(a.to(ACC), b.to(ACC), s, PRECISION)
+        s = multiply_add(a.to(ACC), b.to(ACC), s, TF32)
     return tl.where((q[:, None] == n[None, :]) | (n >= V)[None, :], float("-inf"), s * scale)
 
 
 @triton.jit
 def row_losses_kernel(
-    embeddings, log_sums, losses, V, D, scale, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    embeddings, log_sums, losses, V, D, scale, ACC: tl.constexpr, TF32: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """log_sums, losses `[T, V]`: of every row."""
@@ -56,7 +56,7 @@ def row_losses_kernel(
     of_partner = tl.zeros([BLOCK_Q], ACC)
     for start in range(0, V, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        s = score_tile(z, q, n, V, D, scale, ACC, PRECISION, BLOCK_Q, BLOCK_N, BLOCK_D)
+        s = score_tile(z, q, n, V, D, scale, ACC, TF32, BLOCK_Q, BLOCK_N, BLOCK_D)
         higher = tl.maximum(most, tl.max(s, 1))
         # -inf as long as a row has met itself alone: then shift by nothing, not by infinity less infinity
         shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -70,7 +70,7 @@ def row_losses_kernel(
 
 @triton.jit
 def contrast_gradient_kernel(
-    grad, embeddings, log_sums, d_embeddings, V, D, scale, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    grad, embeddings, log_sums, d_embeddings, V, D, scale, ACC: tl.constexpr, TF32: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """d_embeddings `[T, V, D]`, rows by columns in tiles `[BLOCK_Q, BLOCK_E]`."""
@@ -86,12 +86,12 @@ def contrast_gradient_kernel(
     total = tl.zeros([BLOCK_Q, BLOCK_E], ACC)
     for start in range(0, V, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        s = score_tile(z, q, n, V, D, scale, ACC, PRECISION, BLOCK_Q, BLOCK_N, BLOCK_D)
+        s = score_tile(z, q, n, V, D, scale, ACC, TF32, BLOCK_Q, BLOCK_N, BLOCK_D)
         other = tl.load(log_sums + task * V + n, mask=n < V, other=0)
         w = tl.exp(s - own[:, None]) + tl.exp(s - other[None, :])
         w -= tl.where(n[None, :] == partner[:, None], 2.0, 0.0)
         rows = tl.load(z + n[:, None] * D + e[None, :], mask=(n < V)[:, None] & (e < D)[None, :], other=0)
-        total = multiply_add(w.to(ACC), rows.to(ACC), total, PRECISION)
+        total = multiply_add(w.to(ACC), rows.to(ACC), total, TF32)
     factor = tl.load(grad + task).to(ACC) * scale / V
     at = d_embeddings + task * V * D + q[:, None] * D + e[None, :]
     tl.store(at, (total * factor).to(d_embeddings.dtype.element_ty), mask=(q < V)[:, None] & (e < D)[None, :])
@@ -103,7 +103,7 @@ def _sides(embeddings: Tensor) -> dict:
     most = 16 if embeddings.dtype == torch.float64 else 64
     return {
         "ACC": triton_accumulator(embeddings.dtype),
-        "PRECISION": precision(embeddings.dtype),
+        "TF32": tf32(embeddings.dtype),
         "BLOCK_Q": tile(V, most, 16),
         "BLOCK_N": tile(V, most, 16),
         "BLOCK_D": tile(D, step(min(most, 32)), 16),

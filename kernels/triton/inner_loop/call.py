@@ -8,33 +8,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmeta.kernels._common import ACTIVATIONS, INTERPRETED, precision, tile, triton_accumulator
+from fastmeta.kernels._common import ACTIVATIONS, INTERPRETED, launch, tf32, tile, triton_accumulator
 from fastmeta.kernels._sums import sum_over_tasks
 from fastmeta.kernels.inner_loop.layout import MOST_ELEMENTS, Layout, Shape, constant, lay_out, programs_for
 from fastmeta.kernels.inner_loop.losses import LOSSES
 from fastmeta.kernels.inner_loop.state import pack, unpack
+from fastmeta.kernels.inner_loop.structures import How, Places, Problem, RowGradients, Rows, Sizes, Strides, Sums
 
 
-class Rows:
+class TaskRows:
     """Rows of all tasks `[T, B, ...]` as kernels take them. In the Gram form their input is the inner products."""
 
     def __init__(self, x: Tensor, target: Tensor, weight: Tensor, gram: Tensor, given: bool):
         self.x, self.gram, self.given = x, gram, given
         self.count = x.shape[1]
-        self.pointers = (gram if given else x, x, target, weight)
+        self.pointers = Rows(gram if given else x, x, target, weight)
 
-    def gradients(self, needs: int, x_bit: int, gram_bit: int) -> RowGradients:
-        return RowGradients(self, bool(needs >> x_bit & 1), bool(needs >> gram_bit & 1))
+    def gradients(self, needs: int, x_bit: int, gram_bit: int) -> TaskRowGradients:
+        return TaskRowGradients(self, bool(needs >> x_bit & 1), bool(needs >> gram_bit & 1))
 
 
-class RowGradients:
+class TaskRowGradients:
     """Zeros to be added to, for rows and for their inner products, of size 0 where they are not wanted."""
 
-    def __init__(self, rows: Rows, wants_x: bool, wants_gram: bool):
+    def __init__(self, rows: TaskRows, wants_x: bool, wants_gram: bool):
         self.x = torch.zeros_like(rows.x) if wants_x else rows.x.new_empty(0)
         self.gram = torch.zeros_like(rows.gram) if wants_gram else rows.gram.new_empty(0)
         # as kernels take them: of the first layer's input, and of its pre-activations in the Gram form
-        self.pointers = (self.gram, self.x) if rows.given else (self.x, self.x)
+        self.pointers = RowGradients(self.gram, self.x) if rows.given else RowGradients(self.x, self.x)
         self.wanted = (wants_gram, wants_x) if rows.given else (wants_x, False)
 
 
@@ -62,8 +63,8 @@ class Call:
         self.momentum, self.weight_decay = momentum, weight_decay
         self.steps, self.layers = rates.shape[1:]
         self.given = len(weights) < self.layers
-        self.support = Rows(*support, self.given)
-        self.query = None if query is None else Rows(*query, self.given)
+        self.support = TaskRows(*support, self.given)
+        self.query = None if query is None else TaskRows(*query, self.given)
         self.tasks = self.support.x.shape[0]
         self.wants, self.backward = wants, wants is not None
         # what the way back through the steps is needed for
@@ -136,27 +137,27 @@ class Call:
         return initial, self.rates, own, numbers, constant(self.layout.table, torch.int32, initial)
 
     @property
-    def strides(self) -> tuple[int, ...]:
-        """From a task to the next in state, rates and rates of elements: 0 where they share them."""
-        return tuple(t.shape[1:].numel() if t.shape[0] == self.tasks != 1 else 0 for t in self.inputs[:3])
+    def problem(self) -> Problem:
+        return Problem(*self.inputs, self._sizes, self._places, self._strides)
 
     @property
-    def sizes(self) -> tuple[int, ...]:
+    def _strides(self) -> Strides:
+        return Strides(*(t.shape[1:].numel() if t.shape[0] == self.tasks != 1 else 0 for t in self.inputs[:3]))
+
+    @property
+    def _sizes(self) -> Sizes:
         queries = 0 if self.query is None else self.query.count
         width = self.support.count if self.given else self.support.x.shape[2]
-        return self.tasks, self.support.count, queries, self.steps, self.layers, width, self.support.x.shape[2]
+        return Sizes(self.tasks, self.support.count, queries, self.steps, self.layers, width, self.support.x.shape[2])
 
     @property
-    def places(self) -> tuple[int, ...]:
+    def _places(self) -> Places:
         of = self.layout
-        return of.size, of.states, of.moments, of.adjoint, of.record, of.state
+        return Places(of.size, of.states, of.moments, of.adjoint, of.record, of.state)
 
     @property
     def outputs(self) -> int:
         return self.weights[-1].shape[1] if self.weights else self.support.x.shape[2]
-
-    def new_scratch(self) -> Tensor:
-        return self.support.x.new_empty(self.programs, self.layout.size)
 
     def fast_weights(self, states: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Adapted states `[T, P]` as weights, biases, and coefficients of the first layer `[T, S, O]`."""
@@ -166,35 +167,40 @@ class Call:
         first = states[:, : self.first].view(self.tasks, self.support.x.shape[2], self.support.count)
         return weights, biases, -first.transpose(1, 2).contiguous()
 
-    @property
-    def constants(self) -> dict:
-        """What the kernels are compiled for."""
+    def launch(self, kernel, *arguments, **wanted: bool) -> None:
+        """Run `kernel(*arguments, memory, problem, HOW)`; wanted: of `How`, gradients of rows."""
+        memory = self.support.x.new_empty(self.programs, self.layout.size)
+        # left alone the assembler spills a few registers for the sake of more programs at a time
+        launch(kernel, self.programs, *arguments, memory, self.problem, HOW=self._how(**wanted), maxnreg=255)
+
+    def _how(self, **wanted: bool) -> How:
         dtype = self.support.x.dtype
         # the interpreter's time goes by the number of tiles, not by their size
         most = 64 if INTERPRETED else 16 if dtype == torch.float64 else 32
         rows = max(self.support.count, 0 if self.query is None else self.query.count)
-        of = {
-            "GIVEN": self.given,
-            "LOSS": LOSSES.index(self.loss),
-            "ACTIVATION": ACTIVATIONS.index(self.activation),
-            "MOMENTUM": self.momentum != 0,
-            "DECAY": self.weight_decay != 0,
-            "ELEMENTWISE": bool(self.element_rates),
-            "PRECISION": precision(dtype),
-            "ACC": triton_accumulator(dtype),
-            "BLOCK_R": tile(rows, most, 16),
-            "BLOCK_W": tile(max(line[1] for line in self.layout.table), most, 16),
-            "BLOCK_P": tile(self.layout.state, 4096 if INTERPRETED else 1024, 128),
-            # left alone the assembler spills a few registers for the sake of more programs at a time
-            "maxnreg": 255,
-        }
-        if self.backward:
-            of |= {"SWEEPS": self.sweeps, "CURVED": self.curved, "BENT": self.bent, "WANTS_RATES": self.wants_rates}
-        return of
+        return How(
+            GIVEN=self.given,
+            LOSS=LOSSES.index(self.loss),
+            ACTIVATION=ACTIVATIONS.index(self.activation),
+            MOMENTUM=self.momentum != 0,
+            DECAY=self.weight_decay != 0,
+            ELEMENTWISE=bool(self.element_rates),
+            TF32=tf32(dtype),
+            ACC=triton_accumulator(dtype),
+            BLOCK_R=tile(rows, most, 16),
+            BLOCK_W=tile(max(line[1] for line in self.layout.table), most, 16),
+            BLOCK_P=tile(self.layout.state, 4096 if INTERPRETED else 1024, 128),
+            SWEEPS=self.sweeps,
+            CURVED=self.curved,
+            BENT=self.bent,
+            WANTS_RATES=self.wants_rates,
+            WANTS_STATE=self.backward and (self.wants.weights or self.wants.biases),
+            **wanted,
+        )
 
     # gradients ------------------------------------------------------------------------------------------------------
 
-    def new_sums(self) -> tuple[Tensor, ...]:
+    def new_sums(self) -> Sums:
         """Zeros to be added to, for states, rates, and rates of elements: a row for each task, or for each program of
         what tasks share."""
         wants, found = self.wants, []
@@ -206,9 +212,9 @@ class Call:
             per_task = like.shape[0] == self.tasks != 1
             count = self.tasks if per_task else self.programs
             found.append(like.new_zeros(count, *like.shape[1:]) if wanted else like.new_empty(0))
-        return tuple(found)
+        return Sums(*found)
 
-    def split(self, sums: tuple[Tensor, ...]) -> tuple:
+    def split(self, sums: Sums) -> tuple:
         """`new_sums` to the gradients of weights, biases, rates and rates of elements, of size 0 where not wanted."""
         wants, (initial, rates, own, *_), (d_state, d_rates, d_own) = self.wants, self.inputs, sums
         weights, biases = self._in_layers(d_state, initial, self.weights, self.biases, (wants.weights, wants.biases))

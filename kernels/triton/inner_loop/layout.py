@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.kernels._common import INTERPRETED
-from fastmeta.kernels.inner_loop import steps as columns
+from fastmeta.kernels.inner_loop import table as columns
 
 MOST_ELEMENTS = 2**31 - 1  # a program counts its own in 32 bits
 SCRATCH_BYTES = 256 << 20  # for all programs: as many run as fit, one at least

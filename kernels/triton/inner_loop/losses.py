@@ -10,18 +10,18 @@ LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "huber")
 
 
 @triton.jit
-def _partition(logits, r, rows, C, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr):
+def _partition(logits, r, rows, C, HOW: tl.constexpr):
     """Of each row of logits the largest, and the sum of all `exp(logit - largest)`."""
-    most = tl.full([BLOCK_R], float("-inf"), ACC)
-    for start in range(0, C, BLOCK_W):
-        c = start + tl.arange(0, BLOCK_W)
+    most = tl.full([HOW.BLOCK_R], float("-inf"), HOW.ACC)
+    for start in range(0, C, HOW.BLOCK_W):
+        c = start + tl.arange(0, HOW.BLOCK_W)
         at = r[:, None] * C + c[None, :]
         z = tl.load(logits + at, mask=(r < rows)[:, None] & (c < C)[None, :], other=float("-inf"))
         most = tl.maximum(most, tl.max(z, 1))
     most = tl.where(r < rows, most, 0)
-    total = tl.full([BLOCK_R], 0, ACC)
-    for start in range(0, C, BLOCK_W):
-        c = start + tl.arange(0, BLOCK_W)
+    total = tl.full([HOW.BLOCK_R], 0, HOW.ACC)
+    for start in range(0, C, HOW.BLOCK_W):
+        c = start + tl.arange(0, HOW.BLOCK_W)
         at = r[:, None] * C + c[None, :]
         z = tl.load(logits + at, mask=(r < rows)[:, None] & (c < C)[None, :], other=float("-inf"))
         total += tl.sum(tl.exp(z - most[:, None]), 1)
@@ -55,72 +55,49 @@ def _of_output(z, y, delta, LOSS: tl.constexpr):
 
 
 @triton.jit
-def task_loss(
-    logits,
-    target,
-    row_weight,
-    delta,
-    rows,
-    C,
-    LOSS: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
+def task_loss(logits, targets, HOW: tl.constexpr):
     """The weighted sum of the rows' losses."""
-    total = tl.full([BLOCK_R], 0, ACC)
-    for first in range(0, rows, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        v = tl.load(row_weight + r, mask=r < rows, other=0)
-        if LOSS == 0:
-            most, parts = _partition(logits, r, rows, C, BLOCK_R, BLOCK_W, ACC)
-            label = tl.load(target + r, mask=r < rows, other=0)
+    rows, C = targets.rows, targets.outputs
+    total = tl.full([HOW.BLOCK_R], 0, HOW.ACC)
+    for first in range(0, rows, HOW.BLOCK_R):
+        r = first + tl.arange(0, HOW.BLOCK_R)
+        v = tl.load(targets.weight + r, mask=r < rows, other=0)
+        if HOW.LOSS == 0:
+            most, parts = _partition(logits, r, rows, C, HOW)
+            label = tl.load(targets.target + r, mask=r < rows, other=0)
             total += v * (tl.log(parts) + most - tl.load(logits + r * C + label, mask=r < rows, other=0))
         else:
-            for start in range(0, C, BLOCK_W):
-                c = start + tl.arange(0, BLOCK_W)
+            for start in range(0, C, HOW.BLOCK_W):
+                c = start + tl.arange(0, HOW.BLOCK_W)
                 at, mask = r[:, None] * C + c[None, :], (r < rows)[:, None] & (c < C)[None, :]
-                z, y = tl.load(logits + at, mask=mask, other=0), tl.load(target + at, mask=mask, other=0)
-                value = _of_output(z, y, delta, LOSS)[0]
+                z, y = tl.load(logits + at, mask=mask, other=0), tl.load(targets.target + at, mask=mask, other=0)
+                value = _of_output(z, y, targets.bends_at, HOW.LOSS)[0]
                 total += v / C * tl.sum(tl.where(mask, value, 0.0), 1)
     return tl.sum(total, 0)
 
 
 @triton.jit
-def loss_gradient(
-    logits,
-    to,
-    target,
-    row_weight,
-    scale,
-    extra,
-    delta,
-    rows,
-    C,
-    LOSS: tl.constexpr,
-    HAS_EXTRA: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
+def loss_gradient(logits, to, targets, scale, extra, HAS_EXTRA: tl.constexpr, HOW: tl.constexpr):
     """to `[rows, C]` = the gradient of `scale` times the task's loss, plus `extra` where there is such."""
-    for first in range(0, rows, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        v = tl.load(row_weight + r, mask=r < rows, other=0) * scale
-        if LOSS == 0:
-            most, parts = _partition(logits, r, rows, C, BLOCK_R, BLOCK_W, ACC)
-            label = tl.load(target + r, mask=r < rows, other=0)
+    rows, C = targets.rows, targets.outputs
+    for first in range(0, rows, HOW.BLOCK_R):
+        r = first + tl.arange(0, HOW.BLOCK_R)
+        v = tl.load(targets.weight + r, mask=r < rows, other=0) * scale
+        if HOW.LOSS == 0:
+            most, parts = _partition(logits, r, rows, C, HOW)
+            label = tl.load(targets.target + r, mask=r < rows, other=0)
         else:
             v /= C
-        for start in range(0, C, BLOCK_W):
-            c = start + tl.arange(0, BLOCK_W)
+        for start in range(0, C, HOW.BLOCK_W):
+            c = start + tl.arange(0, HOW.BLOCK_W)
             at, mask = r[:, None] * C + c[None, :], (r < rows)[:, None] & (c < C)[None, :]
             z = tl.load(logits + at, mask=mask, other=0)
-            if LOSS == 0:
+            if HOW.LOSS == 0:
                 p = tl.exp(z - most[:, None]) / parts[:, None]
                 slope = tl.where(c[None, :] == label[:, None], p - 1, p)
             else:
-                slope = _of_output(z, tl.load(target + at, mask=mask, other=0), delta, LOSS)[1]
+                y = tl.load(targets.target + at, mask=mask, other=0)
+                slope = _of_output(z, y, targets.bends_at, HOW.LOSS)[1]
             slope *= v[:, None]
             if HAS_EXTRA:
                 slope += tl.load(extra + at, mask=mask, other=0)
@@ -128,41 +105,31 @@ def loss_gradient(
 
 
 @triton.jit
-def times_curvature(
-    logits,
-    dot,
-    target,
-    row_weight,
-    delta,
-    rows,
-    C,
-    LOSS: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
+def times_curvature(logits, dot, targets, HOW: tl.constexpr):
     """dot `[rows, C]`, tangents of the logits, to those of the loss's gradient."""
-    for first in range(0, rows, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        v = tl.load(row_weight + r, mask=r < rows, other=0)
-        if LOSS == 0:
-            most, parts = _partition(logits, r, rows, C, BLOCK_R, BLOCK_W, ACC)
-            mean = tl.full([BLOCK_R], 0, ACC)
-            for start in range(0, C, BLOCK_W):
-                c = start + tl.arange(0, BLOCK_W)
+    rows, C = targets.rows, targets.outputs
+    for first in range(0, rows, HOW.BLOCK_R):
+        r = first + tl.arange(0, HOW.BLOCK_R)
+        v = tl.load(targets.weight + r, mask=r < rows, other=0)
+        if HOW.LOSS == 0:
+            most, parts = _partition(logits, r, rows, C, HOW)
+            mean = tl.full([HOW.BLOCK_R], 0, HOW.ACC)
+            for start in range(0, C, HOW.BLOCK_W):
+                c = start + tl.arange(0, HOW.BLOCK_W)
                 at, mask = r[:, None] * C + c[None, :], (r < rows)[:, None] & (c < C)[None, :]
                 z = tl.load(logits + at, mask=mask, other=float("-inf"))
                 p = tl.exp(z - most[:, None]) / parts[:, None]
                 mean += tl.sum(p * tl.load(dot + at, mask=mask, other=0), 1)
         else:
             v /= C
-        for start in range(0, C, BLOCK_W):
-            c = start + tl.arange(0, BLOCK_W)
+        for start in range(0, C, HOW.BLOCK_W):
+            c = start + tl.arange(0, HOW.BLOCK_W)
             at, mask = r[:, None] * C + c[None, :], (r < rows)[:, None] & (c < C)[None, :]
             z, d = tl.load(logits + at, mask=mask, other=0), tl.load(dot + at, mask=mask, other=0)
-            if LOSS == 0:
+            if HOW.LOSS == 0:
                 p = tl.exp(z - most[:, None]) / parts[:, None]
                 d = (d - mean[:, None]) * p
             else:
-                d *= _of_output(z, tl.load(target + at, mask=mask, other=0), delta, LOSS)[2]
+                y = tl.load(targets.target + at, mask=mask, other=0)
+                d *= _of_output(z, y, targets.bends_at, HOW.LOSS)[2]
             tl.store(dot + at, d * v[:, None], mask=mask)

@@ -6,143 +6,74 @@ import triton
 import triton.language as tl
 
 from fastmeta.kernels.inner_loop.losses import loss_gradient, task_loss
-from fastmeta.kernels.inner_loop.products import add_product, add_state, copy_rows, copy_state
-from fastmeta.kernels.inner_loop.steps import AT, BEFORE, COLUMNS, DELTA, INPUT, OUT, QUERY, WIDTH, deltas, net
-from fastmeta.kernels.inner_loop.sweep import add_input_gradient
+from fastmeta.kernels.inner_loop.products import add_product, add_state, copy_rows, copy_state, tile_of
+from fastmeta.kernels.inner_loop.steps import deltas, net
+from fastmeta.kernels.inner_loop.structures import Pass, Targets
+from fastmeta.kernels.inner_loop.table import AT, BEFORE, COLUMNS, DELTA, INPUT, OUT, QUERY, WIDTH
+from fastmeta.kernels.inner_loop.tangents import add_input_gradient
+from fastmeta.kernels.inner_loop.task import rows_of
 
 
 @triton.jit
-def query_net(
-    memory,
-    state,
-    table,
-    rows,
-    base,
-    sizes,
-    GIVEN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """The adapted net `state` on the query rows."""
-    T, S, Q, K, L, IN, FIRST = sizes
-    copy_rows(rows, memory + tl.load(table + (INPUT + QUERY)), Q, IN, tl.load(table + COLUMNS), BLOCK_R, BLOCK_W)
+def targets_of(rows, problem):
+    last = problem.table + (problem.sizes.layers - 1) * WIDTH
+    return Targets(rows.target, rows.weight, tl.load(problem.numbers + 2), problem.sizes.queries, tl.load(last + OUT))
+
+
+@triton.jit
+def query_net(task, memory, state, query, problem, HOW: tl.constexpr):
+    """The net `state` on the task's query rows: returns the pass, and what its logits are judged by."""
+    sizes, table = problem.sizes, problem.table
+    rows = rows_of(task, query, sizes.queries, problem, HOW)
+    to = memory + tl.load(table + (INPUT + QUERY))
+    copy_rows(rows.input, to, sizes.queries, sizes.width, tl.load(table + COLUMNS), HOW)
     tl.debug_barrier()
-    net(memory, table, state, base, Q, 0, L, QUERY, GIVEN, ACTIVATION, PRECISION, ACC, BLOCK_R, BLOCK_W)
+    run = Pass(memory, table, sizes.layers, sizes.queries, state, 0)
+    net(run, rows.base, QUERY, HOW)
+    return run, targets_of(rows, problem)
 
 
 @triton.jit
-def query_forward(
-    task,
-    memory,
-    table,
-    numbers,
-    target,
-    row_weight,
-    losses,
-    logits,
-    sizes,
-    LOSS: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """After `query_net`: the task's loss, and its logits `[Q, C]`."""
-    T, S, Q, K, L, IN, FIRST = sizes
-    last = table + (L - 1) * WIDTH
-    C = tl.load(last + OUT)
-    found = memory + tl.load(last + (BEFORE + QUERY))
-    bends_at = tl.load(numbers + 2)
-    tl.store(losses + task, task_loss(found, target, row_weight, bends_at, Q, C, LOSS, ACC, BLOCK_R, BLOCK_W))
-    copy_state(found, logits + task * (Q * C), Q * C, BLOCK_P)
+def query_loss(task, run, targets, losses, logits, HOW: tl.constexpr):
+    """The task's loss, and its logits `[Q, C]`."""
+    found = run.memory + tl.load(run.table + (run.layers - 1) * WIDTH + (BEFORE + QUERY))
+    tl.store(losses + task, task_loss(found, targets, HOW))
+    count = targets.rows * targets.outputs
+    copy_state(found, logits + task * count, count, HOW)
 
 
 @triton.jit
-def query_backward(
-    task,
-    memory,
-    state,
-    adjoint,
-    table,
-    numbers,
-    target,
-    row_weight,
-    grad_losses,
-    grad_logits,
-    d_query,
-    sizes,
-    LOSS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    WANTS_INPUT: tl.constexpr,
-    WANTS_BASE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """After `query_net`: the adjoint of the adapted state, and the gradients of the query rows."""
-    T, S, Q, K, L, IN, FIRST = sizes
-    d_input, d_base = d_query
-    last = table + (L - 1) * WIDTH
-    C = tl.load(last + OUT)
-    loss_gradient(
-        memory + tl.load(last + (BEFORE + QUERY)),
-        memory + tl.load(last + (DELTA + QUERY)),
-        target,
-        row_weight,
-        tl.load(grad_losses + task),
-        grad_logits + task * (Q * C),
-        tl.load(numbers + 2),
-        Q,
-        C,
-        LOSS,
-        True,
-        ACC,
-        BLOCK_R,
-        BLOCK_W,
-    )
+def weight_gradients(run, to, HOW: tl.constexpr):
+    """to: the gradient of the state, from the query rows' inputs and deltas."""
+    for layer in range(run.layers):
+        line = run.table + layer * WIDTH
+        out, columns, begin = tl.load(line + OUT), tl.load(line + COLUMNS), tl.load(line + AT)
+        source = run.memory + tl.load(line + (INPUT + QUERY))
+        delta = run.memory + tl.load(line + (DELTA + QUERY))
+        for first in range(0, out, HOW.BLOCK_W):
+            for start in range(0, columns, HOW.BLOCK_W):
+                tile = tile_of(first, start, out, columns, HOW.BLOCK_W, HOW.BLOCK_W)
+                g = tl.full([HOW.BLOCK_W, HOW.BLOCK_W], 0, HOW.ACC)
+                g = add_product(g, delta, out, source, columns, tile, run.rows, HOW, A_TRANSPOSED=True)
+                tl.store(to + begin + tile.at, g, mask=tile.mask)
+
+
+@triton.jit
+def query_backward(task, run, targets, grad_losses, grad_logits, d_query, problem, HOW: tl.constexpr):
+    """The adjoint of the adapted state, and the gradients of the query rows."""
+    sizes, memory, table = problem.sizes, run.memory, run.table
+    last = table + (sizes.layers - 1) * WIDTH
+    logits, delta = memory + tl.load(last + (BEFORE + QUERY)), memory + tl.load(last + (DELTA + QUERY))
+    extra = grad_logits + task * (targets.rows * targets.outputs)
+    loss_gradient(logits, delta, targets, tl.load(grad_losses + task), extra, True, HOW)
     tl.debug_barrier()
-    deltas(memory, table, state, Q, 0, L, QUERY, False, ACTIVATION, PRECISION, ACC, BLOCK_R, BLOCK_W)
-    for layer in range(L):
-        line = table + layer * WIDTH
-        out, columns = tl.load(line + OUT), tl.load(line + COLUMNS)
-        to = adjoint + tl.load(line + AT)
-        source = memory + tl.load(line + (INPUT + QUERY))
-        delta = memory + tl.load(line + (DELTA + QUERY))
-        for first in range(0, out, BLOCK_W):
-            o = first + tl.arange(0, BLOCK_W)
-            o_mask = (o < out)[:, None]
-            for start in range(0, columns, BLOCK_W):
-                c = start + tl.arange(0, BLOCK_W)
-                g = tl.full([BLOCK_W, BLOCK_W], 0, ACC)
-                c_mask = (c < columns)[None, :]
-                g = add_product(
-                    g, delta, out, source, columns, o, c, o_mask, c_mask, Q, True, False, PRECISION, BLOCK_R
-                )
-                tl.store(to + (o[:, None] * columns + c[None, :]), g, mask=o_mask & c_mask)
+    deltas(run, QUERY, HOW)
+    weight_gradients(run, memory + problem.places.adjoint, HOW)
     delta = memory + tl.load(table + (DELTA + QUERY))
-    columns, out = tl.load(table + COLUMNS), tl.load(table + OUT)
-    if WANTS_INPUT:
-        add_input_gradient(
-            d_input + task * (Q * IN),
-            delta,
-            state,
-            delta,
-            state,
-            Q,
-            IN,
-            columns,
-            out,
-            False,
-            PRECISION,
-            ACC,
-            BLOCK_R,
-            BLOCK_W,
-        )
-    if WANTS_BASE:
-        add_state(delta, d_base + task * (Q * FIRST), Q * out, BLOCK_P)
+    if HOW.WANTS_QUERY_INPUT:
+        d_input = d_query.input + task * (sizes.queries * sizes.width)
+        add_input_gradient(d_input, delta, delta, run.state, run, sizes.width, False, HOW)
+    if HOW.WANTS_QUERY_BASE:
+        d_base = d_query.base + task * (sizes.queries * sizes.first)
+        add_state(delta, d_base, sizes.queries * tl.load(table + OUT), HOW)
     tl.debug_barrier()

@@ -1,184 +1,82 @@
-"""A task from its start in the program's scratch through all its steps, and back.
-
-What tuples hold (`call.Call` makes them): of rows, input, pre-activations of the first layer in the Gram
-form, targets, and weights; inputs: first states, rates, rates of elements, numbers, table.
-"""
+"""A task from its start in the program's scratch through all its steps, and back."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fastmeta.kernels.inner_loop.products import copy_rows, copy_state
-from fastmeta.kernels.inner_loop.steps import COLUMNS, INPUT, OUT, STEP_INPUT, WIDTH, adapt
+from fastmeta.kernels.inner_loop.products import add_state, copy_rows, copy_state
+from fastmeta.kernels.inner_loop.steps import adapt
+from fastmeta.kernels.inner_loop.structures import Gradients, Rates, Rows
 from fastmeta.kernels.inner_loop.sweep import sweep
+from fastmeta.kernels.inner_loop.table import COLUMNS, INPUT, OUT, STEP_INPUT, WIDTH
 
 
 @triton.jit
-def begin_program(
-    memory, table, S, GIVEN: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr
-):
+def begin_program(memory, problem, HOW: tl.constexpr):
     """What all tasks of a program share: in the Gram form the identity `[S, S]`, the step input."""
-    if GIVEN:
-        identity = memory + tl.load(table + STEP_INPUT)
-        for first in range(0, S, BLOCK_R):
-            r = (first + tl.arange(0, BLOCK_R))[:, None]
-            for start in range(0, S, BLOCK_W):
-                c = (start + tl.arange(0, BLOCK_W))[None, :]
-                tl.store(identity + r * S + c, (r == c).to(ACC), mask=(r < S) & (c < S))
+    if HOW.GIVEN:
+        S = problem.sizes.support
+        identity = memory + tl.load(problem.table + STEP_INPUT)
+        for first in range(0, S, HOW.BLOCK_R):
+            r = (first + tl.arange(0, HOW.BLOCK_R))[:, None]
+            for start in range(0, S, HOW.BLOCK_W):
+                c = (start + tl.arange(0, HOW.BLOCK_W))[None, :]
+                tl.store(identity + r * S + c, (r == c).to(HOW.ACC), mask=(r < S) & (c < S))
 
 
 @triton.jit
-def rows_of(rows, task, count, table, sizes, LOSS: tl.constexpr):
+def rows_of(task, rows, count, problem, HOW: tl.constexpr):
     """Rows of one task, of `count` rows of each."""
-    source, base, target, row_weight = rows
-    T, S, Q, K, L, IN, FIRST = sizes
+    sizes = problem.sizes
     start = task * count
-    targets = start if LOSS == 0 else start * tl.load(table + (L - 1) * WIDTH + OUT)
-    return source + start * IN, base + start * FIRST, target + targets, row_weight + start
+    outputs = 1 if HOW.LOSS == 0 else tl.load(problem.table + (sizes.layers - 1) * WIDTH + OUT)
+    return Rows(
+        rows.input + start * sizes.width,
+        rows.base + start * sizes.first,
+        rows.target + start * outputs,
+        rows.weight + start,
+    )
 
 
 @triton.jit
-def take_steps(
-    task,
-    memory,
-    support,
-    inputs,
-    sizes,
-    places,
-    strides,
-    KEEP: tl.constexpr,
-    KEEP_MOMENTS: tl.constexpr,
-    BENT: tl.constexpr,
-    GIVEN: tl.constexpr,
-    LOSS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    DECAY: tl.constexpr,
-    ELEMENTWISE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+def rates_of(task, problem):
+    strides = problem.strides
+    return Rates(problem.rates + task * strides.rates, problem.elements + task * strides.elements)
+
+
+@triton.jit
+def take_steps(task, memory, support, problem, HOW: tl.constexpr):
     """From the task's first state; returns where the adapted one is."""
-    initial, rates, element_rates, numbers, table = inputs
-    T, S, Q, K, L, IN, FIRST = sizes
-    size, states_at, moments_at, adjoint_at, record, P = places
-    initial_stride, rates_stride, element_stride = strides
-    source, base, target, row_weight = rows_of(support, task, S, table, sizes, LOSS)
-    states = memory + states_at
+    sizes, places, table = problem.sizes, problem.places, problem.table
+    rows = rows_of(task, support, sizes.support, problem, HOW)
+    states = memory + places.states
     tl.debug_barrier()  # the task before may still be read
-    copy_state(initial + task * initial_stride, states, P, BLOCK_P)
-    copy_rows(source, memory + tl.load(table + INPUT), S, IN, tl.load(table + COLUMNS), BLOCK_R, BLOCK_W)
+    copy_state(problem.initial + task * problem.strides.initial, states, places.state, HOW)
+    copy_rows(rows.input, memory + tl.load(table + INPUT), sizes.support, sizes.width, tl.load(table + COLUMNS), HOW)
     tl.debug_barrier()
-    adapt(
-        memory,
-        states,
-        memory + moments_at,
-        table,
-        numbers,
-        base,
-        target,
-        row_weight,
-        rates + task * rates_stride,
-        element_rates + task * element_stride,
-        S,
-        K,
-        L,
-        P,
-        record,
-        GIVEN,
-        LOSS,
-        ACTIVATION,
-        MOMENTUM,
-        DECAY,
-        ELEMENTWISE,
-        KEEP,
-        KEEP_MOMENTS,
-        BENT,
-        PRECISION,
-        ACC,
-        BLOCK_R,
-        BLOCK_W,
-    )
-    return states + K * P if KEEP else states
+    adapt(memory, rows, rates_of(task, problem), problem, HOW)
+    return states + sizes.steps * places.state if HOW.SWEEPS else states
 
 
 @triton.jit
-def sweep_back(
-    task,
-    program,
-    memory,
-    support,
-    inputs,
-    d_support,
-    sums,
-    sizes,
-    places,
-    strides,
-    GIVEN: tl.constexpr,
-    LOSS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    DECAY: tl.constexpr,
-    ELEMENTWISE: tl.constexpr,
-    CURVED: tl.constexpr,
-    BENT: tl.constexpr,
-    WANTS_RATES: tl.constexpr,
-    WANTS_INPUT: tl.constexpr,
-    WANTS_BASE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """From the adjoint of the adapted state to that of the first, after `take_steps` that kept them; gradients are
-    added to, of what tasks share to the program's own."""
-    d_input, d_base = d_support
-    d_state, d_rates, d_element_rates = sums
-    initial, rates, element_rates, numbers, table = inputs
-    T, S, Q, K, L, IN, FIRST = sizes
-    size, states_at, moments_at, adjoint_at, record, P = places
-    initial_stride, rates_stride, element_stride = strides
-    source, base, target, row_weight = rows_of(support, task, S, table, sizes, LOSS)
-    sweep(
-        memory,
-        memory + states_at,
-        memory + moments_at,
-        memory + adjoint_at,
-        table,
-        numbers,
-        target,
-        row_weight,
-        rates + task * rates_stride,
-        element_rates + task * element_stride,
-        d_input + task * (S * IN),
-        d_base + task * (S * FIRST),
-        d_rates + tl.where(rates_stride > 0, task, program) * (K * L),
-        d_element_rates + tl.where(element_stride > 0, task, program) * P,
-        S,
-        K,
-        L,
-        P,
-        IN,
-        record,
-        GIVEN,
-        LOSS,
-        ACTIVATION,
-        MOMENTUM,
-        DECAY,
-        ELEMENTWISE,
-        CURVED,
-        BENT,
-        WANTS_RATES,
-        WANTS_INPUT,
-        WANTS_BASE,
-        PRECISION,
-        ACC,
-        BLOCK_R,
-        BLOCK_W,
-        BLOCK_P,
-    )
+def go_back(task, program, memory, support, problem, d_support, sums, HOW: tl.constexpr):
+    """From the adjoint of the adapted state to that of the first, through the steps where `take_steps` kept them;
+    gradients are added to, of what tasks share to the program's own."""
+    sizes, places, strides = problem.sizes, problem.places, problem.strides
+    if HOW.SWEEPS:
+        rows = rows_of(task, support, sizes.support, problem, HOW)
+        d_rates = Rates(
+            sums.rates + tl.where(strides.rates > 0, task, program) * (sizes.steps * sizes.layers),
+            sums.elements + tl.where(strides.elements > 0, task, program) * places.state,
+        )
+        gradients = Gradients(
+            d_support.input + task * (sizes.support * sizes.width),
+            d_support.base + task * (sizes.support * sizes.first),
+            d_rates,
+        )
+        sweep(memory, rows, rates_of(task, problem), gradients, problem, HOW)
+    if HOW.WANTS_STATE:
+        tl.debug_barrier()
+        to = sums.initial + tl.where(strides.initial > 0, task, program) * places.state
+        add_state(memory + places.adjoint, to, places.state, HOW)
