@@ -2,6 +2,26 @@
 
 It checks indices, tails, empty sizes, sharing and missing barriers; it says nothing about speed or the GPU itself.
 FASTMETA_HOST_LIBRARY names a library that is built already (for one with a sanitizer).
+
+Every size where a kernel takes another path has a sample just above it. A grid has at most 3 x 2 x 2 blocks here
+(FASTMETA_HOST_BLOCKS, cuda_host.h): the fourth tile of the first dimension, the third of the others, is a block's
+second.
+
+class_prototypes    8 classes, 32 features, 256 labels at once (17 classes, 65 features, 257 rows); going back 8 rows
+                    a block, 32 lanes that count rows and copy features
+distances           64 queries by 8 classes up to 16, else 64 by 64 (9, 17, 65, 129); 32 features at once; the
+                    coefficients always by 8 classes (17); gradients 16 rows by 64 features, 32 of the other side at
+                    once (33 rows, 129 features, 33 others)
+prototypical_loss   64 queries a block, 16 classes at once (129, 33); means of 128 tasks a block (385); gradients of
+                    2^22 pairs at once, then the next tasks
+fast_weight_update  256 threads, 4 elements each; 32 tensors a launch; sums over rows by 32 columns and 8 rows (97), over
+                    columns by 256 threads (257); 64 rows a sum (193), more from 16385 rows on, 128 sums a block
+functional_mlp      in one kernel up to 8 layers and 64 KiB: 32 rows a block, 64 outputs at once, lanes of 32 inputs;
+                    else, and going back, products of 64 by 64 tiles (129), 16 terms at once; sums over tasks in pieces
+                    of 512 where rows lie one behind the other (1537: the fourth piece), task by task where they do not;
+                    at most 64 sums (65 tasks: two in each)
+Not reached: 65535 blocks in a dimension, more than 32768 rows in a shared weight's gradient (two pieces in a sum, as
+with 65 tasks), gradients of more than 2^16 elements (fewer sums).
 """
 
 import os
@@ -126,7 +146,7 @@ def labels_of(tasks, rows, classes):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(3, 7, 4, 5), (1, 300, 9, 33), (2, 0, 3, 2), (2, 5, 3, 0), (0, 4, 3, 2), (1, 1, 1, 1)]
+    "shape", [(3, 7, 4, 5), (1, 300, 9, 33), (4, 257, 17, 65), (2, 0, 3, 2), (2, 5, 3, 0), (0, 4, 3, 2), (1, 1, 1, 1)]
 )
 def test_class_prototypes(ops, shape, dtype):
     tasks, rows, classes, width = shape
@@ -139,8 +159,8 @@ def test_class_prototypes(ops, shape, dtype):
     agree(both_orders(lambda: ops.class_prototypes_bwd(grad, labels)), d, dtype)
 
 
-DISTANCES = [(2, 7, 5, 6), (1, 130, 17, 40), (3, 33, 9, 65), (2, 66, 70, 3), (1, 1, 1, 1), (2, 0, 3, 4), (2, 3, 0, 4),
-             (2, 3, 4, 0), (0, 3, 4, 2)]  # fmt: skip
+DISTANCES = [(2, 7, 5, 6), (4, 129, 17, 33), (3, 33, 9, 65), (2, 65, 65, 3), (2, 5, 129, 3), (2, 33, 33, 129),
+             (1, 1, 1, 1), (2, 0, 3, 4), (2, 3, 0, 4), (2, 3, 4, 0), (0, 3, 4, 2)]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -175,7 +195,8 @@ def test_zero_vectors_have_no_direction(ops):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
-    "shape", [(3, 10, 7, 5, 6), (2, 40, 70, 20, 33), (2, 3, 0, 3, 4), (1, 1, 1, 1, 1), (0, 3, 2, 2, 2)]
+    "shape",
+    [(3, 10, 7, 5, 6), (2, 40, 70, 20, 33), (4, 40, 129, 33, 3), (2, 3, 0, 3, 4), (1, 1, 1, 1, 1), (0, 3, 2, 2, 2)],
 )
 def test_prototypical_loss(ops, shape, metric, dtype):
     tasks, rows, queries, classes, width = shape
@@ -196,6 +217,27 @@ def test_prototypical_loss(ops, shape, metric, dtype):
         agree(b, dq if needs & 2 else torch.empty(0, dtype=torch.float64), dtype)
 
 
+def test_many_tasks_in_one_mean(ops):
+    support, query, y, z = rand(385, 2, 1), rand(385, 2, 1), labels_of(385, 2, 2), labels_of(385, 2, 2)
+    value, accuracy = both_orders(lambda: ops.prototypical_loss(support, y, query, z, 2, 0))
+    expected, hits = loss(support.double(), y, query.double(), z, 2, 0)
+    agree(value, expected, torch.float32)
+    agree(accuracy, hits, torch.float32)
+
+
+def test_more_pairs_than_the_scratch_of_a_gradient(ops):
+    tasks, rows, classes, metric = 3, 21846, 64, 2  # rows * classes fit twice into 2^22: two tasks, then the third
+    support, query = rand(tasks, classes, 2), rand(tasks, rows, 2)
+    y, z = torch.arange(classes).repeat(tasks, 1), labels_of(tasks, rows, classes)
+    s, q, grad = exact(support), exact(query), rows * rand(tasks)
+    d = 1 - torch.nn.functional.normalize(q, dim=2) @ torch.nn.functional.normalize(s, dim=2).transpose(1, 2)
+    value = (d.gather(2, z[..., None])[..., 0] + torch.logsumexp(-d, 2)).mean(1)
+    expected = torch.autograd.grad(value, (s, q), grad.double())
+    ours = ops.prototypical_loss_bwd(grad, support, y, query, z, classes, metric, 3)
+    for mine, reference in zip(ours, expected, strict=True):
+        agree(mine, reference, torch.float32)
+
+
 UPDATES = [  # (param, grad, lr) shapes
     ([(3, 5), (1, 5), (3, 1)], [(3, 5), (3, 5), (1, 1)], None),
     ([(3, 5), (1, 40)], [(3, 5), (3, 40)], [(1, 1), (3, 1)]),
@@ -206,6 +248,9 @@ UPDATES = [  # (param, grad, lr) shapes
     ([(0, 4)], [(1, 4)], [(1, 1)]),
     ([(2, 0)], [(2, 0)], [(2, 1)]),
     ([(2, 3)] * 70, [(2, 3)] * 70, [(1, 1)] * 70),
+    ([(1, 385)], [(1, 385)], [(129, 385)]),
+    ([(1, 257)] * 2, [(193, 257)] * 2, [(193, 1), (1, 1)]),
+    ([(1, 2)] * 2, [(16385, 2)] * 2, [(1, 2), (1, 1)]),
 ]
 
 
@@ -239,9 +284,14 @@ MLPS = [
     (1, (3, 1), (1, 3), 6, (4, 5, 3)),
     (3, (1, 3), None, 35, (2, 70, 1)),
     (2, (1, 1), (2, 1), 3, (4, 70, 66)),
-    (1, (1,), (1,), 1030, (3, 2)),
+    (1, (1,), (1,), 1537, (3, 2)),
     (1, (2, 2), (2, 2), 1, (180, 170, 2)),  # too wide for one kernel
-    (2, (2,) * 10, (2,) * 10, 4, (3,) * 11),  # too deep for it
+    (2, (2,) * 8, (2,) * 8, 4, (3,) * 9),
+    (2, (2,) * 9, (2,) * 9, 4, (3,) * 10),  # too deep for it
+    (4, (4, 4), (4, 4), 65, (33, 65, 34)),
+    (4, (4, 4), (4, 4), 129, (17, 129, 2)),  # in one kernel in float32 alone
+    (1, (1, 65), (1, 65), 2, (2, 3, 2)),
+    (1, (4, 4), (4, 4), 1, (2, 130, 2)),
     (2, (1, 1), (1, 1), 0, (3, 4, 2)),
     (0, (1, 1), (1, 1), 3, (3, 4, 2)),
     (1, (0, 1), (1, 0), 3, (3, 4, 2)),
