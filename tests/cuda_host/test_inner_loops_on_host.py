@@ -41,11 +41,7 @@ DELTA = 0.7
 
 @pytest.fixture(scope="module")
 def ops(tmp_path_factory):
-    if build.compiler() is None:
-        pytest.skip("no g++ to compile the emulation with")
-    library = os.environ.get("FASTMETA_HOST_LIBRARY") or build.build(tmp_path_factory.mktemp("cuda_host"))
-    torch.ops.load_library(str(library))
-    return torch.ops.fastmeta_cuda_host
+    return build.ops(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)

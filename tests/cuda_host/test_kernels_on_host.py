@@ -1,7 +1,6 @@
 """The CUDA kernels and their bridges, run on the CPU by an emulation, against float64 formulas in plain torch.
 
 It checks indices, tails, empty sizes, sharing and missing barriers; it says nothing about speed or the GPU itself.
-FASTMETA_HOST_LIBRARY names a library that is built already (for one with a sanitizer).
 
 Every size where a kernel takes another path has a sample just above it. A grid has at most 3 x 2 x 2 blocks here
 (FASTMETA_HOST_BLOCKS, cuda_host.h): the fourth tile of the first dimension, the third of the others, is a block's
@@ -43,11 +42,7 @@ ACTIVATIONS = range(7)
 
 @pytest.fixture(scope="module")
 def ops(tmp_path_factory):
-    if build.compiler() is None:
-        pytest.skip("no g++ to compile the emulation with")
-    library = os.environ.get("FASTMETA_HOST_LIBRARY") or build.build(tmp_path_factory.mktemp("cuda_host"))
-    torch.ops.load_library(str(library))
-    return torch.ops.fastmeta_cuda_host
+    return build.ops(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)
@@ -141,13 +136,20 @@ def mlp(x, weights, biases, activation):
 # the ops ----------------------------------------------------------------------------------------------------------
 
 
+def name(value):
+    """Of a test's parameter: sizes as 2x7x5x6, a dtype without its module."""
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+
+
 def labels_of(tasks, rows, classes):
     return torch.randint(classes, (tasks, rows)) if classes else torch.zeros(tasks, rows, dtype=torch.int64)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize(
-    "shape", [(3, 7, 4, 5), (1, 300, 9, 33), (4, 257, 17, 65), (2, 0, 3, 2), (2, 5, 3, 0), (0, 4, 3, 2), (1, 1, 1, 1)]
+    "shape",
+    [(3, 7, 4, 5), (1, 300, 9, 33), (4, 257, 17, 65), (2, 0, 3, 2), (2, 5, 3, 0), (0, 4, 3, 2), (1, 1, 1, 1)],
+    ids=name,
 )
 def test_class_prototypes(ops, shape, dtype):
     tasks, rows, classes, width = shape
@@ -164,9 +166,9 @@ DISTANCES = [(2, 7, 5, 6), (4, 129, 17, 33), (3, 33, 9, 65), (2, 65, 65, 3), (2,
              (1, 1, 1, 1), (2, 0, 3, 4), (2, 3, 0, 4), (2, 3, 4, 0), (0, 3, 4, 2)]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("shape", DISTANCES)
+@pytest.mark.parametrize("shape", DISTANCES, ids=name)
 def test_pairwise_distance(ops, shape, metric, dtype):
     tasks, rows, classes, width = shape
     query, protos = rand(tasks, rows, width, dtype=dtype), rand(tasks, classes, width, dtype=dtype)
@@ -193,11 +195,12 @@ def test_zero_vectors_have_no_direction(ops):
         assert g.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
     "shape",
     [(3, 10, 7, 5, 6), (2, 40, 70, 20, 33), (4, 40, 129, 33, 3), (2, 3, 0, 3, 4), (1, 1, 1, 1, 1), (0, 3, 2, 2, 2)],
+    ids=name,
 )
 def test_prototypical_loss(ops, shape, metric, dtype):
     tasks, rows, queries, classes, width = shape
@@ -239,24 +242,24 @@ def test_more_pairs_than_the_scratch_of_a_gradient(ops):
         agree(mine, reference, torch.float32)
 
 
-UPDATES = [  # (param, grad, lr) shapes
-    ([(3, 5), (1, 5), (3, 1)], [(3, 5), (3, 5), (1, 1)], None),
-    ([(3, 5), (1, 40)], [(3, 5), (3, 40)], [(1, 1), (3, 1)]),
-    ([(150, 3), (1, 37)], [(1, 3), (150, 37)], [(1, 3), (150, 37)]),
-    ([(1, 1500)], [(1, 1500)], [(1, 1)]),
-    ([(1, 9)], [(1, 9)], [(70, 1)]),
-    ([(1, 4)], [(0, 4)], [(1, 4)]),
-    ([(0, 4)], [(1, 4)], [(1, 1)]),
-    ([(2, 0)], [(2, 0)], [(2, 1)]),
-    ([(2, 3)] * 70, [(2, 3)] * 70, [(1, 1)] * 70),
-    ([(1, 385)], [(1, 385)], [(129, 385)]),
-    ([(1, 257)] * 2, [(193, 257)] * 2, [(193, 1), (1, 1)]),
-    ([(1, 2)] * 2, [(16385, 2)] * 2, [(1, 2), (1, 1)]),
-]
+UPDATES = {  # (param, grad, lr) shapes
+    "numbers": ([(3, 5), (1, 5), (3, 1)], [(3, 5), (3, 5), (1, 1)], None),
+    "repeated": ([(3, 5), (1, 40)], [(3, 5), (3, 40)], [(1, 1), (3, 1)]),
+    "150-rows": ([(150, 3), (1, 37)], [(1, 3), (150, 37)], [(1, 3), (150, 37)]),
+    "two-blocks": ([(1, 1500)], [(1, 1500)], [(1, 1)]),
+    "rates-of-70-tasks": ([(1, 9)], [(1, 9)], [(70, 1)]),
+    "no-gradients": ([(1, 4)], [(0, 4)], [(1, 4)]),
+    "no-parameters": ([(0, 4)], [(1, 4)], [(1, 1)]),
+    "no-columns": ([(2, 0)], [(2, 0)], [(2, 1)]),
+    "70-tensors": ([(2, 3)] * 70, [(2, 3)] * 70, [(1, 1)] * 70),
+    "385-columns": ([(1, 385)], [(1, 385)], [(129, 385)]),
+    "193-rows-of-257": ([(1, 257)] * 2, [(193, 257)] * 2, [(193, 1), (1, 1)]),
+    "16385-rows": ([(1, 2)] * 2, [(16385, 2)] * 2, [(1, 2), (1, 1)]),
+}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", range(len(UPDATES)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", UPDATES)
 def test_fast_weight_update(ops, case, dtype):
     shapes = UPDATES[case]
     params, grads, lrs = ([rand(*s, dtype=dtype) for s in group or ()] for group in shapes)
@@ -279,31 +282,31 @@ def test_fast_weight_update(ops, case, dtype):
 
 
 # (tasks of x, of the weights of each layer, of the biases of each layer or None), rows, widths
-MLPS = [
-    (2, (2, 2), (2, 2), 5, (3, 4, 2)),
-    (3, (1, 1, 1), (1, 1, 1), 9, (5, 7, 6, 3)),
-    (1, (3, 1), (1, 3), 6, (4, 5, 3)),
-    (3, (1, 3), None, 35, (2, 70, 1)),
-    (2, (1, 1), (2, 1), 3, (4, 70, 66)),
-    (1, (1,), (1,), 1537, (3, 2)),
-    (1, (2, 2), (2, 2), 1, (180, 170, 2)),  # too wide for one kernel
-    (2, (2,) * 8, (2,) * 8, 4, (3,) * 9),
-    (2, (2,) * 9, (2,) * 9, 4, (3,) * 10),  # too deep for it
-    (4, (4, 4), (4, 4), 65, (33, 65, 34)),
-    (4, (4, 4), (4, 4), 129, (17, 129, 2)),  # in one kernel in float32 alone
-    (1, (1, 65), (1, 65), 2, (2, 3, 2)),
-    (1, (4, 4), (4, 4), 1, (2, 130, 2)),
-    (2, (1, 1), (1, 1), 0, (3, 4, 2)),
-    (0, (1, 1), (1, 1), 3, (3, 4, 2)),
-    (1, (0, 1), (1, 0), 3, (3, 4, 2)),
-    (2, (2, 2), (1, 2), 3, (0, 4, 2)),
-    (2, (1, 1), (1, 1), 3, (3, 0, 2)),
-    (2, (2, 2), (2, 2), 3, (3, 4, 0)),
-]
+MLPS = {
+    "own": (2, (2, 2), (2, 2), 5, (3, 4, 2)),
+    "shared": (3, (1, 1, 1), (1, 1, 1), 9, (5, 7, 6, 3)),
+    "shared-rows": (1, (3, 1), (1, 3), 6, (4, 5, 3)),
+    "no-bias": (3, (1, 3), None, 35, (2, 70, 1)),
+    "many-outputs": (2, (1, 1), (2, 1), 3, (4, 70, 66)),
+    "1537-rows": (1, (1,), (1,), 1537, (3, 2)),
+    "too-wide-for-one-kernel": (1, (2, 2), (2, 2), 1, (180, 170, 2)),
+    "8-layers": (2, (2,) * 8, (2,) * 8, 4, (3,) * 9),
+    "9-layers": (2, (2,) * 9, (2,) * 9, 4, (3,) * 10),  # too deep for one kernel
+    "65-rows": (4, (4, 4), (4, 4), 65, (33, 65, 34)),
+    "129-rows": (4, (4, 4), (4, 4), 129, (17, 129, 2)),  # in one kernel in float32 alone
+    "65-tasks": (1, (1, 65), (1, 65), 2, (2, 3, 2)),
+    "520-outputs": (1, (4, 4), (4, 4), 1, (2, 130, 2)),  # of all tasks
+    "no-rows": (2, (1, 1), (1, 1), 0, (3, 4, 2)),
+    "no-tasks": (0, (1, 1), (1, 1), 3, (3, 4, 2)),
+    "no-tasks-of-weights": (1, (0, 1), (1, 0), 3, (3, 4, 2)),
+    "no-inputs": (2, (2, 2), (1, 2), 3, (0, 4, 2)),
+    "no-hidden": (2, (1, 1), (1, 1), 3, (3, 0, 2)),
+    "no-outputs": (2, (2, 2), (2, 2), 3, (3, 4, 0)),
+}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", range(len(MLPS)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", MLPS)
 @pytest.mark.parametrize("activation", (1, 4))
 def test_functional_mlp(ops, case, activation, dtype):
     check_mlp(ops, MLPS[case], activation, dtype)
@@ -311,7 +314,7 @@ def test_functional_mlp(ops, case, activation, dtype):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(ops, activation):
-    check_mlp(ops, MLPS[0], activation, torch.float64)
+    check_mlp(ops, MLPS["own"], activation, torch.float64)
 
 
 def check_mlp(ops, case, activation, dtype):
