@@ -2,7 +2,24 @@
 torch differentiates twice, in float64.
 
 FASTMETA_HOST_SHARED sets the shared memory that the emulated device has: with little, all or the weights lie in the
-scratch.
+scratch. FASTMETA_HOST_BLOCKS sets how many blocks it runs at once.
+
+Every size where a block takes another path has a sample just above it:
+
+threads             64 with more than 4 tasks, else 128; 256 for products of more than 160 tiles
+blocks              3 here: of 5 tasks two blocks run two, of 7 one runs three; sums of all blocks 32 at a time
+                    (33 blocks), 16 elements a block
+results a product   up to 2 per thread: one at a time; up to 4, in shared memory: tiles of one row; else of two rows
+                    (128 and 256 results for 64 threads); more tiles than threads go round; an odd last row
+sums over rows      tiles of 4 by 4: more than 64 go round (72), and those of the layer behind begin with idle warps
+rows                a thread a row in losses and their curvature (65); query rows 128 at once (129), fewer where they do
+                    not fit (20 of 40); rows from far memory 2 or 4 fours of columns ahead per thread
+steps               checkpoints of weights, moments and rows, of the last step none of rows (3 steps)
+layers              sums of 8 parts each (9 layers are more than 64 threads); 16 are the most
+the last layer      its logits' tangents lie with the deltas below, if those are as wide
+trajectories        a thread a trajectory, a demonstration and a state (65 of each)
+memory              all in half of the shared memory, in all of it; rows alone, likewise; nothing
+Not reached: products of 2^22 tiles (division), scratch of more than 512 MiB (fewer blocks).
 """
 
 import os
@@ -24,11 +41,7 @@ DELTA = 0.7
 
 @pytest.fixture(scope="module")
 def ops(tmp_path_factory):
-    if build.compiler() is None:
-        pytest.skip("no g++ to compile the emulation with")
-    library = os.environ.get("FASTMETA_HOST_LIBRARY") or build.build(tmp_path_factory.mktemp("cuda_host"))
-    torch.ops.load_library(str(library))
-    return torch.ops.fastmeta_cuda_host
+    return build.ops(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)
@@ -277,7 +290,8 @@ CASES = {
     "whole-fours": {"widths": (4, 8, 4, 4), "support": 4, "query": 8},
     "gram-whole-fours": {"gram": True, "widths": (4, 8, 4, 4), "support": 4, "query": 8},
     "deep": {"widths": (2, 5, 3, 4, 5, 3, 2)},
-    "very-deep": {"widths": (2, *[3, 2] * 6, 1)},
+    "nine-layers": {"widths": (2, *[3, 2] * 4, 1), "own_rates": True},
+    "sixteen-layers": {"widths": (2, *[3, 2] * 7, 3, 1), "elementwise": True},
     # four rows are read of weights that have fewer, and the layers behind those are small
     "small-below-one": {"widths": (1, 4, 1), "activation": 1},
     "small-below-three": {"widths": (2, 8, 3), "activation": 1},
@@ -287,7 +301,7 @@ CASES = {
     "few-tasks": {"tasks": 3},
     "few-tasks-everything": {"tasks": 3, "elementwise": True, "momentum": 0.6, "weight_decay": 0.2, "steps": 3},
     "gram-few-tasks": {"gram": True, "tasks": 3},
-    "few-tasks-very-deep": {"tasks": 2, "widths": (2, *[3, 2] * 6, 1)},
+    "few-tasks-sixteen-layers": {"tasks": 2, "widths": (2, *[3, 2] * 7, 3, 1)},
     "no-support": {"support": 0},
     "gram-no-support": {"gram": True, "support": 0},
     "no-query": {"query": 0},
@@ -295,6 +309,14 @@ CASES = {
     "no-hidden": {"widths": (3, 0, 2)},
     "no-output": {"widths": (3, 4, 0)},
     "wide": {"tasks": 2, "widths": (5, 33, 70, 3), "support": 7, "query": 37},
+    "tiles-of-one-row": {"widths": (5, 9, 9, 2), "support": 25, "query": 25},
+    "tiles-of-two-rows": {"widths": (5, 9, 9, 2), "support": 43, "query": 43},
+    "gram-tiles-of-one-row": {"gram": True, "widths": (5, 11, 2), "support": 13, "query": 13},
+    "gram-tiles-of-two-rows": {"gram": True, "widths": (5, 41, 2), "support": 23, "query": 23},
+    "many-tiles-of-sums": {"widths": (28, 33, 2), "elementwise": True, "momentum": 0.5},
+    "more-rows-than-threads": {"widths": (16, 3, 2), "support": 65, "query": 129, "loss": 0},
+    "gram-more-rows-than-threads": {"gram": True, "widths": (2, 3, 2), "support": 65, "query": 129},
+    "last-layer-widest": {"widths": (3, 4, 5), "loss": 0},
     "gram-wide": {"gram": True, "tasks": 2, "widths": (5, 66, 34, 3), "support": 19, "query": 75},
 }
 
@@ -350,6 +372,13 @@ def test_query_rows_in_parts(ops, monkeypatch, gram):
         check(ops, problem(tasks=2, query=70, widths=(3, 8, 6, 2), gram=gram, activation=activation), run=once)
 
 
+# going forward: rows by 20 alone, likewise, all, all; going back: nothing, rows by 20, rows, all with rows by 20
+@pytest.mark.parametrize("shared", ("12000", "16000", "28000", "32000"))
+def test_layouts(ops, monkeypatch, shared):
+    monkeypatch.setenv("FASTMETA_HOST_SHARED", shared)
+    check(ops, problem(tasks=2, query=40, widths=(3, 26, 24, 2), activation=1), run=once)
+
+
 @pytest.mark.parametrize("shared", ("0", "17000", "163840"))
 @pytest.mark.parametrize("support, query", ((140, 7), (7, 140)))
 def test_rows_that_belong_together(ops, monkeypatch, shared, support, query):
@@ -359,6 +388,22 @@ def test_rows_that_belong_together(ops, monkeypatch, shared, support, query):
         a = problem(tasks=3, support=support, query=query, widths=(3, 6, 5, 1), loss=4, **kind)
         a["support_weight"] = torch.rand_like(a["support_weight"]) / 10
         check(ops, a, run=once)
+
+
+@pytest.mark.parametrize("shared", ("0", "163840"))
+def test_more_trajectories_than_threads(ops, monkeypatch, shared):
+    """Steps in turn on one side, visits of states on the other."""
+    monkeypatch.setenv("FASTMETA_HOST_SHARED", shared)
+    a = problem(support=130, query=67, widths=(3, 6, 1), loss=4)
+    a["support_y"] = torch.randn(5, 65, 2, dtype=torch.float64)
+    a["query_y"] = torch.rand(5, 67, 65, 2, dtype=torch.float64)
+    a["support_weight"], a["query_weight"] = torch.rand_like(a["support_weight"]), a["query_weight"] / 10
+    check(ops, a, run=once)
+
+
+def test_sums_of_many_blocks(ops, monkeypatch):
+    monkeypatch.setenv("FASTMETA_HOST_BLOCKS", "33")
+    check(ops, problem(tasks=34, support=3, query=3, widths=(2, 5, 2), elementwise=True), run=once)
 
 
 def test_a_failed_task_leaves_the_others_alone(ops):

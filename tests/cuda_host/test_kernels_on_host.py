@@ -1,7 +1,27 @@
 """The CUDA kernels and their bridges, run on the CPU by an emulation, against float64 formulas in plain torch.
 
 It checks indices, tails, empty sizes, sharing and missing barriers; it says nothing about speed or the GPU itself.
-FASTMETA_HOST_LIBRARY names a library that is built already (for one with a sanitizer).
+
+Every size where a kernel takes another path has a sample just above it. A grid has at most 3 x 2 x 2 blocks here
+(FASTMETA_HOST_BLOCKS, cuda_host.h): the fourth tile of the first dimension, the third of the others, is a block's
+second.
+
+class_prototypes    8 classes, 32 features, 256 labels at once (17 classes, 65 features, 257 rows); going back 8 rows
+                    a block, 32 lanes that count rows and copy features
+distances           64 queries by 8 classes up to 16, else 64 by 64 (9, 17, 65, 129); 32 features at once; the
+                    coefficients always by 8 classes (17); gradients 16 rows by 64 features, 32 of the other side at
+                    once (33 rows, 129 features, 33 others)
+prototypical_loss   64 queries a block, 16 classes at once (129, 33); means of 128 tasks a block (385); gradients of
+                    2^22 pairs at once, then the next tasks
+fast_weight_update  256 threads, 4 elements each; 32 tensors a launch; sums over rows by 32 columns and 8 rows (97),
+                    over columns by 256 threads (257); 64 rows a sum (193), more from 16385 rows on; then 128 columns a
+                    block
+functional_mlp      in one kernel up to 8 layers and 64 KiB: 32 rows a block, 64 outputs at once, lanes of 32 inputs;
+                    else, and going back, products of 64 by 64 tiles (129), 16 terms at once; sums over tasks in pieces
+                    of 512 where rows lie one behind the other (1537: the fourth piece), task by task where they do not;
+                    at most 64 sums (65 tasks: two in each)
+Not reached: 65535 blocks in a dimension, more than 32768 rows in a shared weight's gradient (two pieces in a sum, as
+with 65 tasks), gradients of more than 2^16 elements (fewer sums).
 """
 
 import os
@@ -22,11 +42,7 @@ ACTIVATIONS = range(7)
 
 @pytest.fixture(scope="module")
 def ops(tmp_path_factory):
-    if build.compiler() is None:
-        pytest.skip("no g++ to compile the emulation with")
-    library = os.environ.get("FASTMETA_HOST_LIBRARY") or build.build(tmp_path_factory.mktemp("cuda_host"))
-    torch.ops.load_library(str(library))
-    return torch.ops.fastmeta_cuda_host
+    return build.ops(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)
@@ -120,13 +136,20 @@ def mlp(x, weights, biases, activation):
 # the ops ----------------------------------------------------------------------------------------------------------
 
 
+def name(value):
+    """Of a test's parameter: sizes as 2x7x5x6, a dtype without its module."""
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+
+
 def labels_of(tasks, rows, classes):
     return torch.randint(classes, (tasks, rows)) if classes else torch.zeros(tasks, rows, dtype=torch.int64)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize(
-    "shape", [(3, 7, 4, 5), (1, 300, 9, 33), (2, 0, 3, 2), (2, 5, 3, 0), (0, 4, 3, 2), (1, 1, 1, 1)]
+    "shape",
+    [(3, 7, 4, 5), (1, 300, 9, 33), (4, 257, 17, 65), (2, 0, 3, 2), (2, 5, 3, 0), (0, 4, 3, 2), (1, 1, 1, 1)],
+    ids=name,
 )
 def test_class_prototypes(ops, shape, dtype):
     tasks, rows, classes, width = shape
@@ -139,13 +162,13 @@ def test_class_prototypes(ops, shape, dtype):
     agree(both_orders(lambda: ops.class_prototypes_bwd(grad, labels)), d, dtype)
 
 
-DISTANCES = [(2, 7, 5, 6), (1, 130, 17, 40), (3, 33, 9, 65), (2, 66, 70, 3), (1, 1, 1, 1), (2, 0, 3, 4), (2, 3, 0, 4),
-             (2, 3, 4, 0), (0, 3, 4, 2)]  # fmt: skip
+DISTANCES = [(2, 7, 5, 6), (4, 129, 17, 33), (3, 33, 9, 65), (2, 65, 65, 3), (2, 5, 129, 3), (2, 33, 33, 129),
+             (1, 1, 1, 1), (2, 0, 3, 4), (2, 3, 0, 4), (2, 3, 4, 0), (0, 3, 4, 2)]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("shape", DISTANCES)
+@pytest.mark.parametrize("shape", DISTANCES, ids=name)
 def test_pairwise_distance(ops, shape, metric, dtype):
     tasks, rows, classes, width = shape
     query, protos = rand(tasks, rows, width, dtype=dtype), rand(tasks, classes, width, dtype=dtype)
@@ -172,10 +195,12 @@ def test_zero_vectors_have_no_direction(ops):
         assert g.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
-    "shape", [(3, 10, 7, 5, 6), (2, 40, 70, 20, 33), (2, 3, 0, 3, 4), (1, 1, 1, 1, 1), (0, 3, 2, 2, 2)]
+    "shape",
+    [(3, 10, 7, 5, 6), (2, 40, 70, 20, 33), (4, 40, 129, 33, 3), (2, 3, 0, 3, 4), (1, 1, 1, 1, 1), (0, 3, 2, 2, 2)],
+    ids=name,
 )
 def test_prototypical_loss(ops, shape, metric, dtype):
     tasks, rows, queries, classes, width = shape
@@ -196,21 +221,45 @@ def test_prototypical_loss(ops, shape, metric, dtype):
         agree(b, dq if needs & 2 else torch.empty(0, dtype=torch.float64), dtype)
 
 
-UPDATES = [  # (param, grad, lr) shapes
-    ([(3, 5), (1, 5), (3, 1)], [(3, 5), (3, 5), (1, 1)], None),
-    ([(3, 5), (1, 40)], [(3, 5), (3, 40)], [(1, 1), (3, 1)]),
-    ([(150, 3), (1, 37)], [(1, 3), (150, 37)], [(1, 3), (150, 37)]),
-    ([(1, 1500)], [(1, 1500)], [(1, 1)]),
-    ([(1, 9)], [(1, 9)], [(70, 1)]),
-    ([(1, 4)], [(0, 4)], [(1, 4)]),
-    ([(0, 4)], [(1, 4)], [(1, 1)]),
-    ([(2, 0)], [(2, 0)], [(2, 1)]),
-    ([(2, 3)] * 70, [(2, 3)] * 70, [(1, 1)] * 70),
-]
+def test_many_tasks_in_one_mean(ops):
+    support, query, y, z = rand(385, 2, 1), rand(385, 2, 1), labels_of(385, 2, 2), labels_of(385, 2, 2)
+    value, accuracy = both_orders(lambda: ops.prototypical_loss(support, y, query, z, 2, 0))
+    expected, hits = loss(support.double(), y, query.double(), z, 2, 0)
+    agree(value, expected, torch.float32)
+    agree(accuracy, hits, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", range(len(UPDATES)))
+def test_more_pairs_than_the_scratch_of_a_gradient(ops):
+    tasks, rows, classes, metric = 3, 21846, 64, 2  # rows * classes fit twice into 2^22: two tasks, then the third
+    support, query = rand(tasks, classes, 2), rand(tasks, rows, 2)
+    y, z = torch.arange(classes).repeat(tasks, 1), labels_of(tasks, rows, classes)
+    s, q, grad = exact(support), exact(query), rows * rand(tasks)
+    d = 1 - torch.nn.functional.normalize(q, dim=2) @ torch.nn.functional.normalize(s, dim=2).transpose(1, 2)
+    value = (d.gather(2, z[..., None])[..., 0] + torch.logsumexp(-d, 2)).mean(1)
+    expected = torch.autograd.grad(value, (s, q), grad.double())
+    ours = ops.prototypical_loss_bwd(grad, support, y, query, z, classes, metric, 3)
+    for mine, reference in zip(ours, expected, strict=True):
+        agree(mine, reference, torch.float32)
+
+
+UPDATES = {  # (param, grad, lr) shapes
+    "numbers": ([(3, 5), (1, 5), (3, 1)], [(3, 5), (3, 5), (1, 1)], None),
+    "repeated": ([(3, 5), (1, 40)], [(3, 5), (3, 40)], [(1, 1), (3, 1)]),
+    "150-rows": ([(150, 3), (1, 37)], [(1, 3), (150, 37)], [(1, 3), (150, 37)]),
+    "two-blocks": ([(1, 1500)], [(1, 1500)], [(1, 1)]),
+    "rates-of-70-tasks": ([(1, 9)], [(1, 9)], [(70, 1)]),
+    "no-gradients": ([(1, 4)], [(0, 4)], [(1, 4)]),
+    "no-parameters": ([(0, 4)], [(1, 4)], [(1, 1)]),
+    "no-columns": ([(2, 0)], [(2, 0)], [(2, 1)]),
+    "70-tensors": ([(2, 3)] * 70, [(2, 3)] * 70, [(1, 1)] * 70),
+    "385-columns": ([(1, 385)], [(1, 385)], [(129, 385)]),
+    "193-rows-of-257": ([(1, 257)] * 2, [(193, 257)] * 2, [(193, 1), (1, 1)]),
+    "16385-rows": ([(1, 2)] * 2, [(16385, 2)] * 2, [(1, 2), (1, 1)]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", UPDATES)
 def test_fast_weight_update(ops, case, dtype):
     shapes = UPDATES[case]
     params, grads, lrs = ([rand(*s, dtype=dtype) for s in group or ()] for group in shapes)
@@ -233,26 +282,31 @@ def test_fast_weight_update(ops, case, dtype):
 
 
 # (tasks of x, of the weights of each layer, of the biases of each layer or None), rows, widths
-MLPS = [
-    (2, (2, 2), (2, 2), 5, (3, 4, 2)),
-    (3, (1, 1, 1), (1, 1, 1), 9, (5, 7, 6, 3)),
-    (1, (3, 1), (1, 3), 6, (4, 5, 3)),
-    (3, (1, 3), None, 35, (2, 70, 1)),
-    (2, (1, 1), (2, 1), 3, (4, 70, 66)),
-    (1, (1,), (1,), 1030, (3, 2)),
-    (1, (2, 2), (2, 2), 1, (180, 170, 2)),  # too wide for one kernel
-    (2, (2,) * 10, (2,) * 10, 4, (3,) * 11),  # too deep for it
-    (2, (1, 1), (1, 1), 0, (3, 4, 2)),
-    (0, (1, 1), (1, 1), 3, (3, 4, 2)),
-    (1, (0, 1), (1, 0), 3, (3, 4, 2)),
-    (2, (2, 2), (1, 2), 3, (0, 4, 2)),
-    (2, (1, 1), (1, 1), 3, (3, 0, 2)),
-    (2, (2, 2), (2, 2), 3, (3, 4, 0)),
-]
+MLPS = {
+    "own": (2, (2, 2), (2, 2), 5, (3, 4, 2)),
+    "shared": (3, (1, 1, 1), (1, 1, 1), 9, (5, 7, 6, 3)),
+    "shared-rows": (1, (3, 1), (1, 3), 6, (4, 5, 3)),
+    "no-bias": (3, (1, 3), None, 35, (2, 70, 1)),
+    "many-outputs": (2, (1, 1), (2, 1), 3, (4, 70, 66)),
+    "1537-rows": (1, (1,), (1,), 1537, (3, 2)),
+    "too-wide-for-one-kernel": (1, (2, 2), (2, 2), 1, (180, 170, 2)),
+    "8-layers": (2, (2,) * 8, (2,) * 8, 4, (3,) * 9),
+    "9-layers": (2, (2,) * 9, (2,) * 9, 4, (3,) * 10),  # too deep for one kernel
+    "65-rows": (4, (4, 4), (4, 4), 65, (33, 65, 34)),
+    "129-rows": (4, (4, 4), (4, 4), 129, (17, 129, 2)),  # in one kernel in float32 alone
+    "65-tasks": (1, (1, 65), (1, 65), 2, (2, 3, 2)),
+    "520-outputs": (1, (4, 4), (4, 4), 1, (2, 130, 2)),  # of all tasks
+    "no-rows": (2, (1, 1), (1, 1), 0, (3, 4, 2)),
+    "no-tasks": (0, (1, 1), (1, 1), 3, (3, 4, 2)),
+    "no-tasks-of-weights": (1, (0, 1), (1, 0), 3, (3, 4, 2)),
+    "no-inputs": (2, (2, 2), (1, 2), 3, (0, 4, 2)),
+    "no-hidden": (2, (1, 1), (1, 1), 3, (3, 0, 2)),
+    "no-outputs": (2, (2, 2), (2, 2), 3, (3, 4, 0)),
+}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", range(len(MLPS)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", MLPS)
 @pytest.mark.parametrize("activation", (1, 4))
 def test_functional_mlp(ops, case, activation, dtype):
     check_mlp(ops, MLPS[case], activation, dtype)
@@ -260,7 +314,7 @@ def test_functional_mlp(ops, case, activation, dtype):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(ops, activation):
-    check_mlp(ops, MLPS[0], activation, torch.float64)
+    check_mlp(ops, MLPS["own"], activation, torch.float64)
 
 
 def check_mlp(ops, case, activation, dtype):

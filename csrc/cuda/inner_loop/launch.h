@@ -72,7 +72,7 @@ struct InnerDevice {
   int64_t blocks(Kernel kernel, int threads, size_t bytes, bool on_chip) const {
 #ifdef FASTMETA_HOST
     (void)kernel, (void)threads, (void)bytes, (void)on_chip;
-    return 3;  // as many as the emulation runs
+    return host::most_blocks();
 #else
     if (bytes > 0) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
     // weights in far memory need the cache that shared memory is taken from
