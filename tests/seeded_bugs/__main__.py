@@ -19,7 +19,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(HERE.parent), str(ROOT)]
+# without this folder, whose triton.py is not Triton
+sys.path[:] = [str(HERE.parent), str(ROOT), *(path for path in sys.path if Path(path).resolve() != HERE)]
 GROUPS = ("cpu", "cuda", "triton")
 # no compiled Python: a file that changes twice in a second would count as unchanged
 ENVIRONMENT = {"PYTHONDONTWRITEBYTECODE": "1", "FASTMETA_DATA": str(ROOT.parent / "shared" / "data"), **os.environ}
@@ -47,20 +48,21 @@ def verdict(code: int, output: str) -> str:
     return "SURVIVED" if code == 0 else f"pytest ended with {code}: {output}"
 
 
-def seed(group: str, names: list[str], tree: Path, objects: Path) -> bool:
-    """Whether all bugs of `group`, or those named, were killed; one line is printed for each."""
-    bugs = [b for b in importlib.import_module(f"seeded_bugs.{group}").BUGS if not names or b.name in names]
-    if not bugs:
-        return True
+def seed(group: str, bugs: list, tree: Path, objects: Path) -> bool:
+    """Whether all `bugs` were killed; one line is printed for each."""
     build = None
     if group == "cpu":  # the others' tests compile what they run, or run what is not compiled
         from seeded_bugs.native import Build
 
         build = Build(tree, objects)
-    code, output = run_tests(tree, sorted({test for bug in bugs for test in bug.tests}))
-    if code != 0:
-        print(f"{group}: without a bug the tests do not pass\n{output}")
-        return False
+    # in one run all that are no options
+    alone = {bug.tests for bug in bugs if any(test.startswith("-") for test in bug.tests)}
+    together = sorted({test for bug in bugs if bug.tests not in alone for test in bug.tests})
+    for tests in (together, *alone) if together else alone:
+        code, output = run_tests(tree, list(tests))
+        if code != 0:
+            print(f"{group}: without a bug the tests do not pass\n{output}")
+            return False
     all_killed = True
     for bug in bugs:
         start, file = time.monotonic(), tree / bug.file
@@ -82,10 +84,16 @@ def seed(group: str, names: list[str], tree: Path, objects: Path) -> bool:
 def main() -> int:
     groups = [a for a in sys.argv[1:] if a in GROUPS] or [g for g in GROUPS if (HERE / f"{g}.py").exists()]
     names = [a for a in sys.argv[1:] if a not in GROUPS]
+    bugs = {group: importlib.import_module(f"seeded_bugs.{group}").BUGS for group in groups}
+    unknown = set(names) - {bug.name for group in groups for bug in bugs[group]}
+    if unknown:
+        raise SystemExit(f"no such bug: {', '.join(sorted(unknown))}")
+    if names:
+        bugs = {group: found for group in groups if (found := [b for b in bugs[group] if b.name in names])}
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         copy_tree(tree)
-        killed = [seed(group, names, tree, Path(folder) / "objects") for group in groups]
+        killed = [seed(group, found, tree, Path(folder) / "objects") for group, found in bugs.items()]
     return 0 if all(killed) else 1
 
 

@@ -131,14 +131,14 @@ BUGS = [
         "csrc/cpu/prototypical_loss.cpp",
         "+ t * queries + range.begin;",
         "+ t * queries;",
-        at("manhattan-loss-tasks-in-ranges", "manhattan-loss-one-task-in-ranges"),
+        at("manhattan-loss-ranges-of-queries"),
     ),
     Bug(
         "loss-second-range-without-its-partial-sum",
         "csrc/cpu/prototypical_loss.cpp",
         "sum_partials(partial + t * parts * size, parts, size, whole",
         "sum_partials(partial + t * parts * size, 1, size, whole",
-        at("cosine-loss-tasks-in-ranges"),
+        at("cosine-loss-ranges-of-queries"),
     ),
     # ---- class_prototypes
     Bug(
