@@ -5,9 +5,9 @@ csrc/cpu (W: numbers of a vector; 2 to 16, by instruction set and dtype), and wh
 
 include/fastmeta/gemm.h       96 rows; 256 of the depth (first, middle and last block of a finish); panels of two and
                               three vectors, their tails; tiles of up to 8 rows
-pairwise_distance_kernel.h    96 queries; chunks of prototypes, about 1000 at 64 features and 1.5 W to 6 W at most sizes
-                              above 1365; distances formed anew in a later chunk; gradient: blocks of up to 96 queries,
-                              fewer where rows are wide
+pairwise_distance_kernel.h    96 queries; chunks of prototypes, about 1000 of 64 features, 6 W where rows are wide;
+                              distances formed anew in a later chunk; gradient: blocks of up to 96 queries, fewer where
+                              rows are wide
 prototypical_loss_kernel.h    blocks of up to 96 queries, more than one vector of them; more classes than 96
 prototypical_loss.cpp,        few tasks on several threads: ranges of queries, each with its own sums and its own
 pairwise_distance.cpp         gradient of the prototypes

@@ -31,6 +31,13 @@ BUGS = [
         "",
         at("mlp-513-inputs-257-hidden"),
     ),
+    Bug(
+        "depth-257-of-first-rows-of-the-right-factor",
+        "csrc/include/fastmeta/gemm.h",
+        "(b.depth ? v * W * b.depth : v * W) + k * ldb;",
+        "(b.depth ? v * W * b.depth : v * W);",
+        at("dot-chunks-of-prototypes", "mlp-513-inputs-257-hidden"),
+    ),
     # ---- pairwise_distance
     Bug(
         "distances-second-query-block-at-0",
@@ -257,6 +264,13 @@ BUGS = [
         at("mlp-groups-of-tasks"),
     ),
     Bug(
+        "mlp-ranges-of-a-group-not-started-from-0",
+        "csrc/cpu/functional_mlp.cpp",
+        "zeroed = mode == per_group && (parts > 1 || problem.tasks == 0);",
+        "zeroed = mode == per_group && problem.tasks == 0;",
+        at("mlp-tasks-in-ranges-sharing"),
+    ),
+    Bug(
         "mlp-second-pack-with-weights-of-first",
         "csrc/cpu/functional_mlp.cpp",
         "Operand<T>{t.at(tasks.begin),",
@@ -268,6 +282,13 @@ BUGS = [
         "csrc/cpu/functional_mlp_lanes.h",
         "p.x.base + begin * inputs",
         "p.x.base",
+        at("mlp-packs-21-rows"),
+    ),
+    Bug(
+        "mlp-pack-21st-row-written-to-first",
+        "csrc/cpu/functional_mlp_lanes.h",
+        "p.out + begin * outputs",
+        "p.out",
         at("mlp-packs-21-rows"),
     ),
     # ---- lanes.h
@@ -308,6 +329,13 @@ BUGS = [
         at("inner-97-queries"),
     ),
     Bug(
+        "inner-gradient-of-49th-query-written-to-first",
+        "csrc/cpu/inner_loop/kernel.h",
+        "of_task(p.d_query_x, task, group) + begin * p.widths[1]);",
+        "of_task(p.d_query_x, task, group));",
+        at("inner-97-queries-gram"),
+    ),
+    Bug(
         "inner-segment-from-next-checkpoint",
         "csrc/cpu/inner_loop/worker.h",
         "memcpy(states, checkpoints + (s - 1) * state_size,",
@@ -319,6 +347,13 @@ BUGS = [
         "csrc/cpu/inner_loop/worker.h",
         "memcpy(moments, moment_checkpoints + (s - 1) * moment_size,",
         "memcpy(moments, moment_checkpoints + s * moment_size,",
+        at("inner-segments-momentum"),
+    ),
+    Bug(
+        "inner-second-segment-with-moment-of-first",
+        "csrc/cpu/inner_loop/worker.h",
+        "    memcpy(moments, moments + segment * moment_size, bytes);\n",
+        "",
         at("inner-segments-momentum"),
     ),
     Bug(
@@ -414,17 +449,17 @@ BUGS = [
         at("packs-150-inputs-21-queries"),
     ),
     Bug(
+        "packs-gradient-of-21st-query-written-to-first",
+        "csrc/cpu/inner_loop/lanes.h",
+        "give(d_query_x, n * p.widths[0], p.d_query_x, begin * p.widths[0]);",
+        "give(d_query_x, n * p.widths[0], p.d_query_x);",
+        at("packs-150-rows"),
+    ),
+    Bug(
         "packs-rates-gradient-of-last-32-numbers",
         "csrc/cpu/inner_loop/lanes.h",
         "        total += part;\n",
         "        total = part;\n",
         at("packs-in-groups"),
-    ),
-    Bug(
-        "packs-lanes-without-a-task-are-summed",
-        "csrc/cpu/inner_loop/lanes.h",
-        "const IntVec<T> inside = lanes_below<T>(count);",
-        "const IntVec<T> inside = lanes_below<T>(W);",
-        at("packs-150-inputs-21-queries"),
     ),
 ]
