@@ -54,9 +54,10 @@ def test_every_op_agrees_with_its_reference(isa):
 
 
 @pytest.mark.parametrize("isa", instruction_sets()[:-1] if native.why_missing is None else [])
-def test_packs_of_tasks_agree_with_the_reference(isa):
+@pytest.mark.parametrize("file, chosen", [("test_lanes.py", ""), ("test_boundaries.py", "float32")])
+def test_packs_of_tasks_and_second_blocks_agree_with_the_reference(file, chosen, isa):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).with_name("test_lanes.py"))],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen, str(Path(__file__).with_name(file))],
         env={**os.environ, "FASTMETA_CPU_ISA": isa},
         capture_output=True,
         text=True,

@@ -33,7 +33,6 @@ struct InnerLayer {
 
 // Whether `rows` rows pay for a transposed copy of m x n numbers: sums along vectors cost by the result, the copy by
 // the matrix.
-template <class T>
 FM_INLINE bool copy_pays(int64_t rows, int64_t n) {
   return 8 * rows > n;
 }
@@ -61,8 +60,8 @@ struct InnerNet {
       a.bias = size;
       size += padded<T>(a.out);
       const bool crossed = !a.by_input || l > 0;
-      a.copied = crossed && a.m >= kWidth<T> && copy_pays<T>(p.support.count, a.n);
-      a.query_copied = crossed && a.m >= kWidth<T> && copy_pays<T>(p.query.count, a.n);
+      a.copied = crossed && a.m >= kWidth<T> && copy_pays(p.support.count, a.n);
+      a.query_copied = crossed && a.m >= kWidth<T> && copy_pays(p.query.count, a.n);
     }
     whole = size;
     for (int64_t l = first; l < layers; ++l) {

@@ -100,8 +100,6 @@ FM_INLINE void store_first(double* p, Vec<double> v, int64_t n) {
 }
 FM_INLINE Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm512_maskz_sqrt_ps(0xffff, (__m512)v); }
 FM_INLINE Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm512_maskz_sqrt_pd(0xff, (__m512d)v); }
-FM_INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, (__m512)v); }
-FM_INLINE void stream(double* p, Vec<double> v) { _mm512_stream_pd(p, (__m512d)v); }
 #elif FASTMETA_VECTOR_BYTES == 32
 // eight ones, then eight zeros: a mask of n lanes starts 8 - n into it
 alignas(64) inline constexpr int32_t kMask32[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
@@ -144,8 +142,6 @@ FM_INLINE void store_first(double* p, Vec<double> v, int64_t n) {
 }
 FM_INLINE Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm256_sqrt_ps((__m256)v); }
 FM_INLINE Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm256_sqrt_pd((__m256d)v); }
-FM_INLINE void stream(float* p, Vec<float> v) { _mm256_stream_ps(p, (__m256)v); }
-FM_INLINE void stream(double* p, Vec<double> v) { _mm256_stream_pd(p, (__m256d)v); }
 #else
 template <class T>
 FM_INLINE Vec<T> load_first(const T* p, int64_t n) {
@@ -160,27 +156,14 @@ FM_INLINE void store_first(T* p, Vec<T> v, int64_t n) {
 #if defined(__x86_64__)
 FM_INLINE Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm_sqrt_ps((__m128)v); }
 FM_INLINE Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm_sqrt_pd((__m128d)v); }
-FM_INLINE void stream(float* p, Vec<float> v) { _mm_stream_ps(p, (__m128)v); }
-FM_INLINE void stream(double* p, Vec<double> v) { _mm_stream_pd(p, (__m128d)v); }
 #else
 template <class V>
 FM_INLINE V square_root(V v) {
   FM_UNROLL for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) v[i] = __builtin_sqrt(v[i]);
   return v;
 }
-template <class T>
-FM_INLINE void stream(T* p, Vec<T> v) {
-  store(p, v);
-}
 #endif
 #endif
-
-// orders earlier streaming stores before what other threads see next
-FM_INLINE void finish_streams() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
 
 // Keeps a vector that several rows multiply in its register: compilers like to read it again for each, and loads are
 // what these loops would then wait for.
