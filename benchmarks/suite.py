@@ -95,7 +95,7 @@ def task_weights(make: Make) -> Iterator[Case]:
             return (weights * loss).mean(), backward(weights / len(weights), *episode, "sqeuclidean", 3)
 
     runs = _weighted(
-        lambda w: functional.prototypical_loss(*episode, task_weights=w)[0],
+        lambda w: functional.prototypical_loss(*episode, weights=w)[0],
         {"unfused": lambda: peers.unfused_prototypical_loss(*episode)},
         weights,
         (support, query),

@@ -80,11 +80,11 @@ def choice_of_tasks(name: str, value: Tensor, tasks: int) -> None:
         raise ValueError(f"{name} has T = {value.shape[0]} (shape {list(value.shape)}), but the others have {tasks}")
 
 
-def task_weights(value, like_name: str, like: Tensor) -> None:
+def task_weights(name: str, value, like_name: str, like: Tensor) -> None:
     """`value` is None, or holds a number for each task of `like`."""
     if value is not None:
-        tensor("task_weights", value, "[T]")
-        same_size("task_weights", value, 0, "T", like_name, like.shape[0])
+        tensor(name, value, "[T]")
+        same_size(name, value, 0, "T", like_name, like.shape[0])
 
 
 def labels(name: str, value, layout: str, like: Tensor, like_name: str) -> None:

@@ -80,7 +80,7 @@ def prototypical_loss(
     num_classes: int,
     metric: str = "sqeuclidean",
     *,
-    task_weights: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and accuracy of a Prototypical Network from its embeddings (Snell et al. 2017, algorithm 1), fused.
 
@@ -94,7 +94,7 @@ def prototypical_loss(
         query_labels: `[T, Q]` int64 in [0, num_classes).
         num_classes: N.
         metric: as in `pairwise_distance`.
-        task_weights: `[T]`, same dtype and device, may require a gradient: each task's loss is multiplied with its own,
+        weights: `[T]`, same dtype and device, may require a gradient: each task's loss is multiplied with its own,
             so that `loss.mean()` is their weighted mean. Default None, all 1.
 
     Returns:
@@ -106,7 +106,7 @@ def prototypical_loss(
         ValueError: a shape or device that does not fit, an unknown metric, a label out of range.
     """
     key = checks.key(
-        "prototypical_loss", support, support_labels, query, query_labels, num_classes, metric, task_weights
+        "prototypical_loss", support, support_labels, query, query_labels, num_classes, metric, weights
     )
     known = checks.passed(key)
     if not known:
@@ -118,15 +118,15 @@ def prototypical_loss(
         checks.labels("query_labels", query_labels, "[T, Q]", query, "query")
         checks.class_count(num_classes)
         checks.choice("metric", metric, METRICS)
-        checks.task_weights(task_weights, "support", support)
-    support, query, task_weights = cast(_prototypical_loss.SPEC.autocast, support, query, task_weights)
+        checks.task_weights("weights", weights, "support", support)
+    support, query, weights = cast(_prototypical_loss.SPEC.autocast, support, query, weights)
     if not known:
-        checks.same_kind("support", support, query=query, task_weights=task_weights)
+        checks.same_kind("support", support, query=query, weights=weights)
         checks.remember(key)
     loss, accuracy = _prototypical_loss.SPEC(
-        support, support_labels, query, query_labels, num_classes, metric, weights=task_weights
+        support, support_labels, query, query_labels, num_classes, metric, weights=weights
     )
-    return loss if task_weights is None else task_weights * loss, accuracy
+    return loss if weights is None else weights * loss, accuracy
 
 
 def contrastive_loss(
@@ -135,7 +135,7 @@ def contrastive_loss(
     temperature: float = 0.5,
     *,
     normalise: bool = True,
-    task_weights: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """NT-Xent (Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", equation 1):
     every embedding is to find the other view of its example among all embeddings of the batch.
@@ -149,11 +149,11 @@ def contrastive_loss(
         temperature: above 0. The paper's section 5.1 tries 0.05 to 1; 0.5 is its default for small images.
         normalise: divide embeddings by their Euclidean norm (of 1e-8 at least); False takes them as they come, and so
             dot products in place of cosines.
-        task_weights: `[T]`, same dtype and device, may require a gradient: each batch's loss is multiplied with its
+        weights: `[T]`, same dtype and device, may require a gradient: each batch's loss is multiplied with its
             own, so that `loss.mean()` is their weighted mean. Default None, all 1.
 
     Returns:
-        loss `[T]`, times `task_weights`; 0 where B = 1, and NaN where B = 0.
+        loss `[T]`, times `weights`; 0 where B = 1, and NaN where B = 0.
 
     Raises:
         TypeError: a dtype that is not allowed or differs.
@@ -165,11 +165,11 @@ def contrastive_loss(
     checks.tensor("second", second, "[T, B, D]")
     for axis, name in enumerate("TBD"):
         checks.same_size("second", second, axis, name, "first", first.shape[axis])
-    checks.task_weights(task_weights, "first", first)
-    first, second, task_weights = cast(_contrastive_loss.SPEC.autocast, first, second, task_weights)
-    checks.same_kind("first", first, second=second, task_weights=task_weights)
+    checks.task_weights("weights", weights, "first", first)
+    first, second, weights = cast(_contrastive_loss.SPEC.autocast, first, second, weights)
+    checks.same_kind("first", first, second=second, weights=weights)
     embeddings = torch.cat([first, second], 1)
     if normalise:
         embeddings = torch.nn.functional.normalize(embeddings, dim=-1, eps=1e-8)
-    loss = _contrastive_loss.SPEC(embeddings, float(temperature), weights=task_weights)
-    return loss if task_weights is None else task_weights * loss
+    loss = _contrastive_loss.SPEC(embeddings, float(temperature), weights=weights)
+    return loss if weights is None else weights * loss

@@ -157,8 +157,9 @@ def meta_loss_mlp(
         query_x: `[T, Q, I]`, floating.
         query_y: as `support_y`. Has no gradient.
         query_mask: bool `[T, Q]`, False for rows that are padding; a task without rows has loss 0.
-        task_weights: `[T]`, dtype and device of `support_x`, may require a gradient: each task's query loss is
-            multiplied with its own, so that `loss.mean()` is their weighted mean. Default None, all 1.
+        task_weights: `[T]` (`weights` are the layers here), dtype and device of `support_x`, may require a gradient:
+            each task's query loss is multiplied with its own, so that `loss.mean()` is their weighted mean. Default
+            None, all 1.
 
     The others as in `adapt_mlp`.
 
@@ -190,7 +191,7 @@ def _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, bia
     loop = _Loop(support_x, support_y, (query_x, query_y, query_mask), weights, biases, lr, steps, loss, activation,
                  momentum, weight_decay, norm, support_mask, form)  # fmt: skip
     args = loop.meta_loss_arguments(loss, activation, huber_delta, momentum, weight_decay, first_order)
-    checks.task_weights(task_weights, "support_x", support_x)
+    checks.task_weights("task_weights", task_weights, "support_x", support_x)
     checks.same_kind("support_x", support_x, task_weights=task_weights)
     task_weights = _at_least_float32(task_weights)
     mean = None
