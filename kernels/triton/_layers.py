@@ -66,7 +66,7 @@ def layer_kernel(x, weight, bias, out, sizes, strides, HAS_BIAS: tl.constexpr, H
     task = program // o_blocks // b_blocks
     x += task * strides.x
     weight += task * strides.weight
-    total = tl.zeros([HOW.BLOCK_B, HOW.BLOCK_O], HOW.ACC)
+    total = tl.full([HOW.BLOCK_B, HOW.BLOCK_O], 0, HOW.ACC)
     for start in range(0, IN, HOW.BLOCK_I):
         i = start + tl.arange(0, HOW.BLOCK_I)
         h = tl.load(x + b[:, None] * IN + i[None, :], mask=(b < B)[:, None] & (i < IN)[None, :], other=0).to(HOW.ACC)
@@ -92,7 +92,7 @@ def input_bwd_kernel(grad, weight, before, out, sizes, strides, HOW: tl.constexp
     task = program // i_blocks // b_blocks
     grad += task * B * OUT
     weight += task * strides.weight
-    total = tl.zeros([HOW.BLOCK_B, HOW.BLOCK_I], HOW.ACC)
+    total = tl.full([HOW.BLOCK_B, HOW.BLOCK_I], 0, HOW.ACC)
     for start in range(0, OUT, HOW.BLOCK_O):
         o = start + tl.arange(0, HOW.BLOCK_O)
         g = tl.load(grad + b[:, None] * OUT + o[None, :], mask=(b < B)[:, None] & (o < OUT)[None, :], other=0)
@@ -118,7 +118,7 @@ def weight_bwd_kernel(grad, x, out, rows, rows_per_part, sizes, SHARED_X: tl.con
     i = (program % i_blocks) * HOW.BLOCK_I + tl.arange(0, HOW.BLOCK_I)
     o = (program // i_blocks % o_blocks) * HOW.BLOCK_O + tl.arange(0, HOW.BLOCK_O)
     part = program // i_blocks // o_blocks
-    total = tl.zeros([HOW.BLOCK_O, HOW.BLOCK_I], HOW.ACC)
+    total = tl.full([HOW.BLOCK_O, HOW.BLOCK_I], 0, HOW.ACC)
     end = tl.minimum(part * rows_per_part + rows_per_part, rows)
     for start in range(part * rows_per_part, end, HOW.BLOCK_B):
         row = start + tl.arange(0, HOW.BLOCK_B)
