@@ -264,13 +264,6 @@ BUGS = [
         at("mlp-groups-of-tasks"),
     ),
     Bug(
-        "mlp-ranges-of-a-group-not-started-from-0",
-        "csrc/cpu/functional_mlp.cpp",
-        "zeroed = mode == per_group && (parts > 1 || problem.tasks == 0);",
-        "zeroed = mode == per_group && problem.tasks == 0;",
-        at("mlp-tasks-in-ranges-sharing"),
-    ),
-    Bug(
         "mlp-second-pack-with-weights-of-first",
         "csrc/cpu/functional_mlp.cpp",
         "Operand<T>{t.at(tasks.begin),",
