@@ -150,5 +150,7 @@ def contrastive_loss(first: Tensor, second: Tensor, temperature: float = 0.5, *,
     checks.same_kind("first", first, second=second)
     embeddings = torch.cat([first, second], 1)
     if normalise:
-        embeddings = torch.nn.functional.normalize(embeddings, dim=-1, eps=1e-8)
+        # float16 has no 1e-8: a row of zeros would be divided by 0
+        wide = embeddings.float() if embeddings.dtype == torch.float16 else embeddings
+        embeddings = torch.nn.functional.normalize(wide, dim=-1, eps=1e-8).to(embeddings.dtype)
     return _contrastive_loss.SPEC(embeddings, float(temperature))
