@@ -80,7 +80,7 @@ struct Centred {
     return sum;
   }
 
-  // Squared distances [count, columns] of these queries to all prototypes, some of which may have cancelled; columns are
+  // Squared distances [count, columns] of these queries to all prototypes, some of them cancelled; columns are
   // the prototypes, maybe up to their padding. Leaves the centred queries in `rows`.
   void products(const T* query, int64_t count, int64_t columns, T* out, int64_t ldo) {
     for (int64_t i = 0; i < count; ++i) {
