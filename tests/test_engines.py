@@ -131,6 +131,16 @@ def test_first_order_differs_from_second(engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_in_first_order_support_rows_get_no_gradient(engine):
+    """They reach the query loss through inner gradients alone, which count as constants."""
+    model, batch = make_mlp("tanh"), make_batch("mse")
+    support_x = batch[0].requires_grad_()
+    output = MAML(model, inner_lr=0.3, inner_steps=2, loss="mse", first_order=True, engine=engine)(batch)
+    (gradient,) = torch.autograd.grad(output.loss, support_x, allow_unused=True)
+    assert gradient is None or not gradient.any()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_order_of_tasks_does_not_matter(engine):
     model, batch = make_mlp(), make_batch("cross_entropy", tasks=6)
     order = torch.randperm(6)

@@ -143,6 +143,26 @@ def test_equals_the_loop_over_tasks(
 
 
 @pytest.mark.parametrize("form", ["onchip", "lowrank"])
+def test_first_order_of_inputs_and_rates(form):
+    """Inner gradients count as constants: support rows get no gradient, in whatever form the first layer is held."""
+    data, weights, biases = problem("cross_entropy", 3, 4, 5, (6, 8, 2))
+    lr = torch.full((2, 3), 0.3).to(weights[0]).requires_grad_()
+    options = {"lr": lr, "steps": 3, "loss": "cross_entropy", "activation": "tanh", "momentum": 0.5}
+    leaves = [data[0].requires_grad_(), data[2].requires_grad_(), lr, *weights, *biases]
+    truth = by_hand(data, weights, biases, lambda k, i, kind: lr[i, k], 3, "cross_entropy", "tanh", momentum=0.5,
+                    first_order=True)  # fmt: skip
+    truth = torch.autograd.grad(truth.sum(), leaves, allow_unused=True, materialize_grads=True)
+    assert not truth[0].any()
+    loss = meta_loss_mlp(*data, weights, biases, form=form, first_order=True, **options).loss
+    fast = adapt_mlp(*data[:2], weights, biases, form=form, first_order=True, **options)
+    of_fast = torch.nn.functional.cross_entropy(fast(data[2]).flatten(0, 1), data[3].flatten(), reduction="none")
+    for total in (loss.sum(), of_fast.sum() / data[3].shape[1]):
+        ours = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+        for a, b in zip(ours, truth, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", ["onchip", "lowrank"])
 def test_gradcheck_of_weights_rates_and_inputs(form):
     data, weights, biases = problem("cross_entropy", 2, 3, 3, (4, 3, 2))
     support_x, support_y, query_x, query_y = data

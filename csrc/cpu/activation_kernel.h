@@ -46,7 +46,9 @@ template <class T>
 void times_derivative(int64_t activation, const T* z, const T* h, T* g, int64_t n) {
   switch (activation) {
     case cpu::kRelu:
-      return map_vectors<T>(n, [&](int64_t i) __attribute__((always_inline)) { store(g + i, load(h + i) > 0 ? load(g + i) : Vec<T>{}); });
+      return map_vectors<T>(n, [&](int64_t i) __attribute__((always_inline)) {
+        store(g + i, where_active(load(h + i), load(g + i)));
+      });
     case cpu::kTanh:
       return map_vectors<T>(n, [&](int64_t i) __attribute__((always_inline)) {
         const Vec<T> y = load(h + i);

@@ -122,7 +122,7 @@ __attribute__((noinline)) void lane_tiles(const LaneProduct<T>& p, int64_t i, in
       const T* mask = p.mask + i * row + j * column;
       FM_UNROLL for (int r = 0; r < kRows; ++r, out += row, mask += row)
         FM_UNROLL for (int c = 0; c < kColumns; ++c)
-          store(out + c * column, load(mask + c * column) > 0 ? sum[r][c] : Vec<T>{});
+          store(out + c * column, where_active(load(mask + c * column), sum[r][c]));
     } else if (p.relu) {
       FM_UNROLL for (int r = 0; r < kRows; ++r, out += row)
         FM_UNROLL for (int c = 0; c < kColumns; ++c) store(out + c * column, maximum(Vec<T>{}, sum[r][c]));

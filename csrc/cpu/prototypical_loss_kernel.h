@@ -8,14 +8,16 @@
 
 namespace fastmeta::FASTMETA_ISA {
 
-// The loss does not change with what is added to all distances of a query: squared ones leave |q|^2 out, and are
-// products on centred rows (centred.h). Their gradient rows sum to zero, so d_query is a product too.
+// Squared distances are products on centred rows (centred.h). The rows of their gradient sum to zero, so the gradients
+// of queries and prototypes are products too, but for blocks where some pair is close: differences keep their digits.
 template <class T>
 struct LossBlock {
   QueryBlock<T> block{};
   Centred<T> near{};
-  bool centred;
+  bool centred, close = false;  // whether some pair of the block at hand is
+  bool products = false;        // whether some block's gradients were products
   T *prototypes, *inverse, *d_prototypes, *sums;
+  T* of_close = nullptr;  // what close blocks add to d_prototypes
 
   LossBlock(const cpu::LossItem<T>& item, bool backward) {
     centred = item.metric == cpu::kSqeuclidean;
@@ -32,36 +34,39 @@ struct LossBlock {
       inverse = carver.take<T>(item.classes);
       sums = carver.take<T>(item.classes);
       d_prototypes = backward ? carver.take<T>(item.classes * item.width) : nullptr;
+      if (centred && backward) of_close = carver.take<T>(item.classes * item.width);
     }
     inverse_counts(item.support_labels, item.support_rows, item.classes, inverse);
     class_means(item.support, item.width, item.support_labels, inverse, item.support_rows, item.classes, item.width,
                 prototypes, item.width);
     block.prototypes = prototypes;
     fill_zero(sums, item.classes);
+    if (of_close) fill_zero(of_close, item.classes * item.width);
     if (centred)
-      near.start(prototypes, item.width);
+      near.start(prototypes);
     else
       block.start();
   }
 
-  // block.distance of these queries, of which only differences within a query count
+  // block.distance of these queries
   void distances(const T* query, int64_t rows) {
     if (!centred) return block.distances(query, rows);
     const int64_t lanes = padded<T>(block.classes);
-    near.take(query, rows);
-    near.products(rows, lanes, block.by_query, lanes);
+    near.products(query, rows, lanes, block.by_query, lanes);
     transpose(rows, lanes, block.by_query, lanes, block.distance, block.most, padded<T>(rows));
+    close = near.mend_lanes(query, rows, block.distance, block.most);
   }
 
   // after `distances`, with block.gradient set: writes d_query, adds to d_prototypes, unless null
   void gradients(const T* query, int64_t rows, T* d_query, T* to) {
     const int64_t most = block.most, width = block.width;
-    if (!centred) {
+    if (!centred || close) {
       block.prepare(rows);
       if (d_query) block.query_gradient(query, rows, d_query);
-      if (to) block.prototype_gradient(query, rows, to);
+      if (to) block.prototype_gradient(query, rows, centred ? of_close : to);
       return;
     }
+    products = true;
     Finish<T> finish;
     if (d_query)
       multiply<T>(rows, width, block.classes, block.gradient, 1, most, Right<T>{near.prototypes, near.ld, 0, true},
@@ -80,7 +85,9 @@ struct LossBlock {
     for (int64_t n = 0; n < block.classes; ++n)
       for (int64_t j = 0; j < block.width; ++j) {
         T& out = to[n * block.width + j];
-        out = T(-2) * out - sums[n] * near.prototypes[n * near.ld + j];
+        // without products not even their zeros: the centre may not be finite
+        if (products) out = T(-2) * out - sums[n] * near.prototypes[n * near.ld + j];
+        out += of_close[n * block.width + j];
       }
   }
 };
@@ -110,7 +117,20 @@ struct LossSums {
       right += guess[lane] == label;
     }
     const Vec<T> each = load(own) - least + logarithm(sum);
+    if (__builtin_expect(!all_lanes(each < T(__builtin_inff())), 0))
+      right -= unordered(d, ld, classes, lanes, labels, guess);
     total += load(counted) == 0 ? Vec<T>{} : each;
+  }
+  // Queries counted as right though a distance is NaN, which `least` passes over: then nothing is nearest.
+  static __attribute__((noinline)) int64_t unordered(const T* d, int64_t ld, int64_t classes, int64_t lanes,
+                                                     const int64_t* labels, const Lane<T>* guess) {
+    int64_t count = 0;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      bool any = false;
+      for (int64_t n = 0; n < classes; ++n) any = any || __builtin_isnan(d[n * ld + lane]);
+      count += any && guess[lane] == labels[lane];
+    }
+    return count;
   }
   void write(const cpu::LossItem<T>& item) const {
     *item.loss = sum_of_lanes<T>(total);
@@ -165,13 +185,13 @@ void loss_gradient(const cpu::LossItem<T>& item) {
         store(g + n * ld, e);
         sum += e;
       }
-      alignas(64) T grads[W] = {};
+      alignas(64) T known[W] = {};
       const int64_t lanes = smaller(W, rows - q);
       if (item.loss) sums.add(d, ld, item.classes, lanes, item.query_labels + start + q, least, sum);
       for (int64_t lane = 0; lane < lanes; ++lane)
-        if (is_class(item.query_labels[start + q + lane], item.classes)) grads[lane] = item.grad;
-      const Vec<T> counted = load(grads);
-      const Vec<T> factor = counted == 0 ? Vec<T>{} : -counted / sum;
+        known[lane] = is_class(item.query_labels[start + q + lane], item.classes);
+      const Vec<T> counted = load(known);
+      const Vec<T> factor = broadcast(-item.grad) / sum;
       for (int64_t n = 0; n < item.classes; ++n)
         store(g + n * ld, counted == 0 ? Vec<T>{} : load(g + n * ld) * factor);
       for (int64_t lane = 0; lane < lanes; ++lane) {

@@ -12,23 +12,27 @@ template <class A>
 struct Seen {
   A most = -A(INFINITY), sum = 0, right = 0;  // the largest -distance, the sum of exp(-distance - most), the label's
   bool hit = false;                           // whether the first of the nearest is the label's
+  bool unordered = false;                     // some distance is NaN: nothing is nearest
 
   __device__ __forceinline__ void add(A distance, bool first, bool is_label) {
     const A logit = -distance;
     if (first || logit > most) hit = is_label;
     if (logit > most) {
-      sum = sum * exp(most - logit) + A(1);
+      sum = sum * exp(most - logit) + exp(logit - logit);  // 1, or NaN: infinity less infinity
       most = logit;
     } else if (logit != -A(INFINITY)) {
       sum += exp(logit - most);  // NaN too gets here, and stays
     }
+    unordered = unordered || distance != distance;
     if (is_label) right = distance;
   }
-  __device__ __forceinline__ A log_sum() const { return most + log(sum); }
+  // Large distances cancel exactly before the logarithm, which may be small, is added. NaN where all are infinite.
+  __device__ __forceinline__ A loss() const { return (right + most) + log(sum); }
+  __device__ __forceinline__ bool hits() const { return hit && !unordered; }
 };
 
 // A block per tile of queries: sums loss and hits of its queries into `sums`, and, where `log_sums` is given, writes
-// the queries' log-sum-exp instead.
+// the queries' softmax instead: the largest -distance, and the logarithm of the sum.
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) loss_kernel(PrototypicalLoss p, void* log_sums) {
   using A = Acc<T>;
@@ -59,12 +63,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) loss_kernel(Pro
       __syncthreads();
     }
     if (log_sums) {
-      if (mine) static_cast<A*>(log_sums)[q] = seen.log_sum();
+      if (mine) {
+        static_cast<A*>(log_sums)[2 * q] = seen.most;
+        static_cast<A*>(log_sums)[2 * q + 1] = log(seen.sum);
+      }
       continue;
     }
     if (threadIdx.x < Tile::kQueries) {
-      distances[threadIdx.x][0] = mine ? seen.right + seen.log_sum() : A(0);
-      distances[threadIdx.x][1] = mine && seen.hit ? A(1) : A(0);
+      distances[threadIdx.x][0] = mine ? seen.loss() : A(0);
+      distances[threadIdx.x][1] = mine && seen.hits() ? A(1) : A(0);
     }
     __syncthreads();
     if (threadIdx.x < 2) {
@@ -117,12 +124,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       const int64_t q = row + Tile::row(i);
       if (q >= p.rows) continue;
       const int64_t label = p.query_labels[t * p.rows + q];
-      const A log_sum = static_cast<const A*>(b.log_sums)[t * p.rows + q];
+      const A* softmax = static_cast<const A*>(b.log_sums) + 2 * (t * p.rows + q);
+      const A most = softmax[0], log_sum = softmax[1];
 #pragma unroll
       for (int j = 0; j < Tile::kColumnsEach; ++j) {
         const int64_t c = n + Tile::column(j);
         if (c >= p.classes) continue;
-        const A probability = exp(-tile.distance(i, j, p.metric) - log_sum);
+        const A probability = exp((-tile.distance(i, j, p.metric) - most) - log_sum);
         store_coefficients(b.coefficients, tile, i, j, p.metric, grad * ((c == label ? A(1) : A(0)) - probability),
                            (local * p.rows + q) * p.classes + c);
       }

@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> prototypical_loss_bwd(Tensor grad_loss, Tensor suppor
   b.chunk = std::max<int64_t>(1, std::min(p.tasks, kWorkspace / std::max<int64_t>(1, pairs)));
   Tensor prototypes = new_tensor(support, {p.tasks * p.classes * p.width});
   Tensor d_prototypes = new_tensor(support, {needs & 1 ? p.tasks * p.classes * p.width : 0});
-  Tensor log_sums = new_sums(support, p.tasks * p.rows);
+  Tensor log_sums = new_sums(support, 2 * p.tasks * p.rows);
   Tensor pair = new_sums(support, b.chunk * pairs), self = new_sums(support, cosine ? b.chunk * pairs : 0);
   Tensor query_norms = new_sums(support, cosine ? b.chunk * p.rows : 0);
   Tensor prototype_norms = new_sums(support, cosine ? b.chunk * p.classes : 0);

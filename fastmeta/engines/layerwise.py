@@ -39,7 +39,8 @@ class LayerwiseEngine:
         weights, biases = layers(spec, slow)
         adapt_weight = [w.requires_grad for w in weights]
         adapt_bias = [b is not None and b.requires_grad for b in biases]
-        x = rows(spec, support_x)
+        # a factor of the steps' gradients, which count as constants in first order
+        x = rows(spec, support_x.detach() if inner.first_order else support_x)
         constant = None
         for _ in range(inner.steps):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not inner.first_order):

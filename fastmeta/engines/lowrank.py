@@ -81,7 +81,9 @@ class _LowRankFormulas(LayerwiseEngine):
         support, query = rows(spec, support_x), rows(spec, query_x)
         first = layers[0]
         dense_support, dense_query = (F.linear(x, first.weight, first.bias) for x in (support, query))
-        gram_support, gram_query = (first.gram(x, support) if inner.steps else None for x in (support, query))
+        # the rows as factors of the steps' gradients, which count as constants in first order
+        seen = support.detach() if inner.first_order else support
+        gram_support, gram_query = (first.gram(x, seen) if inner.steps else None for x in (support, query))
         constant = None
         for _ in range(inner.steps):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not inner.first_order):

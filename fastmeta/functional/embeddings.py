@@ -170,6 +170,8 @@ def contrastive_loss(
     checks.same_kind("first", first, second=second, weights=weights)
     embeddings = torch.cat([first, second], 1)
     if normalise:
-        embeddings = torch.nn.functional.normalize(embeddings, dim=-1, eps=1e-8)
+        # float16 has no 1e-8: a row of zeros would be divided by 0
+        wide = embeddings.float() if embeddings.dtype == torch.float16 else embeddings
+        embeddings = torch.nn.functional.normalize(wide, dim=-1, eps=1e-8).to(embeddings.dtype)
     loss = _contrastive_loss.SPEC(embeddings, float(temperature), weights=weights)
     return loss if weights is None else weights * loss

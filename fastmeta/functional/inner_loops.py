@@ -86,7 +86,7 @@ def adapt_mlp(
         loss: "cross_entropy", "mse", "binary_cross_entropy" (of logits) or "huber", means over rows and outputs; or
             "maximum_entropy".
         activation: as in `functional_mlp`, after every layer but the last.
-        first_order: inner gradients count as constants.
+        first_order: inner gradients count as constants, and so nothing depends on support_x.
         momentum: of the inner steps, `m <- momentum m + gradient`; default 0.
         weight_decay: adds `weight_decay * w` to the inner gradient; default 0.
         norm: None, "layer" (over the features of a row) or "batch" (over the task's own rows), without parameters,
@@ -114,15 +114,15 @@ def adapt_mlp(
             cannot serve the call.
     """
     loop = _Loop(support_x, support_y, None, weights, biases, lr, steps, loss, activation, momentum, weight_decay, norm,
-                 support_mask, form)  # fmt: skip
+                 support_mask, form, first_order)  # fmt: skip
     shared = (loop.rates, loop.element_rates, loss, activation, huber_delta, momentum, weight_decay, first_order)
-    x, gram = loop.first_layer(loop.support_x, first_order)
+    x, gram = loop.first_layer(loop.support_x)
     args = (x, loop.support_y, loop.support_weight, gram, loop.kernel_weights, loop.kernel_biases, *shared)
     fast = _inner_loop.adapt(*args, norm=_norm(norm)) if norm else _adapt_mlp.SPEC(*args)
     low_rank = None
     if loop.lowrank:
         (weight,), biases = _with_tasks(loop.weights[:1], 3), _with_tasks(loop.biases[:1], 2)
-        first = (weight, biases[0] if biases else None, fast[2], loop.rows_in_gradients(first_order))
+        first = (weight, biases[0] if biases else None, fast[2], loop.steps_x)
         low_rank = tuple(None if t is None else t.to(loop.dtype) for t in first)
     layers = ([t.to(loop.dtype) for t in group] for group in fast[:2])
     return MLPFastWeights(*layers, activation, low_rank, _norm(norm))
@@ -189,7 +189,7 @@ def _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, bia
                             first_order, task_weights, momentum=0.0, weight_decay=0.0, norm=None, support_mask=None,
                             query_mask=None, huber_delta=1.0, form="auto", wants_mean=True):  # fmt: skip
     loop = _Loop(support_x, support_y, (query_x, query_y, query_mask), weights, biases, lr, steps, loss, activation,
-                 momentum, weight_decay, norm, support_mask, form)  # fmt: skip
+                 momentum, weight_decay, norm, support_mask, form, first_order)  # fmt: skip
     args = loop.meta_loss_arguments(loss, activation, huber_delta, momentum, weight_decay, first_order)
     checks.task_weights("task_weights", task_weights, "support_x", support_x)
     checks.same_kind("support_x", support_x, task_weights=task_weights)
@@ -208,7 +208,7 @@ def dense_arguments(support_x, support_y, query_x, query_y, weights, biases, *, 
                     first_order) -> tuple | None:  # fmt: skip
     """What `mean_meta_loss_mlp` of the same gives the op; None where the first layer's products are not the op's."""
     loop = _Loop(support_x, support_y, (query_x, query_y, None), weights, biases, lr, steps, loss, activation, 0.0, 0.0,
-                 None, None, "auto")  # fmt: skip
+                 None, None, "auto", first_order)  # fmt: skip
     return None if loop.lowrank else loop.meta_loss_arguments(loss, activation, 1.0, 0.0, 0.0, first_order)
 
 
@@ -216,7 +216,7 @@ class _Loop:
     """The arguments of an inner loop, checked and in the shapes that the ops take."""
 
     def __init__(self, support_x, support_y, query, weights, biases, lr, steps, loss, activation, momentum,
-                 weight_decay, norm, support_mask, form):  # fmt: skip
+                 weight_decay, norm, support_mask, form, first_order):  # fmt: skip
         query_x, query_y, query_mask = query or (None, None, None)
         key = checks.key("inner loop", support_x, support_y, *(() if query is None else (query_x, query_y)), weights,
                           biases, steps, loss, activation, momentum, weight_decay, norm, form)  # fmt: skip
@@ -249,6 +249,8 @@ class _Loop:
             support_x, support_y, query_x, query_y = map(_at_least_float32, (support_x, support_y, query_x, query_y))
             self.dtype = support_x.dtype if autocast else self.dtype
         self.support_x, self.support_y, self.query_x, self.query_y = support_x, support_y, query_x, query_y
+        # the rows as factors of the steps' gradients, which count as constants in first order
+        self.steps_x = support_x.detach() if first_order else support_x
         mean = loss != "maximum_entropy"
         self.support_weight = _row_weight("support_mask", support_mask, support_x, mean)
         self.query_weight = None if query is None else _row_weight("query_mask", query_mask, query_x, mean)
@@ -373,21 +375,17 @@ class _Loop:
     def meta_loss_arguments(self, *shared) -> tuple:
         """What the op takes; `shared` are its last arguments, from the loss's name on."""
         *_, first_order = shared
-        x, gram = self.first_layer(self.support_x, first_order)
-        qx, query_gram = self.first_layer(self.query_x, first_order)
+        x, gram = self.first_layer(self.support_x)
+        qx, query_gram = self.first_layer(self.query_x)
         return (x, self.support_y, self.support_weight, qx, self.query_y, self.query_weight, gram, query_gram,
                 self.kernel_weights, self.kernel_biases, self.rates, self.element_rates, *shared)  # fmt: skip
 
-    def rows_in_gradients(self, first_order: bool) -> Tensor:
-        """The support rows as a factor of the first layer's inner gradients, which in first order are constants."""
-        return self.support_x.detach() if first_order else self.support_x
-
-    def first_layer(self, x: Tensor, first_order: bool) -> tuple[Tensor, Tensor]:
+    def first_layer(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` and no Gram matrix, or in low-rank form the first layer's product and the Gram matrix."""
         if not self.lowrank:
             return x, filled(x, (1, 0, 0), 0.0)
         bias = self.biases[0].flatten() if self.biases else None
-        gram = torch.bmm(x, self.rows_in_gradients(first_order).mT)
+        gram = torch.bmm(x, self.steps_x.mT)
         return F.linear(x, self.weights[0].flatten(0, -2), bias), gram if bias is None else gram + 1
 
 

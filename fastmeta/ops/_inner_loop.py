@@ -25,7 +25,7 @@ from fastmeta.ops.functional_mlp import FUNCTIONS
 def row_losses(name: str, prediction: Tensor, target: Tensor, delta: float) -> Tensor:
     """Loss of each row `[..., B]`; of several outputs the mean."""
     if name == "cross_entropy":
-        return prediction.logsumexp(-1) - prediction.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        return -prediction.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
     if name == "mse":
         return (prediction - target).square().mean(-1)
     if name == "binary_cross_entropy":

@@ -14,15 +14,19 @@ from fastmeta.dispatch.library import Op, register
 from fastmeta.dispatch.spec import Make, Sample, Workload
 
 
-def weights(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
-    """`[T, N, S]`: 1/count where row s is of class n, 0 elsewhere."""
+def _counts(labels: Tensor, num_classes: int) -> Tensor:
+    """`[T, N, 1]`: rows of each class, 1 for an absent one."""
     classes = torch.arange(num_classes, device=labels.device)
-    member = (labels.unsqueeze(1) == classes.unsqueeze(1)).to(dtype)
-    return member / member.sum(-1, keepdim=True).clamp_min(1)
+    return (labels.unsqueeze(1) == classes.unsqueeze(1)).sum(-1, keepdim=True).clamp_min(1)
 
 
 def reference(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    return weights(labels, num_classes, embeddings.dtype) @ embeddings
+    # added, not multiplied by 0 or 1: what is not finite stays with its own class
+    tasks, _, width = embeddings.shape
+    wide = embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
+    index = labels.unsqueeze(-1).expand_as(embeddings)
+    sums = wide.new_zeros(tasks, num_classes, width).scatter_add(1, index, wide)
+    return (sums / _counts(labels, num_classes)).to(embeddings.dtype)
 
 
 def fake(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -35,7 +39,8 @@ def backward(args, grads, needs):
 
 
 def backward_reference(grad: Tensor, labels: Tensor) -> Tensor:
-    return weights(labels, grad.shape[1], grad.dtype).transpose(1, 2) @ grad
+    share = grad / _counts(labels, grad.shape[1])
+    return share.gather(1, labels.unsqueeze(-1).expand(-1, -1, grad.shape[2]))
 
 
 def backward_fake(grad: Tensor, labels: Tensor) -> Tensor:

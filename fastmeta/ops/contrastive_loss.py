@@ -23,8 +23,8 @@ def reference(embeddings: Tensor, temperature: float) -> Tensor:
     scores = embeddings @ embeddings.mT / temperature
     itself = torch.eye(rows, dtype=torch.bool, device=embeddings.device)
     half = rows // 2
-    partner = torch.cat([scores.diagonal(half, -2, -1), scores.diagonal(-half, -2, -1)], -1)
-    return (scores.masked_fill(itself, -torch.inf).logsumexp(-1) - partner).mean(-1)
+    log_probs = scores.masked_fill(itself, -torch.inf).log_softmax(-1)
+    return -torch.cat([log_probs.diagonal(half, -2, -1), log_probs.diagonal(-half, -2, -1)], -1).mean(-1)
 
 
 def fake(embeddings, temperature):

@@ -4,8 +4,8 @@
     euclidean    sqrt of it                     dot        -q.p
     manhattan    sum_d |q_d - p_d|
 
-Taken from differences, so that equal points have distance exactly 0 and no rounding makes a distance negative. At
-distance 0 the gradients of euclidean and manhattan are 0.
+Equal points have distance exactly 0 and no rounding makes a distance negative: distances are taken from differences, or
+where they cancel from products formed anew from those. At distance 0 the gradients of euclidean and manhattan are 0.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ def reference(query: Tensor, prototypes: Tensor, metric: str) -> Tensor:
 
 
 def _safe_sqrt(squared: Tensor) -> Tensor:
-    # sqrt has an infinite slope at 0: both branches must stay finite for the gradient to be 0 there
-    positive = squared > 0
-    return torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
+    # sqrt has an infinite slope at 0: both branches must stay finite for the gradient to be 0 there. NaN is not 0
+    zero = squared == 0
+    return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
 
 
 def _unit(x: Tensor) -> Tensor:
-    # norm = max(|x|, eps) without the infinite slope of |x| at 0
-    return x / _safe_sqrt(x.square().sum(-1, keepdim=True).clamp_min(EPS * EPS))
+    # norm = max(|x|, eps) without the infinite slope of |x| at 0; float16 has no such eps
+    wide = x.float() if x.dtype == torch.float16 else x
+    return (wide / _safe_sqrt(wide.square().sum(-1, keepdim=True).clamp_min(EPS * EPS))).to(x.dtype)
 
 
 def fake(query: Tensor, prototypes: Tensor, metric: str) -> Tensor:

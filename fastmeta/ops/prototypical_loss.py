@@ -5,7 +5,8 @@
 
 Distances and probabilities of a query live only while its row is worked on: nothing of size `[T, Q, N]` is kept, the
 backward forms them again. An absent class has the zero vector as its prototype; no queries give NaN, as the mean of
-nothing does; of equal distances the first counts as nearest.
+nothing does; of equal distances the first counts as nearest, and where one is NaN,
+none does.
 """
 
 from __future__ import annotations

@@ -9,6 +9,13 @@ EPS = tl.constexpr(1e-8)  # cosine: norms count at least this much, as in torch.
 
 
 @triton.jit
+def at_least_eps(norm):
+    """`max(norm, EPS)`; tl.maximum would make a number of NaN."""
+    least = tl.full([1], EPS, norm.dtype)  # a bare number would arrive rounded to float32
+    return tl.where(norm < least, least, norm)
+
+
+@triton.jit
 def load_transposed(x, row, rows, D, start, ACC: tl.constexpr, BLOCK_D: tl.constexpr):
     """Columns from `start` of the given rows of x `[rows, D]`, as `[BLOCK_D, len(row)]`; 0 outside."""
     d = start + tl.arange(0, BLOCK_D)
@@ -55,9 +62,7 @@ def distance_tile(
     if METRIC == 1:
         return tl.sqrt(total)
     elif METRIC == 2:
-        least = tl.full([1], EPS, ACC)  # a bare number would arrive rounded to float32
-        norms = tl.maximum(tl.sqrt(q_squared), least)[:, None] * tl.maximum(tl.sqrt(n_squared), least)[None, :]
-        return 1 - total / norms
+        return 1 - total / (at_least_eps(tl.sqrt(q_squared))[:, None] * at_least_eps(tl.sqrt(n_squared))[None, :])
     elif METRIC == 3:
         return -total
     else:
@@ -71,4 +76,4 @@ def row_norms(x, row, rows, D, ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: 
     for start in range(0, D, BLOCK_D):
         a = load_transposed(x, row, rows, D, start, ACC, BLOCK_D)
         squared += tl.sum(a * a, 0)
-    return tl.maximum(tl.sqrt(squared), tl.full([1], EPS, ACC))
+    return at_least_eps(tl.sqrt(squared))

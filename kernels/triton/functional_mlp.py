@@ -54,7 +54,6 @@ def net_kernel(
             weight += task * (WIDTHS[layer] * WIDTHS[layer + 1])
         at = o[None, :] * WIDTHS[layer] + i[:, None]
         mask = (o < WIDTHS[layer + 1])[None, :] & (i < WIDTHS[layer])[:, None]
-        # columns of h beyond the width may hold activation(0), but meet zeros here
         w = tl.load(weight + at, mask=mask, other=0).to(tl.float32)
         h = tl.dot(h, w, input_precision="tf32" if TF32 else "ieee")
         if HAS_BIAS:
@@ -63,7 +62,8 @@ def net_kernel(
                 bias += task * WIDTHS[layer + 1]
             h += tl.load(bias + o, mask=o < WIDTHS[layer + 1], other=0).to(tl.float32)[None, :]
         if layer < len(PER_TASK) - 1:
-            h = activate(h, ACTIVATION)
+            # zero beyond the width, where products of an infinity with the weights' padding are NaN
+            h = tl.where((o < WIDTHS[layer + 1])[None, :], activate(h, ACTIVATION), 0.0)
     o = tl.arange(0, SIDES[len(PER_TASK)])
     at = (task * B + b)[:, None] * WIDTHS[len(PER_TASK)] + o[None, :]
     mask = (b < B)[:, None] & (o < WIDTHS[len(PER_TASK)])[None, :]

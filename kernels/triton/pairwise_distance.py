@@ -60,7 +60,7 @@ def pair_weights(
         return 2 * grad, grad * 0
     elif METRIC == 1:
         # at distance 0 the gradient counts as 0
-        return tl.where(distance > 0, grad / tl.where(distance > 0, distance, 1.0), 0.0), grad * 0
+        return tl.where(distance == 0, 0.0, grad / tl.where(distance == 0, 1.0, distance)), grad * 0
     elif METRIC == 2:
         q_norm = row_norms(query, q, Q, D, ACC, BLOCK_Q, BLOCK_D)
         n_norm = row_norms(prototypes, n, N, D, ACC, BLOCK_N, BLOCK_D)
@@ -145,11 +145,12 @@ def distance_bwd_kernel(
         w = tl.load(weights + pair, mask=pair_mask, other=0).to(ACC)
         y = tl.load(others + c[:, None] * D + d[None, :], mask=(c < C)[:, None] & (d < D)[None, :], other=0).to(ACC)
         if METRIC <= 1:
-            total += tl.sum(w[:, :, None] * (x[None, :, :] - y[:, None, :]), 0)
+            # no difference beyond the last of the others: weight 0 would make NaN of an infinite one
+            difference = tl.where((c < C)[:, None, None], x[None, :, :] - y[:, None, :], 0.0)
+            total += tl.sum(w[:, :, None] * difference, 0)
         elif METRIC == 4:
-            more = x[None, :, :] > y[:, None, :]
-            less = x[None, :, :] < y[:, None, :]
-            total += tl.sum(tl.where(more, w[:, :, None], tl.where(less, -w[:, :, None], 0.0)), 0)
+            sign = (x[None, :, :] > y[:, None, :]).to(ACC) - (x[None, :, :] < y[:, None, :]).to(ACC)
+            total += tl.sum(w[:, :, None] * sign, 0)
         else:
             total += tl.sum(w[:, :, None] * y[:, None, :], 0)
         if METRIC == 2:
@@ -158,7 +159,7 @@ def distance_bwd_kernel(
     if METRIC == 2:
         norm = row_norms(own, r, R, D, ACC, BLOCK_R, BLOCK_D)
         # a norm below EPS counts as a constant
-        total += x * tl.where(norm > EPS, slope / (norm * norm), 0.0)[:, None]
+        total += x * tl.where(norm <= EPS, 0.0, slope / (norm * norm))[:, None]
     tl.store(out + task * R * D + r[:, None] * D + d[None, :], total.to(out.dtype.element_ty), mask=own_mask)
 
 

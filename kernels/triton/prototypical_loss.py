@@ -26,15 +26,18 @@ def softmax_row(
     query, prototypes, q, label, Q, N, D, METRIC: tl.constexpr, ACC: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of the distances of rows `q`: the smallest, where it is first, sum of exp(smallest - d), the label's."""
+    """Of the distances of rows `q`: the smallest, where it is first (-1 where one is NaN), sum of exp(smallest - d),
+    the label's."""
     smallest = tl.full([BLOCK_Q], float("inf"), ACC)
     nearest = tl.zeros([BLOCK_Q], tl.int64)
     total = tl.zeros([BLOCK_Q], ACC)
     of_label = tl.zeros([BLOCK_Q], ACC)
+    unordered = tl.zeros([BLOCK_Q], tl.int32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         d = distance_tile(query, prototypes, q, n, Q, N, D, METRIC, ACC, BLOCK_Q, BLOCK_N, BLOCK_D)
         d = tl.where((n < N)[None, :], d, float("inf"))
+        unordered += tl.sum((d != d).to(tl.int32), 1)
         here = tl.min(d, 1)
         first = tl.min(tl.where(d == here[:, None], n[None, :], N), 1)
         nearest = tl.where(here < smallest, first, nearest)
@@ -44,7 +47,7 @@ def softmax_row(
         total = total * tl.exp(shift - smallest) + tl.sum(tl.exp(shift[:, None] - d), 1)
         of_label += tl.sum(tl.where(n[None, :] == label[:, None], d, 0.0), 1)
         smallest = lower
-    return smallest, nearest, total, of_label
+    return smallest, tl.where(unordered > 0, -1, nearest), total, of_label
 
 
 @triton.jit

@@ -32,6 +32,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import special_values as special  # noqa: E402
+
 import build  # noqa: E402
 
 DTYPES = (torch.float32, torch.float64)
@@ -334,3 +337,28 @@ def check_mlp(ops, case, activation, dtype):
         bits = [1] + [2] * len(dw) + [4] * len(db)
         for ours, reference, bit in zip([dx, *dw, *db], derivatives, bits, strict=True):
             agree(ours, reference if needs & bit else torch.empty(0, dtype=torch.float64), dtype)
+
+
+@pytest.mark.parametrize("value", special.VALUES)
+def test_special_values(ops, value):
+    for case in special.cases(value):
+        name = case.name.split("-")[0]
+        if not hasattr(ops, name) or name == "contrastive_loss":
+            continue
+        tensors = [t.float() for t in case.tensors]
+        truth, gradients = special.with_gradients(case.plain, [t.double() for t in tensors], 1)
+        arguments = [
+            names.index(a) if isinstance(a, str) else a
+            for names in [list(special.METRICS) if "distance" in name or "loss" in name else list(special.ACTIVATIONS)]
+            for a in case.arguments(*tensors)
+        ]
+        ours = special.flat(getattr(ops, name)(*arguments))
+        cotangent = torch.linspace(0.5, 1.5, truth[0].numel()).view(truth[0].shape)
+        if name == "class_prototypes":
+            found = [ops.class_prototypes_bwd(cotangent, arguments[1])]
+        elif name == "fast_weight_update":  # nothing to compute for the first
+            found = [cotangent, *special.flat(ops.fast_weight_update_bwd([cotangent], *arguments[1:], 3))]
+        else:
+            found = special.flat(getattr(ops, f"{name}_bwd")(cotangent, *arguments, 7 if "mlp" in name else 3))
+        for a, b in zip([*ours, *found], [*truth, *gradients], strict=True):
+            special.agree(a, b, 2e-4, case.name)

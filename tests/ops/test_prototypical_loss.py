@@ -105,3 +105,26 @@ def test_keeps_no_distances_for_the_backward(metric):
     assert kept and max(kept) < tasks * queries * ways * 4  # bytes of one [T, Q, N] in float32
     assert sum(kept) <= sum(inputs)
     assert torch.autograd.grad(loss.sum(), support)[0].any()
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+@pytest.mark.parametrize("spread", [1, 10, 100])
+def test_close_classes_in_a_wide_spread_keep_their_digits(spread, metric):
+    """Pairs of classes 0.1 apart, far from the others: what tells them apart is what products of large rows round off.
+    One row a class, so that the prototypes are exact."""
+    make = Make(torch.float64, DEVICE)
+    tasks, pairs, queries, width = 2, 10, 3, 64
+    centres = spread * make.normal(tasks, pairs, 1, width)
+    support = (centres + 0.1 * make.normal(tasks, pairs, 2, width)).flatten(1, 2).float()
+    offsets = 0.1 * make.normal(tasks, 2 * pairs, queries, width)
+    query = (support.double().unsqueeze(2) + offsets).flatten(1, 2).float()
+    labels = make.balanced_labels(tasks, 2 * pairs, 1), make.balanced_labels(tasks, 2 * pairs, queries)
+
+    def results(loss, dtype):
+        rows = [t.to(dtype).requires_grad_() for t in (support, query)]
+        value = loss(rows[0], labels[0], rows[1], labels[1], 2 * pairs, metric)[0]
+        return value.detach(), *torch.autograd.grad(value.sum(), rows)
+
+    truth = results(composed, torch.float64)
+    for value, right in zip(results(prototypical_loss, torch.float32), truth, strict=True):
+        assert (value - right).abs().max() < 4e-6 * right.abs().max()

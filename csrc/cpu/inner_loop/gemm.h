@@ -3,7 +3,7 @@
 //   C[i, j] = start[i, j] + factor * (sum_k A[i, k] B[k, j] + other_scale * sum_k A'[i, k] B'[k, j])
 //
 // The second sum is there because tangents come in pairs (d(XY) = dX Y + X dY): one pass, one store. relu goes with the
-// store: C = max(0, C), or C where `mask` is positive and 0 elsewhere.
+// store: C = max(0, C), or 0 where `mask` is not positive and C elsewhere, at NaN too.
 #pragma once
 
 #include <fastmeta/simd.h>
@@ -94,7 +94,7 @@ __attribute__((noinline)) void along_tiles(const Product<T>& p, int64_t i, int64
       const T* mask = p.mask + i * p.ldc + j;
       FM_UNROLL for (int r = 0; r < kRows; ++r, out += p.ldc, mask += p.ldc)
         FM_UNROLL for (int v = 0; v < kVectors; ++v)
-          store(out + v * W, load(mask + v * W) > 0 ? sum[r][v] : Vec<T>{});
+          store(out + v * W, where_active(load(mask + v * W), sum[r][v]));
     } else if (p.relu) {
       FM_UNROLL for (int r = 0; r < kRows; ++r, out += p.ldc)
         FM_UNROLL for (int v = 0; v < kVectors; ++v) store(out + v * W, maximum(Vec<T>{}, sum[r][v]));
@@ -180,14 +180,14 @@ FM_INLINE void store_four(const Product<T>& p, const V& sums, int64_t i, int64_t
   const Four four = {sums[0], sums[1], sums[2], sums[3]};
   Four x = *(const Unaligned*)(p.start + i * p.start_row + j) + p.factor * four;
   if (p.relu) x = Four{} > x ? Four{} : x;
-  if (p.mask) x = *(const Unaligned*)(p.mask + i * p.ldc + j) > 0 ? x : Four{};
+  if (p.mask) x = *(const Unaligned*)(p.mask + i * p.ldc + j) <= 0 ? Four{} : x;
   *(Unaligned*)(p.c + i * p.ldc + j) = x;
 }
 template <class T>
 FM_INLINE void store_one(const Product<T>& p, T sum, int64_t i, int64_t j) {
   T x = p.start[i * p.start_row + j] + p.factor * sum;
   if (p.relu) x = T(0) > x ? T(0) : x;
-  if (p.mask) x = p.mask[i * p.ldc + j] > 0 ? x : T(0);
+  if (p.mask) x = p.mask[i * p.ldc + j] <= 0 ? T(0) : x;
   p.c[i * p.ldc + j] = x;
 }
 

@@ -207,7 +207,7 @@ struct InnerTask : InnerWorker<T> {
         const T *from = along + net.whole, factor = scale(0);
         map_vectors<T>(coefficients, [&](int64_t i) __attribute__((always_inline)) {
           const Vec<T> z = factor * load(from + i);
-          store(to + i, end.mask ? (load(end.mask + i) > 0 ? z : Vec<T>{}) : z);
+          store(to + i, end.mask ? where_active(load(end.mask + i), z) : z);
         });
       } else {
         const InnerLayer& a = net.layer[l];

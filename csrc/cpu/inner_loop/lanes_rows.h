@@ -36,7 +36,7 @@ Vec<T> cross_entropy_lanes(const LaneLoss<T>& r) {
       sum += e;
       if (r.delta) store(r.delta + (i * r.classes + j) * W, e);
     }
-    if (r.value) total += valid ? weight * (logarithm(sum) + most - own) : Vec<T>{};
+    if (r.value) total += valid ? weight * ((most - own) + logarithm(sum)) : Vec<T>{};
     if (!r.delta) continue;
     const Vec<T> inverse = 1 / sum, scaled = r.scale ? weight * load(r.scale) : weight;
     for (int64_t j = 0; j < r.classes; ++j) {

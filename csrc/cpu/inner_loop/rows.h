@@ -128,7 +128,7 @@ T cross_entropy_rows(const LossRows<T>& r) {
       if (d) store(d + j, e);
     }
     const T sum = lane_sum<T>(sums);
-    if (r.value && valid) total += r.weight[i] * (T(logarithm(broadcast(sum))[0]) + most - p[label]);
+    if (r.value && valid) total += r.weight[i] * ((most - p[label]) + T(logarithm(broadcast(sum))[0]));
     if (!d) continue;
     const T weight = valid ? r.weight[i] * r.weight_scale : T(0);
     const T inverse = 1 / sum;

@@ -46,7 +46,7 @@ __device__ __forceinline__ Curve<A> curve_at(Activation activation, A z) {
 // The derivative from what is kept: of relu and identity the value itself, of the others the derivative.
 template <class A>
 __device__ __forceinline__ A slope_of(Activation activation, A kept) {
-  if (activation == Activation::relu) return kept > 0 ? A(1) : A(0);
+  if (activation == Activation::relu) return kept <= 0 ? A(0) : A(1);
   return activation == Activation::identity ? A(1) : kept;
 }
 
@@ -69,7 +69,7 @@ __device__ __forceinline__ A cross_entropy_row(const LossRow<A>& r, const A* p) 
   A most = -A(INFINITY), sum = 0;
   for (int j = 0; j < r.classes; ++j) most = p[j] > most ? p[j] : most;
   for (int j = 0; j < r.classes; ++j) sum += exp(p[j] - most);
-  const A loss = valid ? r.weight * (log(sum) + most - p[r.label]) : A(0);
+  const A loss = valid ? r.weight * ((most - p[r.label]) + log(sum)) : A(0);
   if (!r.delta) return loss;
   const A weight = valid ? r.weight * r.scale : A(0);
   for (int j = 0; j < r.classes; ++j) {

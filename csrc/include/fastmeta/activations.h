@@ -44,7 +44,7 @@ FM_HD bool derivative_needs_input(Activation activation) {
 template <class A>
 FM_HD A derivative(Activation activation, A v) {
   switch (activation) {
-    case Activation::relu: return v > 0 ? A(1) : v != v ? v : A(0);
+    case Activation::relu: return v <= 0 ? A(0) : A(1);  // as in torch, NaN is active
     case Activation::tanh: return A(1) - v * v;
     case Activation::sigmoid: return v * (A(1) - v);
     case Activation::silu: {

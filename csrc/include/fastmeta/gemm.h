@@ -234,7 +234,7 @@ void difference_tile(int64_t depth, const T* a, int64_t row_stride, int64_t dept
       FM_UNROLL for (int v = 0; v < kVectors; ++v) {
         const Vec<T> d = own[r][v] - right[v];
         if constexpr (kSign)
-          sum[r][v] += d > 0 ? left : d < 0 ? -left : Vec<T>{};
+          sum[r][v] += left * (d > 0 ? broadcast(T(1)) : d < 0 ? broadcast(T(-1)) : Vec<T>{});
         else
           sum[r][v] += left * d;
       }

@@ -74,7 +74,7 @@ void launch_prototypical_loss(Dtype dtype, const PrototypicalLoss& p, void* stre
 struct PrototypicalLossBwd {
   PrototypicalLoss forward;  // `sums`, `loss` and `accuracy` are not used
   const void* grad_loss;     // [tasks]
-  void* log_sums;            // scratch [tasks, rows], accumulation type
+  void* log_sums;            // scratch [tasks, rows, 2]: largest -distance and log of the sum, accumulation type
   Coefficients coefficients;  // scratch for `chunk` tasks at a time, so that nothing grows as [tasks, rows, classes]
   int64_t chunk;
   void* d_prototypes;  // scratch [tasks, classes, width], where d_support is wanted

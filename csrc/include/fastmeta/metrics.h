@@ -39,7 +39,7 @@ FM_HD A absolute(A v) {
 }
 template <class A>
 FM_HD A sign(A v) {
-  return v > 0 ? A(1) : v < 0 ? A(-1) : v;  // 0 and NaN are themselves
+  return A(v > 0) - A(v < 0);  // as in torch, of NaN 0
 }
 
 }  // namespace fastmeta

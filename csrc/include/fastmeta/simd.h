@@ -186,6 +186,11 @@ template <class V>
 FM_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
 }
+// What goes back through relu: as in torch, NaN is active.
+template <class V>
+FM_INLINE V where_active(V value, V v) {
+  return value <= 0 ? V{} : v;
+}
 FM_INLINE Vec<float> absolute(Vec<float> v) { return (Vec<float>)((IntVec<float>)v & 0x7fffffff); }
 FM_INLINE Vec<double> absolute(Vec<double> v) {
   return (Vec<double>)((IntVec<double>)v & int64_t(0x7fffffffffffffff));
