@@ -336,7 +336,7 @@ def hooked():
 REFUSED = [
     (Residual, "branch or a residual"),
     (Twice, "'a' is used twice"),
-    (Branching, "torch.fx could not trace it"),
+    (Branching, "could not be traced"),
     (Scaled, "no explicit formula|uses 'scale' directly"),
     (Optional, "takes 2 arguments"),
     (Pair, "something else than its last layer"),

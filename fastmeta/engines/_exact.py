@@ -10,7 +10,7 @@ form has.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import wraps
 
 import torch
@@ -20,11 +20,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ._recurrent import WRITTEN_OUT
+
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """While active, norms and attention run in a form whose derivatives are exact to the second order."""
-    with sdpa_kernel(SDPBackend.MATH), _AffineApart():
+    """While active, norms, attention and recurrent layers run in a form whose derivatives are exact to the second
+    order."""
+    with sdpa_kernel(SDPBackend.MATH), _Rewritten(_REWRITTEN):
         yield
 
 
@@ -52,15 +55,25 @@ def gradients_per_task(task_loss: Callable, in_dims=0, *, second_order: bool) ->
     @outside_inference_mode
     def computed(*args):
         # grad() computes inside whatever the mode outside; without second order only the result stays off the graph
-        with torch.set_grad_enabled(second_order), twice_differentiable() if second_order else nullcontext():
+        exact = twice_differentiable() if second_order else recurrent_written_out()
+        with torch.set_grad_enabled(second_order), exact:
             return gradients(*args)
 
     return computed
 
 
-class _AffineApart(TorchFunctionMode):
+class _Rewritten(TorchFunctionMode):
+    def __init__(self, functions: dict[Callable, Callable]):
+        super().__init__()
+        self.functions = functions
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return _REWRITTEN.get(func, func)(*args, **(kwargs or {}))
+        return self.functions.get(func, func)(*args, **(kwargs or {}))
+
+
+def recurrent_written_out() -> TorchFunctionMode:
+    """While active, recurrent layers run in a form that can be mapped over tasks and differentiated twice."""
+    return _Rewritten(WRITTEN_OUT)
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
@@ -96,4 +109,5 @@ _REWRITTEN = {
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
+    **WRITTEN_OUT,
 }

@@ -1,21 +1,23 @@
 """Looking at a module: is it a plain multi-layer perceptron, and if not, why not.
 
-Engines with explicit formulas know `nn.Linear` layers with an elementwise activation in between, in one
-chain. This file finds that chain by tracing the module's `forward` with `torch.fx`, so `nn.Sequential` and
-hand-written modules are served alike. What is not certain to be such a chain is refused with a sentence, and
-the caller takes an engine that runs the module itself.
+Engines with explicit formulas know `nn.Linear` layers with an elementwise activation in between, in one chain. An
+`nn.Sequential` of plain layers shows that chain itself. A hand-written `forward` is run on a symbol, each time anew,
+since what it does may depend on attributes, flags and globals: nothing about it is remembered, and nothing outside of
+the call is touched (`torch.fx`'s own tracer patches `nn.Module` for the whole process while it runs). What is not
+certain to be such a chain is refused with a sentence, and the caller takes an engine that runs the module itself.
 """
 
 from __future__ import annotations
 
 import inspect as _python_inspect
 import operator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 ACTIVATION_MODULES = {
@@ -54,56 +56,54 @@ class MLPSpec(NamedTuple):
     flatten: bool  # each example is flattened to one row first
 
 
-class _Refused(Exception):
-    """The module is not a chain that explicit formulas can serve; the message says why."""
+class _Current(threading.local):
+    def __init__(self):
+        self.models: list[tuple[nn.Module, MLPSpec | str, dict[str, nn.Parameter]]] = []
 
 
-_current: list[tuple[nn.Module, MLPSpec | str, dict]] = []
+_current = _Current()
 
 
 @contextmanager
 def inspected(model: nn.Module):
-    """Looks at `model` once for all calls of `mlp_spec` and `parameters_of` inside the block."""
+    """Looks at `model` once for all calls of `mlp_spec` and `parameters_of` that this thread makes inside the block."""
     if torch.compiler.is_compiling():  # there it is a constant
         yield
         return
-    _current.append((model, *_look(model)))
+    _current.models.append((model, *_look(model)))
     try:
         yield
     finally:
-        _current.pop()
+        _current.models.pop()
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """`dict(model.named_parameters())`."""
-    if _current and _current[-1][0] is model:
-        return _current[-1][2]
+    if _current.models and _current.models[-1][0] is model:
+        return _current.models[-1][2]
     return dict(model.named_parameters())
 
 
-class _Seen:
-    """What was found in a model, and the layers that it was found in."""
-
-    def __init__(self, model: nn.Module):
-        self.top = _state(model)  # without the model itself, which would then live for ever
-        self.layers = [(f"{name}.", layer, _state(layer)) for name, layer in model.named_modules() if name]
-        self.spec = _inspect(model)
-
-    def still_holds(self, model: nn.Module) -> bool:
-        return self.top == _state(model) and all(state == _state(layer) for _, layer, state in self.layers)
+def mlp_spec(model: nn.Module) -> MLPSpec | str:
+    """The module's `MLPSpec`, or a sentence that says why it has none."""
+    if _current.models and _current.models[-1][0] is model:
+        return _current.models[-1][1]
+    return _look(model)[0]
 
 
-def _state(layer: nn.Module) -> tuple[bool, list[tuple[str, nn.Module | None]]]:
-    return layer.training, [*layer._modules.items()]
+# torch.compile takes the answer for a constant: the layers of a model that is compiled already must not be replaced.
+# What torch.compiler.assume_constant_result does, without the two seconds in which that imports all of dynamo.
+mlp_spec._dynamo_marked_constant = True
 
 
 class Snapshot:
     """Tells, faster than looking at it anew, whether a model is as it was: layers, modes and hooks, and parameters with
-    the memory that they are in."""
+    the memory that they are in; what a hand-written `forward` does is looked at anew."""
 
     def __init__(self, model: nn.Module):
         self.layers = [(layer, layer._parameters.copy(), _state(layer)) for layer in model.modules()]
         self.parameters = [(p, p.data_ptr(), p.shape, p.requires_grad) for p in parameters_of(model).values()]
+        self.spec = None if _is_plain(model) else mlp_spec(model)
 
     def shows(self, model: nn.Module) -> bool:
         if model is not self.layers[0][0]:
@@ -117,80 +117,170 @@ class Snapshot:
         for p, address, shape, differentiable in self.parameters:
             if p.data_ptr() != address or p.shape != shape or p.requires_grad is not differentiable:
                 return False
-        return True
+        return self.spec is None or mlp_spec(model) == self.spec
+
+
+def _state(layer: nn.Module) -> tuple:
+    attributes = layer.__dict__
+    own = (attributes.get("approximate"), attributes.get("start_dim"), attributes.get("end_dim"))
+    return layer.training, own, "forward" in attributes, [*layer._modules.items()]
 
 
 def _hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-_seen: WeakKeyDictionary[nn.Module, _Seen] = WeakKeyDictionary()
+def hooked_layer(model: nn.Module) -> str | None:
+    """The name of a layer that has hooks, `"model"` for the model itself."""
+    return next((name or "model" for name, layer in model.named_modules() if _hooks(layer)), None)
 
 
-def mlp_spec(model: nn.Module) -> MLPSpec | str:
-    """The module's `MLPSpec`, or a sentence that says why it has none. Remembered until its layers change."""
-    if _current and _current[-1][0] is model:
-        return _current[-1][1]
-    return _look(model)[0]
+class _Refused(Exception):
+    """The module is not a chain that explicit formulas can serve; the message says why."""
 
 
-# torch.compile takes the answer for a constant: the layers of a model that is compiled already must not be replaced.
-# What torch.compiler.assume_constant_result does, without the two seconds in which that imports all of dynamo.
-mlp_spec._dynamo_marked_constant = True
+_PLAIN = {nn.Sequential, nn.Linear, nn.Flatten, *ACTIVATION_MODULES}
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Whether the chain can be read off the layers: no `forward` but torch's own ones takes part."""
+    return all(type(layer) in _PLAIN and "forward" not in layer.__dict__ for layer in model.modules())
 
 
 def _look(model: nn.Module) -> tuple[MLPSpec | str, dict[str, nn.Parameter]]:
-    """What the module is, and `dict(model.named_parameters())`. For few small tasks this takes as long as the kernel:
-    layers that have been walked through once are only looked at."""
-    known = _seen.get(model)
-    if known is None or not known.still_holds(model):
-        known = _seen[model] = _Seen(model)
-    named, hooked, seen = {}, None, set()
-    for prefix, layer, _ in (("", model, None), *known.layers):
-        if _hooks(layer):
-            hooked = hooked or prefix[:-1] or "model"
+    """What the module is, and `dict(model.named_parameters())`; for few small tasks as long as the kernel takes."""
+    named: dict[str, nn.Parameter] = {}
+    hooked, plain, seen = None, True, set()
+    for name, layer in model.named_modules():
+        if hooked is None and _hooks(layer):
+            hooked = name or "model"
+        plain = plain and type(layer) in _PLAIN and "forward" not in layer.__dict__
         for key, parameter in layer._parameters.items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
-                named[prefix + key] = parameter
-    spec = known.spec
-    # Hooks and ties come and go without a new layer, so they are looked at every time.
-    if not isinstance(spec, str) and hooked is not None:
-        spec = f"layer {hooked!r} has hooks, which explicit formulas would skip"
-    elif not isinstance(spec, str):
-        missing = [name for name in (*spec.weights, *spec.biases) if name is not None and name not in named]
-        spec = f"parameter {missing[0]!r} is shared with another layer" if missing else spec
-    return spec, named
-
-
-def _inspect(model: nn.Module) -> MLPSpec | str:
-    arguments = _python_inspect.signature(model.forward).parameters
-    if len(arguments) != 1 and not isinstance(model, nn.Sequential):
-        return f"{type(model).__name__}.forward takes {len(arguments)} arguments, not one"
-    for name, layer in model.named_modules():
-        # Named before tracing: "has dropout" helps more than "a branch could not be traced".
-        if isinstance(layer, nn.modules.dropout._DropoutNd):
-            return f"layer {name!r} is {type(layer).__name__}: random layers need the module itself"
-        if isinstance(layer, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)):
-            return f"layer {name!r} is {type(layer).__name__}: norms have no explicit formula"
+                named[f"{name}.{key}" if name else key] = parameter
+    if hooked is not None:
+        return f"layer {hooked!r} has hooks, which explicit formulas would skip", named
     try:
-        if type(model) is nn.Linear or type(model) in ACTIVATION_MODULES:
-            model = nn.Sequential(model)
-            spec = _chain(model, fx.symbolic_trace(model).graph)
-            return spec._replace(weights=("weight",), biases=("bias" if spec.biases[0] else None,))
-        return _chain(model, fx.symbolic_trace(model).graph)
+        spec = _chain(_plain_steps(model) if plain else _traced_steps(model, named))
     except _Refused as refused:
-        return str(refused)
-    except Exception as error:  # anything can happen in a user's forward; the vmap engine then runs it as it is
-        text = str(error).strip().splitlines()
-        return f"torch.fx could not trace it: {text[0] if text else type(error).__name__}"
+        return str(refused), named
+    tied = next((p for p in (*spec.weights, *spec.biases) if p is not None and p not in named), None)
+    return spec if tied is None else f"parameter {tied!r} is shared with another layer", named
 
 
-def _chain(model: nn.Module, graph: fx.Graph) -> MLPSpec:
+class _Step(NamedTuple):
+    """What happens to all rows: a linear layer by its parameters' names, an activation, or flattening examples."""
+
+    where: str  # for messages
+    weight: str | None = None
+    bias: str | None = None
+    width_in: int = 0
+    width_out: int = 0
+    activation: str | None = None
+    rows_of: int | None = None  # flattened to rows of so many numbers, 0: whatever the size
+
+
+def _plain_steps(model: nn.Module) -> Iterator[_Step]:
+    """Those of a plain layer, or an `nn.Sequential` of such."""
+    for name, layer in model.named_modules(remove_duplicate=False):
+        where = f"layer {name!r}"
+        if type(layer) is nn.Linear:
+            prefix = f"{name}." if name else ""
+            bias = None if layer.bias is None else f"{prefix}bias"
+            yield _Step(where, f"{prefix}weight", bias, layer.weight.shape[1], layer.weight.shape[0])
+        elif type(layer) is nn.Flatten:
+            if (layer.start_dim, layer.end_dim) != (1, -1):
+                raise _Refused(f"{where} has no explicit formula")
+            yield _Step(where, rows_of=0)
+        elif type(layer) in ACTIVATION_MODULES:
+            if getattr(layer, "approximate", "none") != "none":
+                raise _Refused(f"{where} has no explicit formula")
+            yield _Step(where, activation=ACTIVATION_MODULES[type(layer)])
+
+
+def _chain(steps: Iterator[_Step]) -> MLPSpec:
     weights: list[str] = []
     biases: list[str | None] = []
     activations: list[str] = []
-    in_features, width, flatten = 0, 0, False
+    first, in_features, width, flatten = 0, 0, 0, False
+    for step in steps:
+        if step.weight is not None:
+            if step.weight in weights:
+                raise _Refused(f"{step.where} is used twice")
+            if step.bias is not None and step.bias in biases:
+                raise _Refused(f"parameter {step.bias!r} is shared with another layer")
+            if weights and step.width_in != width:
+                raise _Refused(f"{step.where} takes {step.width_in} features but is given {width}")
+            weights.append(step.weight)
+            biases.append(step.bias)
+            activations.append("identity")
+            first, in_features = first or step.width_in, in_features or step.width_in
+            width = step.width_out
+        elif step.rows_of is not None:
+            if weights or activations or flatten:
+                raise _Refused(f"{step.where} reshapes between layers")
+            flatten, in_features = True, step.rows_of
+        elif step.activation != "identity":
+            if not weights or activations[-1] != "identity":
+                raise _Refused(f"{step.where} does not directly follow a linear layer")
+            activations[-1] = step.activation
+    if not weights:
+        raise _Refused("it has no nn.Linear layer")
+    if in_features != first:
+        raise _Refused(f"it reshapes to rows of {in_features}, but its first layer takes {first}")
+    return MLPSpec(tuple(weights), tuple(biases), tuple(activations), first, flatten)
+
+
+class _Tracer(fx.proxy.GraphAppendingTracer):
+    """Writes down what is done with a symbol; parameters stand for themselves."""
+
+    def create_arg(self, a):
+        return a if isinstance(a, Tensor) else super().create_arg(a)
+
+
+def _traced_steps(model: nn.Module, named: dict[str, nn.Parameter]) -> Iterator[_Step]:
+    """Those of a hand-written `forward`, which is run on a symbol."""
+    arguments = _python_inspect.signature(model.forward).parameters
+    if len(arguments) != 1:
+        raise _Refused(f"{type(model).__name__}.forward takes {len(arguments)} arguments, not one")
+    for name, layer in model.named_modules():
+        # Named before tracing: "has dropout" helps more than "a branch could not be traced".
+        if isinstance(layer, nn.modules.dropout._DropoutNd):
+            raise _Refused(f"layer {name!r} is {type(layer).__name__}: random layers need the module itself")
+        if isinstance(layer, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)):
+            raise _Refused(f"layer {name!r} is {type(layer).__name__}: norms have no explicit formula")
+    graph = fx.Graph()
+    tracer = _Tracer(graph)
+    before = [(name, layer, layer.__dict__.copy()) for name, layer in model.named_modules()]
+    try:
+        found = model(fx.Proxy(graph.placeholder("x"), tracer))
+    except Exception as error:  # anything can happen in a user's forward; an engine that runs it then says it as it is
+        text = str(error).strip().splitlines()
+        raise _Refused(f"its forward could not be traced: {text[0] if text else type(error).__name__}") from None
+    finally:
+        written = _written_back(before)
+    if written is not None:
+        raise _Refused(f"its forward writes into {written!r}")
+    names = {id(p): name for name, p in named.items()}
+    last = yield from _steps_of(graph, names)
+    if not isinstance(found, fx.Proxy) or found.node is not last:
+        raise _Refused("it returns something else than its last layer's output")
+
+
+def _written_back(before: list[tuple[str, nn.Module, dict]]) -> str | None:
+    """The first attribute that `forward` has set, which would keep symbols; all of them are what they were again."""
+    written = None
+    for name, layer, attributes in before:
+        changed = [key for key, value in layer.__dict__.items() if attributes.get(key, layer) is not value]
+        if changed:
+            written = written or f"{name}.{changed[0]}".lstrip(".")
+            layer.__dict__.clear()
+            layer.__dict__.update(attributes)
+    return written
+
+
+def _steps_of(graph: fx.Graph, names: dict[int, str]):
     current: fx.Node | None = None
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -198,53 +288,29 @@ def _chain(model: nn.Module, graph: fx.Graph) -> MLPSpec:
             continue
         if _is_batch_size(node):
             continue
-        if node.op == "output":
-            if node.args[0] is not current:
-                raise _Refused("it returns something else than its last layer's output")
-            break
-        if node.op == "get_attr":
-            raise _Refused(f"it uses {node.target!r} directly")
-        inputs = [other for other in node.all_input_nodes if not _is_batch_size(other)]
-        if inputs != [current]:
-            raise _Refused(f"{_name(node)} does not continue a single chain of layers (a branch or a residual)")
+        where = f"operation {node.target if isinstance(node.target, str) else node.target.__name__!r}"
+        if [other for other in node.all_input_nodes if not _is_batch_size(other)] != [current]:
+            raise _Refused(f"{where} does not continue a single chain of layers (a branch or a residual)")
         current = node
-        layer = model.get_submodule(node.target) if node.op == "call_module" else None
-
-        if type(layer) is nn.Linear:
-            if f"{node.target}.weight" in weights:
-                raise _Refused(f"layer {node.target!r} is used twice")
-            if weights and layer.in_features != width:
-                raise _Refused(f"layer {node.target!r} takes {layer.in_features} features but is given {width}")
-            weights.append(f"{node.target}.weight")
-            biases.append(None if layer.bias is None else f"{node.target}.bias")
-            activations.append("identity")
-            in_features, width = in_features or layer.in_features, layer.out_features
-        elif _flatten_to(node, layer) is not None:
-            if weights or activations or flatten:
-                raise _Refused(f"{_name(node)} reshapes between layers")
-            flatten = True
-            in_features = max(_flatten_to(node, layer), 0)
+        if node.target is F.linear:
+            yield _linear_step(node, names)
+        elif (rows_of := _flatten_to(node)) is not None:
+            yield _Step(where, rows_of=rows_of)
+        elif (activation := _activation(node)) is not None:
+            yield _Step(where, activation=activation)
         else:
-            activation = _activation(node, layer)
-            if activation is None:
-                raise _Refused(f"{_name(node)} has no explicit formula")
-            if activation != "identity":
-                if not weights or activations[-1] != "identity":
-                    raise _Refused(f"{_name(node)} does not directly follow a linear layer")
-                activations[-1] = activation
-    if not weights:
-        raise _Refused("it has no nn.Linear layer")
-    first = model.get_submodule(weights[0].rpartition(".")[0]).in_features
-    if in_features != first:
-        raise _Refused(f"it reshapes to rows of {in_features}, but its first layer takes {first}")
-    return MLPSpec(tuple(weights), tuple(biases), tuple(activations), first, flatten)
+            raise _Refused(f"{where} has no explicit formula")
+    return current
 
 
-def _name(node: fx.Node) -> str:
-    if node.op == "call_module":
-        return f"layer {node.target!r}"
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return f"operation {target!r}"
+def _linear_step(node: fx.Node, names: dict[int, str]) -> _Step:
+    arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
+    weight, bias = arguments["weight"], arguments.get("bias")
+    known = [names.get(id(t)) for t in (weight, bias) if t is not None]
+    if not isinstance(arguments["input"], fx.Node) or None in known or weight.dim() != 2:
+        raise _Refused("operation 'linear' takes something else than its layer's own weight and bias")
+    layer = known[0].rpartition(".")[0]
+    return _Step(f"layer {layer!r}", known[0], None if bias is None else known[1], weight.shape[1], weight.shape[0])
 
 
 def _is_batch_size(node: object) -> bool:
@@ -262,10 +328,8 @@ def _is_batch_size(node: object) -> bool:
     return False
 
 
-def _flatten_to(node: fx.Node, layer: nn.Module | None) -> int | None:
+def _flatten_to(node: fx.Node) -> int | None:
     """None: does not flatten each example to one row. 0: flattens whatever the size. n: makes rows of n."""
-    if isinstance(layer, nn.Flatten):
-        return 0 if (layer.start_dim, layer.end_dim) == (1, -1) else None
     if node.target in (torch.flatten, "flatten"):
         start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
         end = node.args[2] if len(node.args) > 2 else node.kwargs.get("end_dim", -1)
@@ -282,14 +346,9 @@ def _flatten_to(node: fx.Node, layer: nn.Module | None) -> int | None:
     return None
 
 
-def _activation(node: fx.Node, layer: nn.Module | None) -> str | None:
-    if node.op == "call_module":
-        name = ACTIVATION_MODULES.get(type(layer))
-        exact = getattr(layer, "approximate", "none") == "none"
-    elif node.op == "call_method":
-        name, exact = ACTIVATION_METHODS.get(node.target), len(node.args) == 1
-    else:
-        name = ACTIVATION_FUNCTIONS.get(node.target)
-        exact = len(node.args) == 1 and node.kwargs.get("approximate", "none") == "none"
-        exact = exact and set(node.kwargs) <= {"inplace", "approximate"}
-    return name if exact else None
+def _activation(node: fx.Node) -> str | None:
+    if node.op == "call_method":
+        return ACTIVATION_METHODS.get(node.target) if len(node.args) == 1 and not node.kwargs else None
+    exact = len(node.args) == 1 and node.kwargs.get("approximate", "none") == "none"
+    exact = exact and set(node.kwargs) <= {"inplace", "approximate"}
+    return ACTIVATION_FUNCTIONS.get(node.target) if exact else None

@@ -19,7 +19,7 @@ from torch.func import functional_call, vmap
 from fastmeta import functional
 
 from ._base import InnerLoop, Parameters, is_shared
-from ._exact import gradients_per_task
+from ._exact import gradients_per_task, recurrent_written_out
 
 
 class VmapEngine:
@@ -61,7 +61,8 @@ def task_predictions(model: nn.Module, weights: Parameters, buffers: Parameters,
     def task_predict(fast, shared, buffers, x):
         return functional_call(model, (fast, shared, buffers), (x,))
 
-    return vmap(task_predict, in_dims=(0, None, 0, 0), randomness="different")(fast, shared, dict(buffers), x)
+    with recurrent_written_out():
+        return vmap(task_predict, in_dims=(0, None, 0, 0), randomness="different")(fast, shared, dict(buffers), x)
 
 
 def task_gradients(
@@ -83,8 +84,8 @@ def task_gradients(
     return gradient(dict(fast), shared, dict(buffers), x, y)
 
 
-def buffers_per_task(model: nn.Module, num_tasks: int) -> dict[str, Tensor]:
-    """A copy `[T, ...]` of the module's buffers for each task."""
+def check_statistics(model: nn.Module) -> None:
+    """Raises ValueError for a batch norm in eval mode whose running statistics have never been updated."""
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.modules.batchnorm._BatchNorm) or layer.training or layer.running_mean is None:
             continue
@@ -94,5 +95,10 @@ def buffers_per_task(model: nn.Module, num_tasks: int) -> dict[str, Tensor]:
                 "updated (adaptation does not update them). Build it with track_running_stats=False, or call "
                 "torch.func.replace_all_batch_norm_modules_(model), to use each task's own rows in eval mode too"
             )
+
+
+def buffers_per_task(model: nn.Module, num_tasks: int) -> dict[str, Tensor]:
+    """A copy `[T, ...]` of the module's buffers for each task."""
+    check_statistics(model)
     # repeat, not expand: forward may write into them
     return {name: b.unsqueeze(0).repeat(num_tasks, *[1] * b.dim()) for name, b in model.named_buffers()}

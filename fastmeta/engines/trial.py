@@ -1,0 +1,105 @@
+"""Whether an engine that maps a module over tasks can be trusted with it: tried once, against plain autograd.
+
+What `torch.func` makes of a module cannot be known by looking: it refuses some (recurrent kernels, an
+`autograd.Function` without its rules, a mask of the data's size), and what it differentiates wrongly it says nothing
+about. So the first batch of its kind runs one inner step of one task in the engine and in plain autograd, and the two
+must agree.
+"""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ._base import Engine, InnerLoop
+from .loop import LoopEngine
+
+_LOOP = LoopEngine()
+_MOST = 16  # sizes of support sets may vary without end
+# relative to the largest gradient of a parameter; rounding is far below, a missing term far above
+_CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_known: WeakKeyDictionary[nn.Module, dict[tuple, str | None]] = WeakKeyDictionary()
+
+
+def why_not_trusted(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor) -> str | None:
+    """None if `engine` does with `model` what plain autograd does, else why not; remembered by the module's layers and
+    the kind of batch. Warns once where it does not."""
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling() or not len(x):
+        return None
+    found = _known.setdefault(model, {})
+    key = _key(engine, model, inner, x, y)
+    if key not in found:
+        if len(found) >= _MOST:
+            found.clear()
+        found[key] = reason = _tried(engine, model, inner, x[:1], y[:1])
+        if reason is not None:
+            warnings.warn(
+                f"tasks run one after the other (engine 'loop'), since engine {engine.name!r} cannot follow the model: "
+                f"{reason}",
+                stacklevel=2,
+            )
+    return found[key]
+
+
+def _key(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor) -> tuple:
+    layers = tuple((id(layer), layer.training) for layer in model.modules())
+    adapted = tuple(p.requires_grad for p in model.parameters())
+    return (engine.name, layers, adapted, id(inner.loss), inner.first_order, min(inner.steps, 1), x.shape[1:], y.shape[1:],
+            x.dtype, x.device, torch.is_grad_enabled())  # fmt: skip
+
+
+def _tried(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor) -> str | None:
+    inner = inner._replace(steps=min(inner.steps, 1))
+    devices = [x.device] if x.is_cuda else []
+    try:
+        with torch.random.fork_rng(devices):  # random layers must not find other numbers because of this
+            plain = _values(_LOOP, model, inner, x, y)
+    except Exception:  # as wrong in plain autograd: the engine says it in its own words
+        return None
+    try:
+        with torch.random.fork_rng(devices):
+            mapped = _values(engine, model, inner, x, y)
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        where = _layer_of(error, model)
+        return f"{f'layer {where!r}: ' if where else ''}{text[0] if text else type(error).__name__}"
+    if _agree(mapped, plain):
+        return None
+    with torch.random.fork_rng(devices):
+        torch.rand(1, device=x.device)
+        if not _agree(_values(_LOOP, model, inner, x, y), plain):
+            return None  # random: nothing to compare
+    return "its gradients are not those of plain autograd"
+
+
+def _values(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor) -> list[Tensor]:
+    """The loss on the same rows after a step, and its gradients."""
+    x, y = x.detach(), y.detach()
+    prediction = engine.query(model, inner, x, y, x)
+    loss = inner.loss.per_task(prediction, y).sum()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not (loss.requires_grad and parameters):
+        return [loss.detach()]
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return [loss.detach(), *found]
+
+
+def _agree(values: list[Tensor], others: list[Tensor]) -> bool:
+    for value, other in zip(values, others, strict=True):
+        close = _CLOSE.get(other.dtype, 1e-1)
+        scale = float(other.abs().max()) if other.numel() else 0.0
+        if not torch.allclose(value, other, rtol=close, atol=close * max(scale, 1e-3), equal_nan=True):
+            return False
+    return True
+
+
+def _layer_of(error: BaseException, model: nn.Module) -> str | None:
+    """The innermost layer of the model that was running."""
+    names = {id(layer): name for name, layer in model.named_modules()}
+    running = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = [names[id(layer)] for layer in running if isinstance(layer, nn.Module) and names.get(id(layer))]
+    return found[-1] if found else None
