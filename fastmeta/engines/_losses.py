@@ -7,7 +7,6 @@ are formulas.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 from fastmeta.dispatch.labels import label_range
 
-from ._exact import gradients_per_task
+from ._exact import gradients_per_task, outside_inference_mode
 
 
 class RowLoss:
@@ -32,12 +31,16 @@ class RowLoss:
 
 
 class CrossEntropy(RowLoss):
-    """Mean negative log-likelihood of softmax. Predictions `[T, B, C]`, labels int64 `[T, B]`."""
+    """Mean negative log-likelihood of softmax. Predictions `[T, B, C]`, labels int64 `[T, B]`; or a label for each
+    position, `[T, B, L, C]` and `[T, B, L]`, whose mean is over all positions."""
 
     name = "cross_entropy"
     in_kernels = name
-    # torch's default ignores rows labelled -100, a label like any other out of range here: let it be refused
-    one_task = staticmethod(partial(F.cross_entropy, ignore_index=-(2**62)))
+
+    @staticmethod
+    def one_task(prediction: Tensor, target: Tensor) -> Tensor:
+        # torch's default ignores rows labelled -100, a label like any other out of range here: let it be refused
+        return F.cross_entropy(prediction.flatten(0, -2), target.flatten(), ignore_index=-(2**62))
 
     def check(self, shape: tuple[int, ...], target: Tensor, name: str, values: bool = True) -> None:
         if target.dtype != torch.int64 or target.shape != shape[:-1]:
@@ -49,15 +52,15 @@ class CrossEntropy(RowLoss):
             label_range(name, target, shape[-1])
 
     def per_task(self, prediction: Tensor, target: Tensor) -> Tensor:
-        rows = F.cross_entropy(prediction.flatten(0, 1), target.flatten(), reduction="none")
-        return rows.view(target.shape).mean(1)
+        rows = F.cross_entropy(prediction.flatten(0, -2), target.flatten(), reduction="none")
+        return rows.view(target.shape).flatten(1).mean(1)
 
     def constant(self, target: Tensor, prediction: Tensor) -> Tensor:
         """The part of the gradient that stays the same in all inner steps: minus the one-hot labels over B."""
-        return torch.zeros_like(prediction).scatter_(-1, target.unsqueeze(-1), -1.0 / max(target.shape[1], 1))
+        return torch.zeros_like(prediction).scatter_(-1, target.unsqueeze(-1), -1.0 / max(target.shape[1:].numel(), 1))
 
     def gradient(self, prediction: Tensor, constant: Tensor) -> Tensor:
-        return torch.add(constant, torch.softmax(prediction, -1), alpha=1.0 / max(prediction.shape[1], 1))
+        return torch.add(constant, torch.softmax(prediction, -1), alpha=1.0 / max(prediction.shape[1:-1].numel(), 1))
 
 
 class ElementwiseLoss(RowLoss):
@@ -120,7 +123,8 @@ class Huber(ElementwiseLoss):
 
 
 class CustomLoss:
-    """A callable `(prediction, target) -> scalar` for one task, batched over tasks by `torch.func.vmap`.
+    """A callable `(prediction, target) -> scalar` for one task, batched over tasks by `torch.func.vmap`, or called for
+    one task after the other where it cannot be mapped: with masks of the data's size, say.
 
     One that the fused inner loops know too has an attribute `in_kernels`, its name there, and a method `kernel_targets`
     that turns all tasks' targets `[T, B, ...]` into theirs.
@@ -130,6 +134,7 @@ class CustomLoss:
         self.one_task = function
         self.name = getattr(function, "__name__", type(function).__name__)
         self.in_kernels: str | None = getattr(function, "in_kernels", None)
+        self.mappable = True  # until it has failed
 
     def kernel_targets(self, target: Tensor) -> Tensor:
         return self.one_task.kernel_targets(target)
@@ -138,13 +143,41 @@ class CustomLoss:
         pass
 
     def per_task(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return torch.func.vmap(self.one_task, randomness="different")(prediction, target)
+        if self.mappable:
+            try:
+                return torch.func.vmap(self.one_task, randomness="different")(prediction, target)
+            except Exception:  # what is wrong with the loss itself, plain torch says in its own words
+                losses = self._one_by_one(prediction, target)
+                self.mappable = False
+                return losses
+        return self._one_by_one(prediction, target)
+
+    def _one_by_one(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return torch.stack([self.one_task(p, t) for p, t in zip(prediction, target, strict=True)])
 
     def constant(self, target: Tensor, prediction: Tensor) -> Tensor:
         return target
 
     def gradient(self, prediction: Tensor, constant: Tensor) -> Tensor:
-        return gradients_per_task(self.one_task, second_order=torch.is_grad_enabled())(prediction, constant)
+        if self.mappable:
+            try:
+                return gradients_per_task(self.one_task, second_order=torch.is_grad_enabled())(prediction, constant)
+            except Exception:
+                if torch._C._are_functorch_transforms_active():
+                    raise
+        gradient = _plain_gradient(self._one_by_one, prediction, constant)
+        self.mappable = False
+        return gradient
+
+
+@outside_inference_mode
+def _plain_gradient(losses: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor) -> Tensor:
+    """The gradient `[T, B, C]` of each task's loss at its prediction, by plain autograd."""
+    second_order = torch.is_grad_enabled()
+    with torch.enable_grad():
+        at = prediction if second_order and prediction.requires_grad else prediction.detach().requires_grad_()
+        total = losses(at, target).sum()
+        return torch.autograd.grad(total, at, create_graph=second_order, materialize_grads=True)[0]
 
 
 Loss = CrossEntropy | ElementwiseLoss | CustomLoss

@@ -72,7 +72,8 @@ def give_up(model: nn.Module, x: Tensor) -> None:
 
 
 def _key(model: nn.Module, x: Tensor) -> tuple:
-    layers = tuple((id(layer), layer.training) for layer in model.modules())
+    # the layers themselves, not their addresses, which new ones may have; without the model, which would live for ever
+    layers = (model.training, *((layer, layer.training) for layer in model.modules() if layer is not model))
     adapted = tuple((name, p.requires_grad) for name, p in model.named_parameters())
     return layers, adapted, x.shape[1:], x.dtype, x.device
 

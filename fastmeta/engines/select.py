@@ -22,9 +22,10 @@ ENGINES: dict[str, Engine] = {
 def choose(
     name: str, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor | None = None
 ) -> Engine:
-    """The engine called `name`, or for `"auto"` the first that can serve and expects to be fastest. With `support_y` one
-    that maps the module over tasks is tried first, once for a module and a size, and is taken if it agrees with plain
-    autograd.
+    """The engine called `name`, or for `"auto"` the first that can serve and expects to be fastest.
+
+    With `support_y`, one that maps the module over tasks is tried first, once for a module and a size, and is taken if
+    it agrees with plain autograd.
 
     An engine asked for by name is never replaced by another: if it cannot serve, ValueError says why.
     """

@@ -46,10 +46,10 @@ def why_not_trusted(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tenso
 
 
 def _key(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor) -> tuple:
-    layers = tuple((id(layer), layer.training) for layer in model.modules())
+    layers = tuple((layer, layer.training) for layer in model.modules() if layer is not model)
     adapted = tuple(p.requires_grad for p in model.parameters())
-    return (engine.name, layers, adapted, id(inner.loss), inner.first_order, min(inner.steps, 1), x.shape[1:], y.shape[1:],
-            x.dtype, x.device, torch.is_grad_enabled())  # fmt: skip
+    of_model = (engine.name, model.training, layers, adapted, inner.loss, inner.first_order, min(inner.steps, 1))
+    return (*of_model, x.shape[1:], y.shape[1:], x.dtype, x.device, torch.is_grad_enabled())
 
 
 def _tried(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor) -> str | None:
