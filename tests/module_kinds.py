@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
@@ -26,7 +27,8 @@ class Recurrent(nn.Module):
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.norm, self.inner, self.out = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, WAYS)
+        self.first, self.norm = nn.Linear(4, 6), nn.LayerNorm(6)
+        self.inner, self.out = nn.Linear(6, 6), nn.Linear(6, WAYS)
 
     def forward(self, x):
         h = self.first(x)
@@ -137,13 +139,13 @@ def hooked() -> nn.Module:
 
 
 def conv() -> nn.Module:
-    norm = nn.BatchNorm2d(3, track_running_stats=False)
-    return nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), norm, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, WAYS))
+    block = (nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3, track_running_stats=False), nn.ReLU(), nn.MaxPool2d(2))
+    return nn.Sequential(*block, nn.Flatten(), nn.Linear(12, WAYS))
 
 
 def group_norm() -> nn.Module:
-    body = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(16, WAYS))
-    return nn.Sequential(nn.Unflatten(1, (1, 4)), body)
+    block = (nn.Conv1d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU())
+    return nn.Sequential(nn.Unflatten(1, (1, 4)), *block, nn.Flatten(), nn.Linear(16, WAYS))
 
 
 # name -> how it is made, and the shape of an example (None: token ids)
@@ -201,8 +203,10 @@ def adapted(net, x, y, *, lr, steps, first_order=False, loss=F.cross_entropy, ad
     weights = dict(net.named_parameters())
     moving = [name for name, p in weights.items() if p.requires_grad and adapts(name)]
     for _ in range(steps):
-        value = loss(run(net, weights, x), y)
-        found = torch.autograd.grad(value, [weights[n] for n in moving], create_graph=not first_order, allow_unused=True)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            value = loss(run(net, weights, x), y)
+        at = [weights[name] for name in moving]
+        found = torch.autograd.grad(value, at, create_graph=not first_order, allow_unused=True)
         for name, gradient in zip(moving, found, strict=True):
             if gradient is not None:
                 weights[name] = weights[name] - lr * gradient

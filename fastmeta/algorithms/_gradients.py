@@ -1,4 +1,4 @@
-"""Gradients of the tasks' losses: by formulas for a multi-layer perceptron, by `torch.func` for any other module."""
+"""Gradients of the tasks' losses: by formulas for a multi-layer perceptron, by running any other module."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..engines import InnerLoop, Loss
+from ..engines import InnerLoop, Loss, module_engine
 from ..engines.inspect import MLPSpec, mlp_spec
 from ..engines.layerwise import backward, forward, layers, rows, why_no_formulas
-from ..engines.vmap import buffers_per_task, task_gradients
+from ..engines.vmap import buffers_per_task
 
 
 def gradient_of_tasks(
@@ -19,8 +19,9 @@ def gradient_of_tasks(
     """Gradient `[T, *shape]` of every task's loss for the parameters in `fast`, `[T, *shape]` or shared."""
     if why_no_formulas(model, x) is None:
         return mlp_gradients(mlp_spec(model), loss, dict(model.named_parameters()) | dict(fast), fast, x, y)
-    inner = InnerLoop(0.0, 0, False, loss)
-    return task_gradients(model, inner, fast, buffers_per_task(model, x.shape[0]), x, y)
+    inner = InnerLoop(0.0, 1, not torch.is_grad_enabled(), loss)
+    engine = module_engine(model, inner, x, y)
+    return engine.gradients(model, inner, fast, buffers_per_task(model, x.shape[0]), x, y)
 
 
 def mlp_gradients(

@@ -39,6 +39,8 @@ class InnerLoopAlgorithm(nn.Module):
         self.model = model
         self.first_order = first_order
         self.loss = as_loss(loss)
+        if isinstance(loss, nn.Module):  # what it has of parameters and buffers is the learner's
+            self.loss_module = loss
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
         """Run the inner loop on support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`."""
@@ -56,6 +58,8 @@ class InnerLoopAlgorithm(nn.Module):
     def forward(self, batch: TaskBatch) -> MetaOutput:
         """Adapt to every task's support set and judge on its query set."""
         check_batch(batch)
+        if self._in_turn(batch):
+            return chunked_loss(self._tasks, batch, 1, [p for p in self.parameters() if p.requires_grad])
         if self._in_chunks(batch):
             return chunked_loss(self._tasks, batch, self.task_chunk, [p for p in self.parameters() if p.requires_grad])
         return self._tasks(*batch)
@@ -84,6 +88,18 @@ class InnerLoopAlgorithm(nn.Module):
         """`lr`: of engines, which have one rate for all weights."""
         differentiable = torch.is_grad_enabled() and any(target.requires_grad for target in targets)
         return InnerLoop(lr, self.inner_steps, self.first_order, self.loss, differentiable)
+
+    def _one_at_a_time(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> bool:
+        """Whether these tasks run in plain autograd, which has to hold a graph for each."""
+        return False
+
+    def _in_turn(self, batch: TaskBatch) -> bool:
+        """Whether each task's part of the meta-gradient is taken as soon as it is run: the memory of one task."""
+        if len(batch[0]) < 2 or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return False
+        if any(t.requires_grad for t in batch):  # their gradients go through `backward`
+            return False
+        return self._one_at_a_time(self._inner(batch[1], batch[3]), batch[0], batch[1])
 
     def _in_chunks(self, batch: TaskBatch) -> bool:
         return self.task_chunk is not None and batch[0].shape[0] > self.task_chunk

@@ -1,22 +1,21 @@
 """What algorithms share whose inner loop has rates of its own, by parameter name (see `_rates.py`).
 
 A multi-layer perceptron runs in the fused inner loops (`fastmeta.functional.meta_loss_mlp`); anything else runs step by
-step under `torch.func`. Where an `nn.Sequential` begins with layers that do not adapt, these run once, as an encoder.
+step, under `torch.func` where that can follow it. Where an `nn.Sequential` begins with layers that do not adapt, these
+run once, as an encoder.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..engines import InnerLoop
-from ..engines.vmap import VmapEngine, buffers_per_task, task_gradients
+from ..engines import InnerLoop, module_engine
+from ..engines.vmap import buffers_per_task
 from ._encoder import encode, split
 from ._fused import fused_loop
 from ._inner_loop import InnerLoopAlgorithm
 from ._rates import Rates, stepped
 from .output import MetaOutput, judged
-
-_VMAP = VmapEngine()
 
 
 class RatedInnerLoop(InnerLoopAlgorithm):
@@ -46,17 +45,24 @@ class RatedInnerLoop(InnerLoopAlgorithm):
         loop = fused_loop(tail, inner, rates, support_x)
         if loop is None:
             fast = step_by_step(tail, inner, rates, support_x, support_y)
-            return judged(self.loss, _VMAP.predict(tail, fast, query_x), query_y)
+            engine = module_engine(tail, inner, support_x, support_y)
+            return judged(self.loss, engine.predict(tail, fast, query_x), query_y)
         slow = dict(tail.named_parameters())
         (task_loss, logits), mean = loop.meta_loss(slow, support_x, support_y, query_x, query_y)
         return judged(self.loss, logits, query_y, task_loss, mean)
+
+    def _one_at_a_time(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> bool:
+        _, tail = split(self.model, rates := self._rates())
+        if tail is not self.model or fused_loop(tail, inner, rates, support_x) is not None:
+            return False  # an encoder in front runs all rows at once
+        return module_engine(tail, inner, support_x, support_y).name == "loop"
 
 
 def step_by_step(model: nn.Module, inner: InnerLoop, rates: Rates, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """The weights that adapt after the inner loop, `[T, *shape]`, on any module."""
     slow = dict(model.named_parameters())
-    fast = {name: slow[name] for name in rates}
+    fast, engine = {name: slow[name] for name in rates}, module_engine(model, inner, x, y)
     for step in range(inner.steps):
-        gradients = task_gradients(model, inner, fast, buffers_per_task(model, x.shape[0]), x, y)
+        gradients = engine.gradients(model, inner, fast, buffers_per_task(model, x.shape[0]), x, y)
         fast = stepped(fast, gradients, rates, step)
     return fast

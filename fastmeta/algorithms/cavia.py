@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 
-from ..engines import gradients_per_task
+from ..engines import InnerLoop, module_engine
 from ..engines.inspect import mlp_spec
 from ..engines.layerwise import forward, layers, why_no_formulas
-from ..engines.vmap import buffers_per_task
+from ..engines.vmap import VmapEngine, buffers_per_task
 from ._arguments import check_count, check_number, check_pair, check_tasks
 from ._gradients import layer_gradients
 from ._inner_loop import InnerLoopAlgorithm
@@ -95,7 +96,7 @@ class CAVIA(InnerLoopAlgorithm):
             weights, biases = layers(spec, dict(self.model.named_parameters()))
             return forward(spec, weights, biases, self._joined(query_x, state.context))[2]
         weights, buffers = dict(self.model.named_parameters()), buffers_per_task(self.model, query_x.shape[0])
-        run = vmap(self._task, in_dims=(0, None, 0, 0), randomness="different")
+        run = self._module_engine(query_x).mapped(self._task, (0, None, 0, 0))
         return run(state.context, weights, buffers, query_x)
 
     def extra_repr(self) -> str:
@@ -147,19 +148,51 @@ class CAVIA(InnerLoopAlgorithm):
             self.loss.check((1, *prediction.shape), y.unsqueeze(0), "support_y")
             return self.loss.one_task(prediction, y)
 
-        weights = dict(self.model.named_parameters())
+        weights, engine = dict(self.model.named_parameters()), self._module_engine(x, y)
 
         def transformed(context: Tensor) -> Tensor:
             buffers = buffers_per_task(self.model, x.shape[0])
-            gradient = gradients_per_task(task_loss, (0, None, 0, 0, 0), second_order=torch.is_grad_enabled())
+            second_order = torch.is_grad_enabled()
+            gradient = engine.gradients_per_task(task_loss, (0, None, 0, 0, 0), second_order=second_order)
             return gradient(context, weights, buffers, x, y)
 
         return transformed
 
+    def _module_engine(self, x: Tensor, y: Tensor | None = None) -> VmapEngine:
+        if self not in _with_contexts:
+            _with_contexts[self] = _WithContext(self.model, self.context_size, self.concatenate)
+        inner = InnerLoop(0.0, 1, self.first_order, self.loss)
+        return module_engine(_with_contexts[self].like(x), inner, x, y)
+
+    def _one_at_a_time(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> bool:
+        return not self._is_mlp(support_x) and self._module_engine(support_x, support_y).name == "loop"
+
     def _task(self, context: Tensor, weights: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
         """One task's predictions `[B, C]`."""
-        if self.concatenate:
-            args = (torch.cat([x, context.expand(x.shape[0], -1)], -1),)
-        else:
-            args = (x, context)
-        return functional_call(self.model, (weights, buffers), args)
+        return functional_call(self.model, (weights, buffers), _arguments(x, context, self.concatenate))
+
+
+class _WithContext(nn.Module):
+    """The model as an engine sees one: the context is a parameter of it."""
+
+    def __init__(self, model: nn.Module, context_size: int, concatenate: bool):
+        super().__init__()
+        self.model, self.concatenate = model, concatenate
+        self.context = nn.Parameter(torch.zeros(context_size))
+
+    def like(self, x: Tensor) -> _WithContext:
+        parameter = next(self.model.parameters(), x)
+        self.context.data = self.context.data.to(parameter)
+        self.training = self.model.training  # its layers keep their own modes
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(*_arguments(x, self.context, self.concatenate))
+
+
+_with_contexts: WeakKeyDictionary[CAVIA, _WithContext] = WeakKeyDictionary()
+
+
+def _arguments(x: Tensor, context: Tensor, concatenate: bool) -> tuple[Tensor, ...]:
+    """What one task's rows and context are for the model."""
+    return (torch.cat([x, context.expand(x.shape[0], -1)], -1),) if concatenate else (x, context)

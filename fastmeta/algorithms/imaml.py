@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 
-from ..engines import InnerLoop, twice_differentiable
+from ..engines import InnerLoop, module_engine, twice_differentiable
 from ..engines.inspect import mlp_spec
 from ..engines.layerwise import why_no_formulas
 from ..engines.vmap import buffers_per_task
@@ -129,7 +129,8 @@ class ImplicitMAML(InnerLoopAlgorithm):
 
         # the gradient is taken outside of vmap: the tasks do not meet, and plain autograd is exact to second order
         with twice_differentiable():
-            losses = vmap(task_loss, randomness="different")(fast, buffers_per_task(self.model, len(x)), x, y)
+            engine = module_engine(self.model, self._inner()._replace(first_order=False), x, y)
+            losses = engine.mapped(task_loss, (0, 0, 0, 0))(fast, buffers_per_task(self.model, len(x)), x, y)
             return list(torch.autograd.grad(losses.sum(), list(fast.values()), create_graph=True))
 
 

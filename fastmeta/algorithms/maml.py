@@ -80,12 +80,14 @@ class MAML(InnerLoopAlgorithm):
         """
         inner = self._inner(batch[1], batch[3])
         if not self._in_chunks(batch) and plain_call(batch) and not any(t.requires_grad for t in batch):
-            if self._direct is None or not self._direct.holds(self.model, inner, batch):
+            direct = self._direct  # another thread may leave its own there meanwhile
+            if direct is None or not direct.holds(self.model, inner, batch):
                 check_batch(batch)
                 with inspected(self.model):
-                    self._direct = direct_gradient(self.engine, self.model, inner, batch, "model.")
-            if self._direct is not None:
-                return self._direct.run(batch)
+                    direct = direct_gradient(self.engine, self.model, inner, batch, "model.")
+                self._direct = direct
+            if direct is not None:
+                return direct.run(batch)
         with torch.enable_grad():
             output = self(batch)
         wanted = {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -93,19 +95,20 @@ class MAML(InnerLoopAlgorithm):
         return detached(output), dict(zip(wanted, found, strict=True))
 
     def explain(self, batch: TaskBatch) -> str:
-        """Which engine serves this batch and why the others do not, as readable text. Runs nothing."""
-        return explain(self.engine, self.model, self._inner(batch[1], batch[3]), batch[0])
+        """Which engine serves this batch and why the others do not, as readable text. Runs nothing, but for one task
+        where it has to be seen whether `torch.func` can follow the model."""
+        return explain(self.engine, self.model, self._inner(batch[1], batch[3]), batch[0], batch[1])
 
     def extra_repr(self) -> str:
         return f"engine={self.engine!r}, inner_lr={self.inner_lr}, {super().extra_repr()}"
 
     def _adapted(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
-        return self._engine(inner, support_x).adapt(self.model, inner, support_x, support_y)
+        return self._engine(inner, support_x, support_y).adapt(self.model, inner, support_x, support_y)
 
     def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
         inner = self._inner(support_y, query_y)
         with inspected(self.model):
-            engine = self._engine(inner, support_x)
+            engine = self._engine(inner, support_x, support_y)
             if isinstance(engine, FusedEngine):
                 loop, slow = engine.loop(self.model, inner)
                 (task_loss, logits), mean = loop.meta_loss(slow, support_x, support_y, query_x, query_y)
@@ -113,8 +116,15 @@ class MAML(InnerLoopAlgorithm):
             logits = engine.query(self.model, inner, support_x, support_y, query_x)
             return judged(self.loss, logits, query_y)
 
-    def _engine(self, inner: InnerLoop, x: Tensor) -> Engine:
-        return choose(self.engine, self.model, inner, x)
+    def _engine(self, inner: InnerLoop, x: Tensor, y: Tensor | None = None) -> Engine:
+        return choose(self.engine, self.model, inner, x, y)
+
+    def _one_at_a_time(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> bool:
+        with inspected(self.model):
+            return self._engine(inner, support_x, support_y).name == "loop"
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_direct": None}  # a copy has memory of its own
 
     def _inner(self, *targets: Tensor) -> InnerLoop:
         return super()._inner(*targets, lr=self.inner_lr)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..engines import InnerLoop
+from ..engines import InnerLoop, module_engine
 from ..engines.fused_loop import FusedLoop
 from ..engines.layerwise import LayerwiseEngine
-from ..engines.vmap import buffers_per_task, task_gradients, task_predictions
+from ..engines.vmap import buffers_per_task
 from ._arguments import check_count, check_number, check_tasks
 from ._fused import fused_loop
 from ._rated_loop import RatedInnerLoop
@@ -272,10 +272,10 @@ class MAMLPlusPlus(RatedInnerLoop):
     def _walk(self, inner: InnerLoop, rates: Rates, x: Tensor, y: Tensor) -> Iterator[dict[str, Tensor]]:
         """The weights that adapt after each inner step, on any module."""
         slow = dict(self.model.named_parameters())
-        fast = {name: slow[name] for name in rates}
+        fast, engine = {name: slow[name] for name in rates}, module_engine(self.model, inner, x, y)
         for step in range(inner.steps):
             buffers = self._fresh_buffers(x.shape[0], step)
-            gradients = task_gradients(self.model, inner, fast, buffers, x, y)
+            gradients = engine.gradients(self.model, inner, fast, buffers, x, y)
             self._remember(buffers)
             fast = stepped(fast, gradients, rates, step)
             yield fast
@@ -283,7 +283,7 @@ class MAMLPlusPlus(RatedInnerLoop):
     def _logits(self, fast: Mapping[str, Tensor], x: Tensor, step: int, *, remember: bool = True) -> Tensor:
         """Predictions `[T, B, C]` of weights `[T, *shape]`, with the slow weights where there are none."""
         buffers = self._fresh_buffers(x.shape[0], max(step, 0))
-        logits = task_predictions(self.model, fast, buffers, x)
+        logits = module_engine(self.model, self._inner(), x).predictions(self.model, fast, buffers, x)
         if remember:
             self._remember(buffers)
         return logits

@@ -3,7 +3,7 @@
 from ._base import Engine, InnerLoop
 from ._exact import gradients_per_task, twice_differentiable
 from ._losses import Loss, as_loss
-from .select import ENGINES, choose, explain
+from .select import ENGINES, choose, explain, module_engine
 
 __all__ = [
     "ENGINES",
@@ -14,5 +14,6 @@ __all__ = [
     "choose",
     "explain",
     "gradients_per_task",
+    "module_engine",
     "twice_differentiable",
 ]

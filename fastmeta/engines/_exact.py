@@ -55,7 +55,7 @@ def gradients_per_task(task_loss: Callable, in_dims=0, *, second_order: bool) ->
     @outside_inference_mode
     def computed(*args):
         # grad() computes inside whatever the mode outside; without second order only the result stays off the graph
-        exact = twice_differentiable() if second_order else recurrent_written_out()
+        exact = twice_differentiable() if second_order else mappable()
         with torch.set_grad_enabled(second_order), exact:
             return gradients(*args)
 
@@ -71,9 +71,9 @@ class _Rewritten(TorchFunctionMode):
         return self.functions.get(func, func)(*args, **(kwargs or {}))
 
 
-def recurrent_written_out() -> TorchFunctionMode:
-    """While active, recurrent layers run in a form that can be mapped over tasks and differentiated twice."""
-    return _Rewritten(WRITTEN_OUT)
+def mappable() -> TorchFunctionMode:
+    """While active, recurrent layers and embeddings run in a form that can be mapped over tasks."""
+    return _Rewritten(_MAPPABLE)
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
@@ -104,10 +104,22 @@ def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn
     return _affine(F.layer_norm(input, normalized_shape, None, None, eps), weight, bias, tuple(normalized_shape))
 
 
+def _embedding(
+    input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
+) -> Tensor:
+    found = F.embedding(input, weight, None, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if padding_idx is None:
+        return found
+    # mapped, torch forgets that the padding's row gets no gradient
+    padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
+    return torch.where(padding, found.detach(), found)
+
+
+_MAPPABLE = {**WRITTEN_OUT, F.embedding: _embedding}
 _REWRITTEN = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
-    **WRITTEN_OUT,
+    **_MAPPABLE,
 }

@@ -244,12 +244,15 @@ def _traced_steps(model: nn.Module, named: dict[str, nn.Parameter]) -> Iterator[
     arguments = _python_inspect.signature(model.forward).parameters
     if len(arguments) != 1:
         raise _Refused(f"{type(model).__name__}.forward takes {len(arguments)} arguments, not one")
+    buffer = next((name for name, _ in model.named_buffers()), None)
     for name, layer in model.named_modules():
         # Named before tracing: "has dropout" helps more than "a branch could not be traced".
         if isinstance(layer, nn.modules.dropout._DropoutNd):
             raise _Refused(f"layer {name!r} is {type(layer).__name__}: random layers need the module itself")
         if isinstance(layer, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)):
             raise _Refused(f"layer {name!r} is {type(layer).__name__}: norms have no explicit formula")
+    if buffer is not None:
+        raise _Refused(f"it has buffers ({buffer!r}), which running it may change")
     graph = fx.Graph()
     tracer = _Tracer(graph)
     before = [(name, layer, layer.__dict__.copy()) for name, layer in model.named_modules()]

@@ -2,94 +2,73 @@
 
 What it gives is the definition of right for every other engine. The module runs as it is: its hooks see ordinary
 tensors of one task; checkpointed blocks, `autograd.Function`s of a user's own and masks that depend on the data are all
-allowed. Its buffers are copied for each run, as in the vmap engine, and what `forward` writes into them is dropped.
+allowed. Buffers are as in the vmap engine: each task has its own copy, and what `forward` writes into it is dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
-from ._base import InnerLoop, Parameters, is_shared
-from ._exact import outside_inference_mode
-from .vmap import check_statistics
+from ._exact import outside_inference_mode, mappable
+from .vmap import VmapEngine
 
 
-class LoopEngine:
+class LoopEngine(VmapEngine):
     """Plain autograd, one task after the other: whatever PyTorch can differentiate."""
 
     name = "loop"
 
-    def why_not(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
-        return None
+    def mapped(self, function: Callable, in_dims: tuple) -> Callable:
+        def run(*args):
+            if not len(args[-1]):
+                raise ValueError("there are no tasks, and what this model predicts is not known without one")
+            return torch.stack([function(*_of_task(args, in_dims, task)) for task in range(len(args[-1]))])
 
-    def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
-        return None
+        return run
 
-    def adapt(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
-        slow = dict(model.named_parameters())
-        tasks = [_steps(model, inner, slow, *task) for task in zip(support_x, support_y, strict=True)]
-        changed = {name for weights in tasks for name, w in weights.items() if w is not slow[name]}
-        return {n: torch.stack([w[n] for w in tasks]) if n in changed else p for n, p in slow.items()}
+    def gradients_per_task(self, function: Callable, in_dims: tuple, *, second_order: bool) -> Callable:
+        @outside_inference_mode
+        def run(*args):
+            found = [_gradient(function, _of_task(args, in_dims, task), second_order) for task in range(len(args[-1]))]
+            if not found:
+                return pytree.tree_map(lambda w: w.new_zeros(0, *w.shape), args[0])
+            return pytree.tree_map(lambda *of_tasks: torch.stack(of_tasks), *found)
 
-    def query(
-        self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
-    ) -> Tensor:
-        slow, predictions = dict(model.named_parameters()), []
-        for x, y, qx in zip(support_x, support_y, query_x, strict=True):
-            predictions.append(_call(model, _steps(model, inner, slow, x, y), qx))
-        return torch.stack(predictions)
-
-    def predict(self, model: nn.Module, weights: Parameters, x: Tensor) -> Tensor:
-        slow = dict(model.named_parameters())
-        shared = {name: w for name, w in weights.items() if is_shared(w, slow[name])}
-        own = {name: w for name, w in weights.items() if name not in shared}
-        return torch.stack([_call(model, shared | {n: w[t] for n, w in own.items()}, rows) for t, rows in enumerate(x)])
+        return run
 
 
-def _call(model: nn.Module, weights: Parameters, x: Tensor) -> Tensor:
-    check_statistics(model)
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    return functional_call(model, (dict(weights), buffers), (x,))
+def _of_task(args: tuple, in_dims: tuple, task: int) -> list:
+    return [_part(arg, dim, task) for arg, dim in zip(args, in_dims, strict=True)]
 
 
-@outside_inference_mode
-def _steps(model: nn.Module, inner: InnerLoop, slow: Parameters, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """One task's weights by name; those that no step has changed are the slow ones themselves."""
-    second_order = torch.is_grad_enabled() and not inner.first_order
-    weights = dict(slow)
-    for _ in range(inner.steps):
-        fast = {n: w for n, w in weights.items() if slow[n].requires_grad}
-        if not second_order:
-            fast = {n: w.detach().requires_grad_() for n, w in fast.items()}
-        gradients = _gradient(model, inner, weights | fast, fast, x, y, second_order)
-        for name, gradient in gradients.items():
-            weights[name] = weights[name] - inner.lr * gradient
-    return weights
+def _part(arg, dim: int | dict | None, task: int):
+    if isinstance(arg, dict):
+        return {key: _part(value, dim[key] if isinstance(dim, dict) else dim, task) for key, value in arg.items()}
+    return arg if dim is None else arg[task]
 
 
-def _gradient(
-    model: nn.Module, inner: InnerLoop, weights: Parameters, fast: Parameters, x: Tensor, y: Tensor, second_order: bool
-) -> dict[str, Tensor]:
-    """Of one task's support loss, for those of `fast` that the loss depends on."""
-    with torch.enable_grad(), _twice_differentiable(model) if second_order else nullcontext():
-        prediction = _call(model, weights, x)
-        inner.loss.check((1, *prediction.shape), y.unsqueeze(0), "support_y")
-        loss = inner.loss.one_task(prediction, y)
-        if not loss.requires_grad or not fast:
-            return {}
-        found = torch.autograd.grad(loss, list(fast.values()), create_graph=second_order, allow_unused=True)
-    return {name: gradient for name, gradient in zip(fast, found, strict=True) if gradient is not None}
+def _gradient(function: Callable, args: list, second_order: bool):
+    """The gradient of one task's loss for the first argument, zeros where the loss does not depend on it."""
+    leaves, structure = pytree.tree_flatten(args[0])
+    if not second_order:
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    exact = _twice_differentiable(any(leaf.is_cuda for leaf in leaves)) if second_order else nullcontext()
+    with torch.enable_grad(), exact:
+        loss = function(pytree.tree_unflatten(leaves, structure), *args[1:])
+        wanted = [leaf for leaf in leaves if leaf.requires_grad] if loss.requires_grad else []
+        options = {"create_graph": second_order, "materialize_grads": True}
+        found = iter(torch.autograd.grad(loss, wanted, **options) if wanted else ())
+    gradients = [next(found) if wanted and leaf.requires_grad else torch.zeros_like(leaf) for leaf in leaves]
+    return pytree.tree_unflatten(gradients, structure)
 
 
 @contextmanager
-def _twice_differentiable(model: nn.Module) -> Iterator[None]:
+def _twice_differentiable(cuda: bool) -> Iterator[None]:
     """Fused attention has no second derivative, nor have cuDNN's recurrent layers; their plain forms have."""
-    recurrent = any(isinstance(layer, nn.RNNBase) for layer in model.modules())
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
+    with sdpa_kernel(SDPBackend.MATH), mappable() if cuda else nullcontext():
         yield

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from ._base import InnerLoop, Parameters
-from ._exact import outside_inference_mode, twice_differentiable
+from ._exact import mappable, outside_inference_mode, twice_differentiable
 from ._linears import Answer, LowRank, Mapped
 from ._trace import PathChanged, Trace, Use, forget, give_up, is_part, traced
 from .vmap import VmapEngine, buffers_per_task
@@ -181,7 +181,7 @@ def _run(
     )
     # The query set needs one derivative only; but of attention, the plain form is also the one that vmap does not run
     # task by task.
-    with sdpa_kernel(SDPBackend.MATH) if uses is None else twice_differentiable():
+    with sdpa_kernel(SDPBackend.MATH), mappable() if uses is None else twice_differentiable():
         return vmap(one_task, randomness="different")(fast, mapped, buffers_per_task(model, x.shape[0]), x)
 
 

@@ -24,8 +24,8 @@ def choose(
 ) -> Engine:
     """The engine called `name`, or for `"auto"` the first that can serve and expects to be fastest.
 
-    With `support_y`, one that maps the module over tasks is tried first, once for a module and a size, and is taken if
-    it agrees with plain autograd.
+    One that maps the module over tasks is tried first, once for a module and a size, and is taken if it agrees with
+    plain autograd; without `support_y` in its predictions alone.
 
     An engine asked for by name is never replaced by another: if it cannot serve, ValueError says why.
     """
@@ -38,19 +38,28 @@ def choose(
     return ENGINES[name]
 
 
+def module_engine(model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None = None) -> VmapEngine:
+    """The engine that runs the module itself, whatever its layers: mapped over tasks, or one task after the other where
+    `choose("auto", ...)` would not map it."""
+    engine = ENGINES["vmap"]
+    if _why_not_mapped(engine, model, inner, x) is None and why_not_trusted(engine, model, inner, x, y) is None:
+        return engine
+    return ENGINES["loop"]
+
+
 def _automatic(model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> str:
     for name, engine in ENGINES.items():
         if engine.why_not(model, inner, x) is not None or engine.why_slow(model, inner, x) is not None:
             continue
         if _why_not_mapped(engine, model, inner, x) is None:
-            if y is None or not _maps(engine, model, inner, x) or why_not_trusted(engine, model, inner, x, y) is None:
+            if not _maps(engine, model, inner, x) or why_not_trusted(engine, model, inner, x, y) is None:
                 return name
     raise AssertionError("the last engine serves everything")
 
 
 def _maps(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor) -> bool:
     """Whether the engine runs the module itself under `torch.func`."""
-    return engine.name == "vmap" or engine.name == "lowrank" and why_no_formulas(model, inner, x) is not None
+    return engine.name == "vmap" or engine.name == "lowrank" and why_no_formulas(model, x) is not None
 
 
 def _why_not_mapped(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor) -> str | None:
@@ -101,6 +110,6 @@ def explain(
 
 def _why_passed_over(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> str:
     reason = engine.why_slow(model, inner, x) or _why_not_mapped(engine, model, inner, x)
-    if reason is None and y is not None and _maps(engine, model, inner, x):
+    if reason is None and _maps(engine, model, inner, x):
         reason = why_not_trusted(engine, model, inner, x, y)
     return reason or "a more general engine"

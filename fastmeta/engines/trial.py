@@ -25,9 +25,9 @@ _CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _known: WeakKeyDictionary[nn.Module, dict[tuple, str | None]] = WeakKeyDictionary()
 
 
-def why_not_trusted(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor) -> str | None:
+def why_not_trusted(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> str | None:
     """None if `engine` does with `model` what plain autograd does, else why not; remembered by the module's layers and
-    the kind of batch. Warns once where it does not."""
+    the kind of batch. Without targets `y` only predictions are tried. Warns once where they differ."""
     if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling() or not len(x):
         return None
     found = _known.setdefault(model, {})
@@ -35,7 +35,7 @@ def why_not_trusted(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tenso
     if key not in found:
         if len(found) >= _MOST:
             found.clear()
-        found[key] = reason = _tried(engine, model, inner, x[:1], y[:1])
+        found[key] = reason = _tried(engine, model, inner, x[:1], None if y is None else y[:1])
         if reason is not None:
             warnings.warn(
                 f"tasks run one after the other (engine 'loop'), since engine {engine.name!r} cannot follow the model: "
@@ -45,15 +45,16 @@ def why_not_trusted(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tenso
     return found[key]
 
 
-def _key(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor) -> tuple:
+def _key(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> tuple:
     layers = tuple((layer, layer.training) for layer in model.modules() if layer is not model)
     adapted = tuple(p.requires_grad for p in model.parameters())
     of_model = (engine.name, model.training, layers, adapted, inner.loss, inner.first_order, min(inner.steps, 1))
-    return (*of_model, x.shape[1:], y.shape[1:], x.dtype, x.device, torch.is_grad_enabled())
+    of_targets = None if y is None else (y.shape[1:], y.dtype)
+    return (*of_model, x.shape[1:], of_targets, x.dtype, x.device, torch.is_grad_enabled())
 
 
-def _tried(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor) -> str | None:
-    inner = inner._replace(steps=min(inner.steps, 1))
+def _tried(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> str | None:
+    inner = inner._replace(steps=min(inner.steps, 1), lr=0.1)  # a rate at which a missing term shows
     devices = [x.device] if x.is_cuda else []
     try:
         with torch.random.fork_rng(devices):  # random layers must not find other numbers because of this
@@ -76,8 +77,10 @@ def _tried(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Ten
     return "its gradients are not those of plain autograd"
 
 
-def _values(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor) -> list[Tensor]:
-    """The loss on the same rows after a step, and its gradients."""
+def _values(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> list[Tensor]:
+    """The loss on the same rows after a step, and its gradients; or predictions alone."""
+    if y is None:
+        return [engine.predict(model, dict(model.named_parameters()), x.detach()).detach()]
     x, y = x.detach(), y.detach()
     prediction = engine.query(model, inner, x, y, x)
     loss = inner.loss.per_task(prediction, y).sum()

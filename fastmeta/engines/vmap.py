@@ -12,6 +12,8 @@ certain to be a mistake, and is refused.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -19,7 +21,7 @@ from torch.func import functional_call, vmap
 from fastmeta import functional
 
 from ._base import InnerLoop, Parameters, is_shared
-from ._exact import gradients_per_task, recurrent_written_out
+from ._exact import gradients_per_task, mappable
 
 
 class VmapEngine:
@@ -38,7 +40,7 @@ class VmapEngine:
         fast = {name: p for name, p in slow.items() if p.requires_grad}
         for _ in range(inner.steps):
             buffers = buffers_per_task(model, support_x.shape[0])
-            gradients = task_gradients(model, inner, fast, buffers, support_x, support_y)
+            gradients = self.gradients(model, inner, fast, buffers, support_x, support_y)
             fast = functional.fast_weight_update(fast, gradients, inner.lr)
         return slow | fast
 
@@ -48,43 +50,60 @@ class VmapEngine:
         return self.predict(model, self.adapt(model, inner, support_x, support_y), query_x)
 
     def predict(self, model: nn.Module, weights: Parameters, x: Tensor) -> Tensor:
-        return task_predictions(model, weights, buffers_per_task(model, x.shape[0]), x)
+        return self.predictions(model, weights, buffers_per_task(model, x.shape[0]), x)
+
+    def predictions(self, model: nn.Module, weights: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
+        """Predictions `[T, B, C]` for `x` `[T, B, ...]` under `weights` by name, `[T, *shape]` or shared by the tasks,
+        and the slow weights where there are none. `buffers` `[T, ...]` are written into, as the module writes into its
+        own."""
+        slow = dict(model.named_parameters())
+        weights = slow | dict(weights)
+
+        def task_predict(weights, buffers, x):
+            return functional_call(model, (weights, buffers), (x,))
+
+        return self.mapped(task_predict, (_axes(weights, slow), 0, 0))(weights, dict(buffers), x)
+
+    def gradients(
+        self, model: nn.Module, inner: InnerLoop, fast: Parameters, buffers: Parameters, x: Tensor, y: Tensor
+    ) -> dict[str, Tensor]:
+        """Gradient `[T, *shape]` of every task's loss for the parameters in `fast`, `[T, *shape]` or shared by the
+        tasks. `buffers` as in `predictions`."""
+        slow = dict(model.named_parameters())
+        shared = {name: w for name, w in slow.items() if name not in fast}
+
+        def task_loss(fast, shared, buffers, x, y):
+            prediction = functional_call(model, (fast, shared, buffers), (x,))
+            inner.loss.check((1, *prediction.shape), y.unsqueeze(0), "support_y")
+            return inner.loss.one_task(prediction, y)
+
+        second_order = torch.is_grad_enabled() and not inner.first_order
+        axes = (_axes(fast, slow), None, 0, 0, 0)
+        gradients = self.gradients_per_task(task_loss, axes, second_order=second_order)
+        return gradients(dict(fast), shared, dict(buffers), x, y)
+
+    def mapped(self, function: Callable, in_dims: tuple) -> Callable:
+        """`function` of one task for all of them: arguments have a leading `T` where `in_dims` says 0 (of a dict, for
+        each name), and are shared where it says None."""
+        run = vmap(function, in_dims=in_dims, randomness="different")
+
+        def written_out(*args):
+            with mappable():
+                return run(*args)
+
+        return written_out
+
+    def gradients_per_task(self, function: Callable, in_dims: tuple, *, second_order: bool) -> Callable:
+        """As `mapped`, the gradient of `function` for its first argument, exact to the second order if that is
+        wanted."""
+        return gradients_per_task(function, in_dims, second_order=second_order)
 
 
-def task_predictions(model: nn.Module, weights: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
-    """Predictions `[T, B, C]` for `x` `[T, B, ...]` under `weights` by name, `[T, *shape]` or shared by the tasks, and
-    the slow weights where there are none. `buffers` `[T, ...]` are written into, as the module writes into its own."""
-    slow = dict(model.named_parameters())
-    fast = {name: w for name, w in weights.items() if not is_shared(w, slow[name])}
-    shared = {name: w for name, w in (slow | dict(weights)).items() if name not in fast}
-
-    def task_predict(fast, shared, buffers, x):
-        return functional_call(model, (fast, shared, buffers), (x,))
-
-    with recurrent_written_out():
-        return vmap(task_predict, in_dims=(0, None, 0, 0), randomness="different")(fast, shared, dict(buffers), x)
+def _axes(weights: Parameters, slow: Parameters) -> dict[str, int | None]:
+    return {name: None if is_shared(w, slow[name]) else 0 for name, w in weights.items()}
 
 
-def task_gradients(
-    model: nn.Module, inner: InnerLoop, fast: Parameters, buffers: Parameters, x: Tensor, y: Tensor
-) -> dict[str, Tensor]:
-    """Gradient `[T, *shape]` of every task's loss for the parameters in `fast`, `[T, *shape]` or shared by the tasks.
-    `buffers` as in `task_predictions`."""
-    slow = dict(model.named_parameters())
-    shared = {name: w for name, w in slow.items() if name not in fast}
-
-    def task_loss(fast, shared, buffers, x, y):
-        prediction = functional_call(model, (fast, shared, buffers), (x,))
-        inner.loss.check((1, *prediction.shape), y.unsqueeze(0), "support_y")
-        return inner.loss.one_task(prediction, y)
-
-    axes = {name: None if is_shared(w, slow[name]) else 0 for name, w in fast.items()}
-    second_order = torch.is_grad_enabled() and not inner.first_order
-    gradient = gradients_per_task(task_loss, (axes, None, 0, 0, 0), second_order=second_order)
-    return gradient(dict(fast), shared, dict(buffers), x, y)
-
-
-def check_statistics(model: nn.Module) -> None:
+def _check_statistics(model: nn.Module) -> None:
     """Raises ValueError for a batch norm in eval mode whose running statistics have never been updated."""
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.modules.batchnorm._BatchNorm) or layer.training or layer.running_mean is None:
@@ -99,6 +118,6 @@ def check_statistics(model: nn.Module) -> None:
 
 def buffers_per_task(model: nn.Module, num_tasks: int) -> dict[str, Tensor]:
     """A copy `[T, ...]` of the module's buffers for each task."""
-    check_statistics(model)
+    _check_statistics(model)
     # repeat, not expand: forward may write into them
     return {name: b.unsqueeze(0).repeat(num_tasks, *[1] * b.dim()) for name, b in model.named_buffers()}
