@@ -55,15 +55,14 @@ def _part(arg, dim: int | dict | None, task: int):
 def _gradient(function: Callable, args: list, second_order: bool):
     """The gradient of one task's loss for the first argument, zeros where the loss does not depend on it."""
     leaves, structure = pytree.tree_flatten(args[0])
-    if not second_order:
-        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    # what has no graph behind it is differentiated for all the same
+    leaves = [leaf if second_order and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
     exact = _twice_differentiable(any(leaf.is_cuda for leaf in leaves)) if second_order else nullcontext()
     with torch.enable_grad(), exact:
         loss = function(pytree.tree_unflatten(leaves, structure), *args[1:])
-        wanted = [leaf for leaf in leaves if leaf.requires_grad] if loss.requires_grad else []
-        options = {"create_graph": second_order, "materialize_grads": True}
-        found = iter(torch.autograd.grad(loss, wanted, **options) if wanted else ())
-    gradients = [next(found) if wanted and leaf.requires_grad else torch.zeros_like(leaf) for leaf in leaves]
+        if not (loss.requires_grad and leaves):
+            return pytree.tree_map(torch.zeros_like, args[0])
+        gradients = torch.autograd.grad(loss, leaves, create_graph=second_order, materialize_grads=True)
     return pytree.tree_unflatten(gradients, structure)
 
 
