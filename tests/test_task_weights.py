@@ -8,10 +8,11 @@ import torch
 from conftest import DEVICE
 from test_ops import BACKENDS, require
 
-from fastmeta import use_backend
+from fastmeta import MAML, ProtoNet, TaskBatch, algorithms, use_backend
 from fastmeta.dispatch import backends, native
 from fastmeta.dispatch.spec import REGISTRY, Make
 from fastmeta.functional import contrastive_loss, meta_loss_mlp, prototypical_loss
+from fastmeta.nn import mlp
 from fastmeta.ops import _inner_loop
 from fastmeta.ops.contrastive_loss import _embeddings
 from fastmeta.ops.prototypical_loss import _inputs
@@ -251,3 +252,63 @@ def test_under_autocast_and_in_half_precision():
             torch.testing.assert_close(loss, weights.float() * function(None, *leaves))
     function, leaves = public("meta_loss_mlp", make)
     assert function(weights, *leaves).dtype == torch.float32
+
+
+LEARNERS = {
+    "maml": lambda: MAML(mlp((4, 6, 3)), inner_lr=0.2, inner_steps=2),
+    "maml in chunks": lambda: MAML(mlp((4, 6, 3)), inner_lr=0.2, task_chunk=2),
+    "maml, task after task": lambda: MAML(mlp((4, 6, 3)), inner_lr=0.2, engine="loop"),
+    "maml, low rank": lambda: MAML(mlp((4, 6, 3)), inner_lr=0.2, engine="lowrank"),
+    "metasgd": lambda: algorithms.MetaSGD(mlp((4, 6, 3))),
+    "anil": lambda: algorithms.ANIL(mlp((4, 6, 3)), inner_lr=0.2),
+    "maml++": lambda: algorithms.MAMLPlusPlus(mlp((4, 6, 3)), inner_lr=0.2, inner_steps=2, multi_step_iterations=0),
+    "cavia": lambda: algorithms.CAVIA(mlp((6, 6, 3)), 2, inner_lr=0.5),
+    "protonet": lambda: ProtoNet(mlp((4, 6, 5)), ways=3),
+    "ridge": lambda: algorithms.RidgeHead(mlp((4, 6, 5)), ways=3),
+    "contrastive": lambda: algorithms.Contrastive(mlp((4, 6, 5)), None, ways=3),
+    "caml-modulation": lambda: algorithms.ModulationCAML(
+        mlp((4, 6, 5)), algorithms.FiLMMLP(10, [4, 6, 5]), ways=3
+    ),
+    "imaml": lambda: algorithms.ImplicitMAML(mlp((4, 6, 3)), inner_steps=3, cg_steps=40),
+    "reptile": lambda: algorithms.Reptile(mlp((4, 6, 3)), optimizer="sgd", inner_steps=2, batch_size=None),
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_learners(name):
+    """The gradient of the weighted mean is that of the tasks one by one."""
+    torch.manual_seed(0)
+    learner, make = LEARNERS[name]().double(), Make(torch.float64, "cpu", 1)
+    labels = make.balanced_labels(5, 3, 2)
+    batch = TaskBatch(make.normal(5, 6, 4), labels, make.normal(5, 6, 4), labels)
+    weights = torch.tensor([0.3, 2.0, 0.0, -1.0, 1.5], dtype=torch.float64)
+    parameters = [p for p in learner.parameters() if p.requires_grad]
+
+    def gradients(batch, weights=None):
+        output = learner(batch, weights)
+        return output, torch.autograd.grad(output.loss, parameters, allow_unused=True, materialize_grads=True)
+
+    output, found = gradients(batch, weights)
+    torch.testing.assert_close(output.loss, (weights * output.task_loss).mean())
+    if name != "maml in chunks":
+        torch.testing.assert_close(output.task_loss, learner(batch).task_loss)
+    right = [torch.zeros_like(p) for p in parameters]
+    # an encoder's and a rule's tasks do not meet in these learners, so each can be run alone
+    for task, weight in enumerate(weights.tolist()):
+        _, own = gradients(TaskBatch(*(part[task : task + 1] for part in batch)))
+        right = [r + weight / len(weights) * g for r, g in zip(right, own, strict=True)]
+    torch.testing.assert_close(list(found), right)
+    if isinstance(learner, MAML):
+        direct, named = learner.gradients(batch, weights)
+        torch.testing.assert_close(direct.loss, output.loss.detach())
+        torch.testing.assert_close(list(named.values()), right)
+
+
+def test_learners_refuse_other_weights():
+    learner, make = LEARNERS["maml"]().double(), Make(torch.float64, "cpu", 1)
+    labels = make.balanced_labels(5, 3, 2)
+    batch = TaskBatch(make.normal(5, 6, 4), labels, make.normal(5, 6, 4), labels)
+    with pytest.raises(ValueError, match=r"weights has T = 4 \(shape \[4\]\), but support_x has 5"):
+        learner(batch, torch.ones(4))
+    with pytest.raises(TypeError, match="weights must be a tensor"):
+        learner.gradients(batch, [1.0] * 5)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fastmeta.functional import checks
+
 if TYPE_CHECKING:
     from ..tasks import TaskBatch
 
@@ -53,6 +55,14 @@ def check_batch(batch: TaskBatch) -> None:
     check_pair("query_x", query_x, "query_y", query_y)
     if support_x.shape[0] != query_x.shape[0]:
         raise ValueError(f"support_x has {support_x.shape[0]} tasks, query_x has {query_x.shape[0]}")
+
+
+def check_weights(weights: Tensor | None, batch: TaskBatch) -> None:
+    """Raise TypeError or ValueError unless `weights` is None or holds a number for each task."""
+    if weights is None:
+        return
+    checks.task_weights("weights", weights, "support_x", batch[0])
+    checks.same_device("weights", weights, "support_x", batch[0])
 
 
 def check_width(features: Tensor, width: int) -> None:

@@ -13,20 +13,26 @@ import torch
 from torch import Tensor
 
 from ._known_gradients import with_gradients
-from .output import MetaOutput, detached, over_tasks
+from .output import MetaOutput, detached, over_tasks, weighted
 
 
 def chunked_loss(
-    run: Callable[..., MetaOutput], batch: Sequence[Tensor], size: int, parameters: list[Tensor]
+    run: Callable[..., MetaOutput],
+    batch: Sequence[Tensor],
+    weights: Tensor | None,
+    size: int,
+    parameters: list[Tensor],
 ) -> MetaOutput:
-    """`run(*batch)`, `size` tasks at a time. `task_loss` and `logits` come back detached."""
+    """`run(*batch, weights)`, `size` tasks at a time. `task_loss` and `logits` come back detached."""
     differentiable = torch.is_grad_enabled() and bool(parameters)
-    if differentiable and any(tensor.requires_grad for tensor in batch):
+    if differentiable and any(tensor is not None and tensor.requires_grad for tensor in (*batch, weights)):
         raise ValueError("task_chunk: inputs that require gradients are not supported, use task_chunk=None")
     num_tasks = batch[0].shape[0]
     outputs: list[MetaOutput] = []
     gradients: list[Tensor | None] = [None] * len(parameters)
-    for chunk in zip(*(tensor.split(size) for tensor in batch), strict=True):
+    of_tasks = [tensor.split(size) for tensor in batch]
+    of_tasks.append([None] * len(of_tasks[0]) if weights is None else weights.split(size))
+    for chunk in zip(*of_tasks, strict=True):
         output = run(*chunk)
         if differentiable and output.loss.requires_grad:
             share = output.loss * (len(output.task_loss) / num_tasks)
@@ -40,7 +46,7 @@ def chunked_loss(
         parts = [getattr(output, field) for output in outputs]
         return None if parts[0] is None else torch.cat(parts)
 
-    output = over_tasks(join("task_loss"), join("accuracy"), join("logits"))
+    output = weighted(over_tasks(join("task_loss"), join("accuracy"), join("logits")), weights)
     if not differentiable:
         return output
     return output._replace(loss=with_gradients(output.loss, gradients, parameters))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fastmeta.dispatch.labels import label_range
 from fastmeta.functional import checks
 
-from ._arguments import check_size, check_tasks
+from ._arguments import check_size, check_tasks, check_weights
 from ._targets import check_labels, check_targets, cross_entropy
-from .output import MetaOutput, classified, over_tasks
+from .output import MetaOutput, classified, over_tasks, weighted
 
 if TYPE_CHECKING:
     from ..tasks import TaskBatch
@@ -46,8 +46,14 @@ class EmbeddingLearner(nn.Module):
         check_tasks(features, self._num_tasks(state))
         return self._score(state, features)
 
-    def forward(self, batch: TaskBatch) -> MetaOutput:
-        """Fit to every task's support set and judge on its query set."""
+    def forward(self, batch: TaskBatch, weights: Tensor | None = None) -> MetaOutput:
+        """Fit to every task's support set and judge on its query set. With `weights` `[T]` each task's loss counts that
+        often in `loss`, which stays a mean over `T`; they may require gradients."""
+        check_weights(weights, batch)
+        return weighted(self._all_tasks(batch), weights)
+
+    def _all_tasks(self, batch: TaskBatch) -> MetaOutput:
+        """`forward` from the examples on."""
         support_x, support_y, query_x, query_y = batch
         self._check_examples(support_x, query_x)
         features = self._encode("support_x", torch.cat([support_x, query_x], 1))

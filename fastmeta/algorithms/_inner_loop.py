@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engines import Engine, InnerLoop, as_loss, choose
-from ._arguments import check_batch, check_count, check_pair, check_size, check_tasks
+from ._arguments import check_batch, check_count, check_pair, check_size, check_tasks, check_weights
 from ._chunks import chunked_loss
 from .fast_weights import FastWeights
 from .output import MetaOutput
@@ -55,14 +55,15 @@ class InnerLoopAlgorithm(nn.Module):
         check_tasks(query_x, len(state))
         return self._predicted(state.weights, query_x)
 
-    def forward(self, batch: TaskBatch) -> MetaOutput:
-        """Adapt to every task's support set and judge on its query set."""
+    def forward(self, batch: TaskBatch, weights: Tensor | None = None) -> MetaOutput:
+        """Adapt to every task's support set and judge on its query set. With `weights` `[T]` each task's loss counts
+        that often in `loss`, which stays a mean over `T`; they may require gradients."""
         check_batch(batch)
-        if self._in_turn(batch):
-            return chunked_loss(self._tasks, batch, 1, [p for p in self.parameters() if p.requires_grad])
-        if self._in_chunks(batch):
-            return chunked_loss(self._tasks, batch, self.task_chunk, [p for p in self.parameters() if p.requires_grad])
-        return self._tasks(*batch)
+        check_weights(weights, batch)
+        chunk = 1 if self._in_turn(batch, weights) else self.task_chunk if self._in_chunks(batch) else None
+        if chunk is None:
+            return self._tasks(*batch, weights)
+        return chunked_loss(self._tasks, batch, weights, chunk, [p for p in self.parameters() if p.requires_grad])
 
     def extra_repr(self) -> str:
         return (
@@ -74,7 +75,9 @@ class InnerLoopAlgorithm(nn.Module):
         """Weights by name after the loop, `[T, *shape]`, or `[*shape]` if the tasks share them, as they do the rest."""
         raise NotImplementedError
 
-    def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
+    def _tasks(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, weights: Tensor | None
+    ) -> MetaOutput:
         """`forward` of one chunk."""
         raise NotImplementedError
 
@@ -93,11 +96,11 @@ class InnerLoopAlgorithm(nn.Module):
         """Whether these tasks run in plain autograd, which has to hold a graph for each."""
         return False
 
-    def _in_turn(self, batch: TaskBatch) -> bool:
+    def _in_turn(self, batch: TaskBatch, weights: Tensor | None) -> bool:
         """Whether each task's part of the meta-gradient is taken as soon as it is run: the memory of one task."""
         if len(batch[0]) < 2 or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return False
-        if any(t.requires_grad for t in batch):  # their gradients go through `backward`
+        if any(t is not None and t.requires_grad for t in (*batch, weights)):  # their gradients go through `backward`
             return False
         return self._one_at_a_time(self._inner(batch[1], batch[3]), batch[0], batch[1])
 

@@ -15,7 +15,7 @@ from ._encoder import encode, split
 from ._fused import fused_loop
 from ._inner_loop import InnerLoopAlgorithm
 from ._rates import Rates, stepped
-from .output import MetaOutput, judged
+from .output import MetaOutput, judged, weighted
 
 
 class RatedInnerLoop(InnerLoopAlgorithm):
@@ -36,7 +36,9 @@ class RatedInnerLoop(InnerLoopAlgorithm):
         fast = loop.adapted(dict(tail.named_parameters()), support_x, support_y)
         return {name: fast[name] for name in rates}
 
-    def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
+    def _tasks(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, weights: Tensor | None
+    ) -> MetaOutput:
         inner, rates = self._inner(support_y, query_y), self._rates()
         encoder, tail = split(self.model, rates)
         support_x, query_x = encode(encoder, support_x, query_x)
@@ -46,9 +48,9 @@ class RatedInnerLoop(InnerLoopAlgorithm):
         if loop is None:
             fast = step_by_step(tail, inner, rates, support_x, support_y)
             engine = module_engine(tail, inner, support_x, support_y)
-            return judged(self.loss, engine.predict(tail, fast, query_x), query_y)
+            return weighted(judged(self.loss, engine.predict(tail, fast, query_x), query_y), weights)
         slow = dict(tail.named_parameters())
-        (task_loss, logits), mean = loop.meta_loss(slow, support_x, support_y, query_x, query_y)
+        (task_loss, logits), mean = loop.meta_loss(slow, support_x, support_y, query_x, query_y, weights)
         return judged(self.loss, logits, query_y, task_loss, mean)
 
     def _one_at_a_time(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> bool:

@@ -94,7 +94,7 @@ class ModulationCAML(EmbeddingLearner):
         features = self._modulated(query_x, self._condition(embeddings, state.metric))
         return -functional.pairwise_distance(features, state.prototypes, self.metric)
 
-    def forward(self, batch) -> MetaOutput:
+    def _all_tasks(self, batch) -> MetaOutput:
         """Mean cross entropy of the query sets, in train mode with that of the metric space; each network runs once."""
         support_x, support_y, query_x, query_y = batch
         self._check_examples(support_x, query_x)

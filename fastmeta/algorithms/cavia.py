@@ -17,7 +17,7 @@ from ..engines.vmap import VmapEngine, buffers_per_task
 from ._arguments import check_count, check_number, check_pair, check_tasks
 from ._gradients import layer_gradients
 from ._inner_loop import InnerLoopAlgorithm
-from .output import MetaOutput, judged
+from .output import MetaOutput, judged, weighted
 
 
 class Context(NamedTuple):
@@ -105,8 +105,11 @@ class CAVIA(InnerLoopAlgorithm):
             f"{super().extra_repr()}"
         )
 
-    def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
-        return judged(self.loss, self.predict(self.adapt(support_x, support_y), query_x), query_y)
+    def _tasks(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, weights: Tensor | None
+    ) -> MetaOutput:
+        output = judged(self.loss, self.predict(self.adapt(support_x, support_y), query_x), query_y)
+        return weighted(output, weights)
 
     def _joined(self, x: Tensor, context: Tensor) -> Tensor:
         """Rows `[T, B, I]` with their task's context behind each, `[T, B, I + P]`."""

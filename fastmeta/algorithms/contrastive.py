@@ -106,12 +106,12 @@ class Contrastive(EmbeddingLearner):
         """Logits `[T, Q, N]`."""
         return super().predict(state, query_x)
 
-    def forward(self, batch: TaskBatch) -> MetaOutput:
+    def _all_tasks(self, batch: TaskBatch) -> MetaOutput:
         """Train mode: NT-Xent of two views, differentiable. Eval mode: loss and accuracy of the query sets, without
         gradient."""
         if not self.training:
             with torch.no_grad():
-                return super().forward(batch)
+                return super()._all_tasks(batch)
         first, second = batch.support_x, batch.query_x
         if first.shape != second.shape:
             raise ValueError(

@@ -16,7 +16,7 @@ from ._arguments import check_count, check_number
 from ._gradients import gradient_of_tasks, mlp_gradients
 from ._inner_loop import InnerLoopAlgorithm, detached_weights
 from ._known_gradients import with_gradients
-from .output import MetaOutput, detached, judged
+from .output import MetaOutput, detached, judged, weighted
 
 
 class ImplicitMAML(InnerLoopAlgorithm):
@@ -79,17 +79,21 @@ class ImplicitMAML(InnerLoopAlgorithm):
         slow, trained = detached_weights(self.model)
         return slow | self._solve(trained, support_x, support_y)
 
-    def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
+    def _tasks(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, weights: Tensor | None
+    ) -> MetaOutput:
         slow, trained = detached_weights(self.model)
         fast = self._solve(trained, support_x, support_y)
         if not torch.is_grad_enabled() or not fast:
-            return judged(self.loss, self._predicted(slow | fast, query_x), query_y)
-        if any(tensor.requires_grad for tensor in (support_x, support_y, query_x, query_y)):
-            raise ValueError("batch: inputs and targets that require gradients get none from implicit MAML")
+            return weighted(judged(self.loss, self._predicted(slow | fast, query_x), query_y), weights)
+        given = (support_x, support_y, query_x, query_y, weights)
+        if any(tensor is not None and tensor.requires_grad for tensor in given):
+            raise ValueError("batch: inputs, targets and weights that require gradients get none from implicit MAML")
         fast = {name: w.requires_grad_() for name, w in fast.items()}
         leaves = list(fast.values())
-        output = judged(self.loss, self._predicted(slow | fast, query_x), query_y)
-        right = torch.autograd.grad(output.task_loss.sum(), leaves)
+        output = weighted(judged(self.loss, self._predicted(slow | fast, query_x), query_y), weights)
+        of_tasks = output.task_loss if weights is None else weights.detach() * output.task_loss
+        right = torch.autograd.grad(of_tasks.sum(), leaves)
         support_gradients = self._gradients(slow, fast, support_x, support_y)
 
         def times_matrix(vector: Tensor) -> Tensor:

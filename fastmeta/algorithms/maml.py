@@ -13,10 +13,10 @@ from ..engines import Engine, InnerLoop, choose, explain
 from ..engines.fused import FusedEngine
 from ..engines.inspect import inspected
 from ..engines.select import check_name
-from ._arguments import check_batch, check_number
+from ._arguments import check_batch, check_number, check_weights
 from ._direct import DirectGradient, direct_gradient
 from ._inner_loop import InnerLoopAlgorithm
-from .output import MetaOutput, detached, judged
+from .output import MetaOutput, detached, judged, weighted
 
 if TYPE_CHECKING:
     from ..tasks import TaskBatch
@@ -70,7 +70,9 @@ class MAML(InnerLoopAlgorithm):
         self.engine = engine
         self._direct: DirectGradient | None = None  # the last one, for the next call
 
-    def gradients(self, batch: TaskBatch) -> tuple[MetaOutput, dict[str, Tensor]]:
+    def gradients(
+        self, batch: TaskBatch, weights: Tensor | None = None
+    ) -> tuple[MetaOutput, dict[str, Tensor]]:
         """What `forward` returns, detached, and the gradient of its loss: `{name: gradient}` for every parameter of
         `named_parameters()` that requires one. Equal to `torch.autograd.grad` of the loss, and for few small tasks much
         faster: where a kernel finds both at once no graph is made. Nothing is added to `parameter.grad`.
@@ -87,9 +89,10 @@ class MAML(InnerLoopAlgorithm):
                     direct = direct_gradient(self.engine, self.model, inner, batch, "model.")
                 self._direct = direct
             if direct is not None:
-                return direct.run(batch)
+                check_weights(weights, batch)
+                return direct.run(batch, weights)
         with torch.enable_grad():
-            output = self(batch)
+            output = self(batch, weights)
         wanted = {name: p for name, p in self.named_parameters() if p.requires_grad}
         found = torch.autograd.grad(output.loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
         return detached(output), dict(zip(wanted, found, strict=True))
@@ -105,16 +108,18 @@ class MAML(InnerLoopAlgorithm):
     def _adapted(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
         return self._engine(inner, support_x, support_y).adapt(self.model, inner, support_x, support_y)
 
-    def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
+    def _tasks(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, weights: Tensor | None
+    ) -> MetaOutput:
         inner = self._inner(support_y, query_y)
         with inspected(self.model):
             engine = self._engine(inner, support_x, support_y)
             if isinstance(engine, FusedEngine):
                 loop, slow = engine.loop(self.model, inner)
-                (task_loss, logits), mean = loop.meta_loss(slow, support_x, support_y, query_x, query_y)
+                (task_loss, logits), mean = loop.meta_loss(slow, support_x, support_y, query_x, query_y, weights)
                 return judged(self.loss, logits, query_y, task_loss, mean)
             logits = engine.query(self.model, inner, support_x, support_y, query_x)
-            return judged(self.loss, logits, query_y)
+            return weighted(judged(self.loss, logits, query_y), weights)
 
     def _engine(self, inner: InnerLoop, x: Tensor, y: Tensor | None = None) -> Engine:
         return choose(self.engine, self.model, inner, x, y)

@@ -17,7 +17,7 @@ from ._fused import fused_loop
 from ._rated_loop import RatedInnerLoop
 from ._rates import Rates, stepped
 from .fast_weights import FastWeights
-from .output import MetaOutput, judged
+from .output import MetaOutput, judged, weighted
 
 if TYPE_CHECKING:
     from ..tasks import TaskBatch
@@ -188,9 +188,9 @@ class MAMLPlusPlus(RatedInnerLoop):
         fast = {name: w for name, w in state.weights.items() if name not in state.shared}
         return self._logits(fast, query_x, self.inner_steps - 1, remember=False)
 
-    def forward(self, batch: TaskBatch) -> MetaOutput:
-        """Adapt to every task's support set and judge on its query set."""
-        output = super().forward(batch)
+    def forward(self, batch: TaskBatch, weights: Tensor | None = None) -> MetaOutput:
+        """As `InnerLoopAlgorithm.forward`; in training the iterations are counted."""
+        output = super().forward(batch, weights)
         if self._trains():
             self.iteration += 1
         return output
@@ -245,12 +245,14 @@ class MAMLPlusPlus(RatedInnerLoop):
             pass
         return fast
 
-    def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
-        inner, rates, weights = self._inner(support_y, query_y), self._rates(), self.step_weights()
+    def _tasks(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, weights: Tensor | None
+    ) -> MetaOutput:
+        inner, rates, shares = self._inner(support_y, query_y), self._rates(), self.step_weights()
         loop = fused_loop(self.model, inner, rates, support_x)
         if loop is not None:
-            if weights is None:
-                return super()._tasks(support_x, support_y, query_x, query_y)
+            if shares is None:
+                return super()._tasks(support_x, support_y, query_x, query_y, weights)
             walk = _fused_walk(loop, self.model, support_x, support_y)
             predict = LayerwiseEngine().predict
         else:
@@ -258,16 +260,16 @@ class MAMLPlusPlus(RatedInnerLoop):
             predict = None
         total, logits = None, None
         for step, fast in enumerate(walk):
-            if weights is None and step < inner.steps - 1:
+            if shares is None and step < inner.steps - 1:
                 continue
             logits = predict(self.model, fast, query_x) if predict else self._logits(fast, query_x, step)
-            if weights is not None:
+            if shares is not None:
                 self.loss.check(logits.shape, query_y, "query_y")
-                value = weights[step] * self.loss.per_task(logits, query_y)
+                value = shares[step] * self.loss.per_task(logits, query_y)
                 total = value if total is None else total + value
         if logits is None:
             logits = self._logits({}, query_x, 0)
-        return judged(self.loss, logits, query_y, total)
+        return weighted(judged(self.loss, logits, query_y, total), weights)
 
     def _walk(self, inner: InnerLoop, rates: Rates, x: Tensor, y: Tensor) -> Iterator[dict[str, Tensor]]:
         """The weights that adapt after each inner step, on any module."""

@@ -94,9 +94,9 @@ class NearestNeighbour(EmbeddingLearner):
         return super().predict(state, query_x)
 
     @torch.no_grad()
-    def forward(self, batch) -> MetaOutput:
+    def forward(self, batch, weights: Tensor | None = None) -> MetaOutput:
         """Loss and accuracy of the query sets; without gradient."""
-        return super().forward(batch)
+        return super().forward(batch, weights)
 
     def extra_repr(self) -> str:
         return (

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 class MetaOutput(NamedTuple):
     """The result of one task batch.
 
-    `loss` is the mean of the query losses over tasks, a differentiable scalar: call `.backward()` on it.
+    `loss` is the mean of the query losses over tasks, each times its weight where `forward` is given weights, a
+    differentiable scalar: call `.backward()` on it.
     `task_loss` `[T]` holds the tasks' own losses, `accuracy` `[T]` their query accuracy (None for
     regression), `logits` `[T, Q, C]` the query predictions (None where a fused loss never forms them).
     """
@@ -49,6 +50,13 @@ def judged(
     if query_y.dtype == torch.int64 and query_y.shape == logits.shape[:-1]:
         return classified(task_loss, logits, query_y, mean=mean)
     return over_tasks(task_loss, logits=logits, mean=mean)
+
+
+def weighted(output: MetaOutput, weights: Tensor | None) -> MetaOutput:
+    """The same with the mean of the tasks' losses times their `weights` `[T]` for its loss."""
+    if weights is None:
+        return output
+    return output._replace(loss=(weights.to(output.task_loss.dtype) * output.task_loss).mean())
 
 
 def detached(output: MetaOutput) -> MetaOutput:

@@ -13,7 +13,7 @@ from ._arguments import check_count, check_number
 from ._gradients import gradient_of_tasks
 from ._inner_loop import InnerLoopAlgorithm, detached_weights
 from ._known_gradients import with_gradients
-from .output import MetaOutput, judged
+from .output import MetaOutput, judged, weighted
 
 OPTIMIZERS = ("sgd", "adam")
 ROWS = ("all", "support")
@@ -101,31 +101,40 @@ class Reptile(InnerLoopAlgorithm):
         slow, trained = detached_weights(self.model)
         return slow | self._train(trained, support_x, support_y)
 
-    def _tasks(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> MetaOutput:
+    def _tasks(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, weights: Tensor | None
+    ) -> MetaOutput:
         """Train on every task; the loss's `backward` leaves the outer step as a gradient."""
         x, y = support_x, support_y
         if self.training and self.train_on == "all":
             x, y = torch.cat([x, query_x], 1), torch.cat([y, query_y], 1)
+        if torch.is_grad_enabled() and weights is not None and weights.requires_grad:
+            raise ValueError("weights: those that require gradients get none from Reptile")
         slow, trained = detached_weights(self.model)
         with torch.no_grad():
-            fast, moved = self._one_by_one(trained, x, y) if self.serial else self._at_once(trained, x, y)
-            output = judged(self.loss, self._predicted(slow | fast, query_x), query_y)
+            run = self._one_by_one if self.serial else self._at_once
+            fast, moved = run(trained, x, y, weights)
+            output = weighted(judged(self.loss, self._predicted(slow | fast, query_x), query_y), weights)
         if not torch.is_grad_enabled() or not trained:
             return output
         named = dict(self.model.named_parameters())
         gradients = [trained[name] - w for name, w in moved.items()]
         return output._replace(loss=with_gradients(output.loss, gradients, [named[name] for name in moved]))
 
-    def _at_once(self, slow: dict[str, Tensor], x: Tensor, y: Tensor):
-        """Fast weights `[T, *shape]`, and where the slow weights are to go."""
+    def _at_once(self, slow: dict[str, Tensor], x: Tensor, y: Tensor, weights: Tensor | None):
+        """Fast weights `[T, *shape]`, and where the slow weights are to go: each task pulls as its weight says."""
         fast = self._train(slow, x, y)
-        return fast, {name: w.mean(0) for name, w in fast.items()}
+        if weights is None:
+            return fast, {name: w.mean(0) for name, w in fast.items()}
+        shares = weights / len(weights)
+        return fast, {n: slow[n] + torch.tensordot(shares.to(w.dtype), w - slow[n], 1) for n, w in fast.items()}
 
-    def _one_by_one(self, slow: dict[str, Tensor], x: Tensor, y: Tensor):
+    def _one_by_one(self, slow: dict[str, Tensor], x: Tensor, y: Tensor, weights: Tensor | None):
         moved, fasts = dict(slow), []
         for task in range(x.shape[0]):
             fasts.append(self._train(moved, x[task : task + 1], y[task : task + 1]))
-            moved = {name: w.lerp(fasts[-1][name][0], self.serial_rate) for name, w in moved.items()}
+            rate = self.serial_rate if weights is None else self.serial_rate * float(weights[task])
+            moved = {name: w.lerp(fasts[-1][name][0], rate) for name, w in moved.items()}
         return {name: torch.cat([fast[name] for fast in fasts]) for name in slow}, moved
 
     @torch.no_grad()

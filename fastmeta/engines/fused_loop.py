@@ -34,11 +34,17 @@ class FusedLoop(NamedTuple):
         return dict(zip(names, (*fast_weights, *fast_biases), strict=True))
 
     def meta_loss(
-        self, slow: Parameters, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+        self,
+        slow: Parameters,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        task_weights: Tensor | None = None,
     ) -> tuple[MetaLoss, Tensor]:
-        """Query loss `[T]` and predictions `[T, Q, C]` in one call; and the mean of the losses."""
+        """Query loss `[T]` and predictions `[T, Q, C]` in one call; and the mean of the losses times `task_weights`."""
         tensors, options = self.arguments(slow, support_x, support_y, query_x, query_y)
-        return mean_meta_loss_mlp(*tensors, **options)
+        return mean_meta_loss_mlp(*tensors, **options, task_weights=task_weights)
 
     def arguments(
         self, slow: Parameters, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor

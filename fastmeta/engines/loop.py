@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from ._exact import outside_inference_mode, mappable
+from ._exact import mappable, outside_inference_mode
 from .vmap import VmapEngine
 
 
