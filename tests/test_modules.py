@@ -8,7 +8,11 @@ from fastmeta.algorithms import MAML
 from fastmeta.tasks import TaskBatch
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}
-pytestmark = pytest.mark.filterwarnings("ignore:tasks run one after the other:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:tasks run one after the other:UserWarning"),
+    # vmap takes weight_norm task by task and says that this is slow: here the gradient counts
+    pytest.mark.filterwarnings("ignore:There is a performance drop.*aten.._weight_norm:UserWarning"),
+]
 
 
 def check(found, right):

@@ -71,9 +71,12 @@ class _Rewritten(TorchFunctionMode):
         return self.functions.get(func, func)(*args, **(kwargs or {}))
 
 
-def mappable() -> TorchFunctionMode:
-    """While active, recurrent layers and embeddings run in a form that can be mapped over tasks."""
-    return _Rewritten(_MAPPABLE)
+@contextmanager
+def mappable() -> Iterator[None]:
+    """While active, recurrent layers, embeddings and attention run in a form that can be mapped over
+    tasks, at once and not one by one."""
+    with sdpa_kernel(SDPBackend.MATH), _Rewritten(_MAPPABLE):
+        yield
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:

@@ -69,5 +69,5 @@ def _gradient(function: Callable, args: list, second_order: bool):
 @contextmanager
 def _twice_differentiable(cuda: bool) -> Iterator[None]:
     """Fused attention has no second derivative, nor have cuDNN's recurrent layers; their plain forms have."""
-    with sdpa_kernel(SDPBackend.MATH), mappable() if cuda else nullcontext():
+    with mappable() if cuda else sdpa_kernel(SDPBackend.MATH):
         yield

@@ -20,7 +20,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from ._base import InnerLoop, Parameters
@@ -181,7 +180,7 @@ def _run(
     )
     # The query set needs one derivative only; but of attention, the plain form is also the one that vmap does not run
     # task by task.
-    with sdpa_kernel(SDPBackend.MATH), mappable() if uses is None else twice_differentiable():
+    with mappable() if uses is None else twice_differentiable():
         return vmap(one_task, randomness="different")(fast, mapped, buffers_per_task(model, x.shape[0]), x)
 
 
