@@ -374,7 +374,6 @@ class _Loop:
 
     def meta_loss_arguments(self, *shared) -> tuple:
         """What the op takes; `shared` are its last arguments, from the loss's name on."""
-        *_, first_order = shared
         x, gram = self.first_layer(self.support_x)
         qx, query_gram = self.first_layer(self.query_x)
         return (x, self.support_y, self.support_weight, qx, self.query_y, self.query_weight, gram, query_gram,
