@@ -29,9 +29,10 @@ $(VENV)/installed: requirements.txt
 	@$(PY) -m pip install --quiet -r requirements.txt
 	@touch $@
 
-# the package and its command are linked once; what is native is then built in place, where ninja knows what changed
+# the package and its command are linked once (what setuptools says of that: build/link.log); what is native is then built in place, where ninja knows what changed
 $(VENV)/linked: $(VENV)/installed setup.py pyproject.toml
-	@FASTMETA_NO_EXT=1 $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@mkdir -p build
+	@FASTMETA_NO_EXT=1 $(PY) -m pip install --no-build-isolation --no-deps --editable . > build/link.log 2>&1 || { cat build/link.log; exit 1; }
 	@touch $@
 
 # compilers tell much: all of it in the log, and on the screen where the build fails
