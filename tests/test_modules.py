@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from module_kinds import KINDS, adapted, make, plain, tasks
+from module_kinds import KINDS, adapted, make, plain, tasks, with_context
 
-from fastmeta.algorithms import MAML
+from fastmeta.algorithms import ANIL, CAVIA, MAML, ImplicitMAML, MAMLPlusPlus, MetaSGD, Reptile
 from fastmeta.tasks import TaskBatch
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}
@@ -40,3 +40,59 @@ def test_maml(kind, steps, first_order):
             check(maml.predict(state, batch.query_x), predictions)
         right = adapted(net, batch.support_x[1], batch.support_y[1], **options)
         check({n: w.detach() for n, w in state[1].items()}, {n: w.detach() for n, w in right.items()})
+
+
+def last_layer(net):
+    """Whether a parameter is of the layer with the last one that is trained."""
+    last = [name for name, p in net.named_parameters() if p.requires_grad][-1].rpartition(".")[0]
+    return lambda name: name.rpartition(".")[0] == last
+
+
+ALGORITHMS = {
+    "anil": lambda net: ANIL(net, adapts=last_layer(net), inner_lr=0.3, inner_steps=2),
+    "metasgd": lambda net: MetaSGD(net, initial_rates=(0.3, 0.3), inner_steps=2),
+    "maml++": lambda net: MAMLPlusPlus(
+        net, inner_lr=0.3, inner_steps=2, multi_step_iterations=0, batch_norm_per_step=False, adapt_norms=True
+    ),
+    "imaml": lambda net: ImplicitMAML(net, inner_lr=0.1, inner_steps=2),
+    "reptile": lambda net: Reptile(net, inner_lr=0.3, inner_steps=2, optimizer="sgd", batch_size=None),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_other_inner_loops(name, kind):
+    net, batch = make(kind), TaskBatch(*tasks(kind))
+    learner = ALGORITHMS[name](net)
+    out = learner(batch)
+    named = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(out.loss, list(named.values()), allow_unused=True, materialize_grads=True)
+    with torch.no_grad():
+        predictions = learner.predict(learner.adapt(batch.support_x, batch.support_y), batch.query_x)
+    if name in ("anil", "metasgd", "maml++"):
+        adapts = last_layer(net) if name == "anil" else lambda _: True
+        losses, right, gradients = plain(net, batch, lr=0.3, steps=2, adapts=adapts)
+        check(out.task_loss.detach(), losses)
+        check(predictions, right)
+        check(dict(zip(named, found, strict=True)), gradients)
+    elif name == "reptile":
+        x, y = torch.cat([batch.support_x, batch.query_x], 1), torch.cat([batch.support_y, batch.query_y], 1)
+        each = [adapted(net, *task, lr=0.3, steps=2, first_order=True) for task in zip(x, y, strict=True)]
+        right = {n: p.detach() - torch.stack([w[n] for w in each]).mean(0).detach() for n, p in named.items()}
+        check(dict(zip(named, found, strict=True)), right)
+    else:
+        assert all(g.isfinite().all() for g in found) and any(g.any() for g in found)
+        check(predictions, out.logits.detach())
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (_, shape) in KINDS.items() if shape == (4,)])
+def test_cavia(kind):
+    """Two numbers of the four are the context's."""
+    net = make(kind)
+    batch = TaskBatch(*(part[..., :2] if part.is_floating_point() else part for part in tasks(kind)))
+    out = CAVIA(net, 2, inner_lr=0.5, inner_steps=2)(batch)
+    named = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(out.loss, list(named.values()), allow_unused=True, materialize_grads=True)
+    losses, gradients = with_context(net, batch, lr=0.5, steps=2)
+    check(out.task_loss.detach(), losses)
+    check(dict(zip(named, found, strict=True)), gradients)

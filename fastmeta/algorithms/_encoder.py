@@ -9,10 +9,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..engines import InnerLoop, module_engine
 from ..engines.inspect import MLPSpec, mlp_spec
-from ..engines.vmap import VmapEngine
 
-_VMAP = VmapEngine()
 _parts: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
 
 
@@ -48,7 +47,8 @@ def encode(encoder: nn.Module | None, *parts: Tensor) -> list[Tensor]:
         rows = torch.cat(parts, 1)
         features = encoder(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
         return list(features.split([part.shape[1] for part in parts], 1))
-    return [_VMAP.predict(encoder, dict(encoder.named_parameters()), part) for part in parts]
+    weights, no_steps = dict(encoder.named_parameters()), InnerLoop(0.0, 0, False, None)
+    return [module_engine(encoder, no_steps, part).predict(encoder, weights, part) for part in parts]
 
 
 def _has_running_statistics(encoder: nn.Module) -> bool:

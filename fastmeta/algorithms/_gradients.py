@@ -37,7 +37,8 @@ def mlp_gradients(
             gradients[spec.weights[layer]] = torch.matmul(delta.mT, a)
         if spec.biases[layer] in names:
             gradients[spec.biases[layer]] = delta.sum(1)
-    return {name: gradients[name] for name in names}
+    # what is no part of the chain, such as a head that is not in use, has no part in the loss
+    return {name: gradients[name] if name in gradients else torch.zeros_like(weights[name]) for name in names}
 
 
 def layer_gradients(

@@ -34,7 +34,7 @@ class RatedInnerLoop(InnerLoopAlgorithm):
         if loop is None:
             return step_by_step(tail, inner, rates, support_x, support_y)
         fast = loop.adapted(dict(tail.named_parameters()), support_x, support_y)
-        return {name: fast[name] for name in rates}
+        return {name: fast[name] for name in rates if name in fast}  # a head that is not in use does not change
 
     def _tasks(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, weights: Tensor | None

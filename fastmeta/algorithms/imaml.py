@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..engines import InnerLoop, module_engine, twice_differentiable
+from ..engines import InnerLoop, module_engine
 from ..engines.inspect import mlp_spec
 from ..engines.layerwise import why_no_formulas
 from ..engines.vmap import buffers_per_task
@@ -93,12 +93,14 @@ class ImplicitMAML(InnerLoopAlgorithm):
         leaves = list(fast.values())
         output = weighted(judged(self.loss, self._predicted(slow | fast, query_x), query_y), weights)
         of_tasks = output.task_loss if weights is None else weights.detach() * output.task_loss
-        right = torch.autograd.grad(of_tasks.sum(), leaves)
+        right = torch.autograd.grad(of_tasks.sum(), leaves, materialize_grads=True)
         support_gradients = self._gradients(slow, fast, support_x, support_y)
 
         def times_matrix(vector: Tensor) -> Tensor:
             parts = [part.view_as(w) for part, w in zip(vector.split(sizes, 1), leaves, strict=True)]
-            products = torch.autograd.grad(support_gradients, leaves, parts, retain_graph=True)
+            live = [(g, part) for g, part in zip(support_gradients, parts, strict=True) if g.requires_grad]
+            found, along = zip(*live, strict=True)
+            products = torch.autograd.grad(found, leaves, along, retain_graph=True, materialize_grads=True)
             return vector + _flat(products) / (self.regularization + self.cg_damping)
 
         sizes = [w[0].numel() if len(w) else 0 for w in leaves]
@@ -132,10 +134,11 @@ class ImplicitMAML(InnerLoopAlgorithm):
             return self.loss.one_task(functional_call(self.model, (fast, shared, buffers), (x,)), y)
 
         # the gradient is taken outside of vmap: the tasks do not meet, and plain autograd is exact to second order
-        with twice_differentiable():
-            engine = module_engine(self.model, self._inner()._replace(first_order=False), x, y)
+        engine = module_engine(self.model, self._inner()._replace(first_order=False), x, y)
+        with engine.exact():
             losses = engine.mapped(task_loss, (0, 0, 0, 0))(fast, buffers_per_task(self.model, len(x)), x, y)
-            return list(torch.autograd.grad(losses.sum(), list(fast.values()), create_graph=True))
+            wanted = list(fast.values())
+            return list(torch.autograd.grad(losses.sum(), wanted, create_graph=True, materialize_grads=True))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ allowed. Buffers are as in the vmap engine: each task has its own copy, and what
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,6 +30,9 @@ class LoopEngine(VmapEngine):
             return torch.stack([function(*_of_task(args, in_dims, task)) for task in range(len(args[-1]))])
 
         return run
+
+    def exact(self) -> AbstractContextManager:
+        return sdpa_kernel(SDPBackend.MATH)
 
     def gradients_per_task(self, function: Callable, in_dims: tuple, *, second_order: bool) -> Callable:
         @outside_inference_mode

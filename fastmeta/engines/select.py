@@ -49,11 +49,12 @@ def module_engine(model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | Non
 
 def _automatic(model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> str:
     for name, engine in ENGINES.items():
+        if _why_not_mapped(engine, model, inner, x) is not None:  # before anything runs the module to look at it
+            continue
         if engine.why_not(model, inner, x) is not None or engine.why_slow(model, inner, x) is not None:
             continue
-        if _why_not_mapped(engine, model, inner, x) is None:
-            if not _maps(engine, model, inner, x) or why_not_trusted(engine, model, inner, x, y) is None:
-                return name
+        if not _maps(engine, model, inner, x) or why_not_trusted(engine, model, inner, x, y) is None:
+            return name
     raise AssertionError("the last engine serves everything")
 
 

@@ -78,17 +78,17 @@ def _tried(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Ten
 
 
 def _values(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> list[Tensor]:
-    """The loss on the same rows after a step, and its gradients; or predictions alone."""
+    """The loss on the same rows after a step, or predictions where there are no targets; and its gradients."""
+    x = x.detach()
     if y is None:
-        return [engine.predict(model, dict(model.named_parameters()), x.detach()).detach()]
-    x, y = x.detach(), y.detach()
-    prediction = engine.query(model, inner, x, y, x)
-    loss = inner.loss.per_task(prediction, y).sum()
+        value = engine.predict(model, dict(model.named_parameters()), x)
+    else:
+        value = inner.loss.per_task(engine.query(model, inner, x, y.detach(), x), y.detach())
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if not (loss.requires_grad and parameters):
-        return [loss.detach()]
-    found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-    return [loss.detach(), *found]
+    if not (value.requires_grad and parameters):
+        return [value.detach()]
+    found = torch.autograd.grad(value.square().sum(), parameters, allow_unused=True, materialize_grads=True)
+    return [value.detach(), *found]
 
 
 def _agree(values: list[Tensor], others: list[Tensor]) -> bool:

@@ -13,6 +13,7 @@ certain to be a mistake, and is refused.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.func import functional_call, vmap
 from fastmeta import functional
 
 from ._base import InnerLoop, Parameters, is_shared
-from ._exact import gradients_per_task, mappable
+from ._exact import gradients_per_task, mappable, twice_differentiable
 
 
 class VmapEngine:
@@ -92,6 +93,10 @@ class VmapEngine:
                 return run(*args)
 
         return written_out
+
+    def exact(self) -> AbstractContextManager:
+        """While active, what is `mapped` can be differentiated twice by plain autograd around it."""
+        return twice_differentiable()
 
     def gradients_per_task(self, function: Callable, in_dims: tuple, *, second_order: bool) -> Callable:
         """As `mapped`, the gradient of `function` for its first argument, exact to the second order if that is
