@@ -11,8 +11,8 @@ from torch.autograd import gradcheck, gradgradcheck
 import fastmeta.ops  # noqa: F401  (fills the registry)
 from fastmeta import testing, use_backend
 from fastmeta.dispatch import backends
-from fastmeta.dispatch.library import dispatcher_op
 from fastmeta.dispatch.spec import REGISTRY, Make
+from fastmeta.dispatch.transforms import dispatcher_op
 
 # the reference is the same torch code on every device, and shown on the CPU
 BACKENDS = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.dispatch import backends
-from fastmeta.dispatch.library import mean_gradient
+from fastmeta.dispatch.eager import mean_gradient
 from fastmeta.engines import InnerLoop, choose
 from fastmeta.engines.fused import FusedEngine
 from fastmeta.engines.inspect import Snapshot, mlp_spec, parameters_of

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.dispatch.backends import ACTIVATIONS
-from fastmeta.dispatch.library import Op, derive_backward, register, vjp_of_reference
+from fastmeta.dispatch.derivation import derive_backward, vjp_of_reference
+from fastmeta.dispatch.library import Op, register
 from fastmeta.dispatch.spec import Make, Sample, Workload, leading_size
 
 FUNCTIONS = {

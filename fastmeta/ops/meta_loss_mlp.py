@@ -3,7 +3,8 @@ first backward is the exact second-order meta-gradient (`inner_loop/steps.py` sa
 
 from __future__ import annotations
 
-from fastmeta.dispatch.library import Op, derive_backward, register, vjp_of_reference
+from fastmeta.dispatch.derivation import derive_backward, vjp_of_reference
+from fastmeta.dispatch.library import Op, register
 from fastmeta.dispatch.spec import Make, Sample, Workload
 from fastmeta.ops import _inner_loop
 

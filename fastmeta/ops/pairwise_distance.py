@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.dispatch.backends import METRICS
-from fastmeta.dispatch.library import Op, derive_backward, register, vjp_of_reference
+from fastmeta.dispatch.derivation import derive_backward, vjp_of_reference
+from fastmeta.dispatch.library import Op, register
 from fastmeta.dispatch.spec import Make, Sample, Workload
 
 EPS = 1e-8  # as torch.nn.functional.cosine_similarity

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fastmeta.dispatch.backends import METRICS
+from fastmeta.dispatch.derivation import derive_backward, vjp_of_reference
 from fastmeta.dispatch.labels import label_range
-from fastmeta.dispatch.library import Op, derive_backward, register, vjp_of_reference
+from fastmeta.dispatch.library import Op, register
 from fastmeta.dispatch.spec import Make, Sample, Workload
 from fastmeta.ops import class_prototypes, pairwise_distance
 
