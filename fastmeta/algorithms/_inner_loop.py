@@ -82,7 +82,10 @@ class InnerLoopAlgorithm(nn.Module):
         raise NotImplementedError
 
     def _predicted(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return self._engine(self._inner(), x).predict(self.model, weights, x)
+        inner = self._inner()
+        if not adapted_convolutions(self.model, weights):  # what the tasks share is mapped as without any step
+            inner = inner._replace(steps=0)
+        return self._engine(inner, x).predict(self.model, weights, x)
 
     def _engine(self, inner: InnerLoop, x: Tensor) -> Engine:
         return choose("auto", self.model, inner, x)
@@ -106,6 +109,12 @@ class InnerLoopAlgorithm(nn.Module):
 
     def _in_chunks(self, batch: TaskBatch) -> bool:
         return self.task_chunk is not None and batch[0].shape[0] > self.task_chunk
+
+
+def adapted_convolutions(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a convolution has weights of each task's own."""
+    layers = [(f"{name}.weight", m) for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    return any(name in weights and weights[name].dim() > layer.weight.dim() for name, layer in layers)
 
 
 def detached_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

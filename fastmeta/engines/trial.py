@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Engine, InnerLoop
+from ._exact import outside_inference_mode
 from .loop import LoopEngine
 
 _LOOP = LoopEngine()
@@ -53,6 +54,7 @@ def _key(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tenso
     return (*of_model, x.shape[1:], of_targets, x.dtype, x.device, torch.is_grad_enabled())
 
 
+@outside_inference_mode
 def _tried(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> str | None:
     inner = inner._replace(steps=min(inner.steps, 1), lr=0.1)  # a rate at which a missing term shows
     devices = [x.device] if x.is_cuda else []

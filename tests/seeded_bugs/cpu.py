@@ -56,15 +56,15 @@ BUGS = [
     Bug(
         "distances-formed-anew-from-first-chunk",
         "csrc/cpu/pairwise_distance_kernel.h",
-        "prototypes + i * item.width, item.width, own[0], least + i, W, out + i);",
-        "item.prototypes + i * item.width, item.width, own[0], least + i, W, out + i);",
+        "near.start(item.prototypes + n * item.width);",
+        "near.start(item.prototypes + n * item.width);\n    near.given = item.prototypes;",
         at("euclidean-chunks-of-prototypes"),
     ),
     Bug(
-        "distances-last-lanes-of-a-chunk-not-formed-anew",
-        "csrc/cpu/pairwise_distance_kernel.h",
-        "if (i == near.classes) continue;",
-        "if (i == near.classes || n > 0) continue;",
+        "distances-last-lanes-not-formed-anew",
+        "csrc/cpu/centred.h",
+        "if (__builtin_expect(!all_lanes(load_first(to + n, lanes) > own + load(least + n)), 0))",
+        "if (false)",
         at("euclidean-chunks-of-prototypes"),
     ),
     Bug(
@@ -105,6 +105,13 @@ BUGS = [
         at("dot-ranges-of-queries"),
     ),
     # ---- prototypical_loss
+    Bug(
+        "close-pairs-not-noticed",
+        "csrc/cpu/centred.h",
+        "close |= !(*out > limit * T(kClose / kCancelled));",
+        "close |= false;",
+        ("tests/ops/test_prototypical_loss.py::test_close_classes_in_a_wide_spread_keep_their_digits",),
+    ),
     Bug(
         "loss-second-block-with-labels-of-first",
         "csrc/cpu/prototypical_loss_kernel.h",

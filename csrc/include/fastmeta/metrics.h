@@ -39,7 +39,7 @@ FM_HD A absolute(A v) {
 }
 template <class A>
 FM_HD A sign(A v) {
-  return A(v > 0) - A(v < 0);  // as in torch, of NaN 0
+  return A((v > 0) - (v < 0));  // as in torch, of NaN 0
 }
 
 }  // namespace fastmeta
