@@ -60,10 +60,9 @@ class InnerLoopAlgorithm(nn.Module):
         that often in `loss`, which stays a mean over `T`; they may require gradients."""
         check_batch(batch)
         check_weights(weights, batch)
-        chunk = 1 if self._in_turn(batch, weights) else self.task_chunk if self._in_chunks(batch) else None
-        if chunk is None:
-            return self._tasks(*batch, weights)
-        return chunked_loss(self._tasks, batch, weights, chunk, [p for p in self.parameters() if p.requires_grad])
+        if self._in_chunks(batch):
+            return self._chunked(self.task_chunk, batch, weights)
+        return self._tasks(*batch, weights)
 
     def extra_repr(self) -> str:
         return (
@@ -95,17 +94,16 @@ class InnerLoopAlgorithm(nn.Module):
         differentiable = torch.is_grad_enabled() and any(target.requires_grad for target in targets)
         return InnerLoop(lr, self.inner_steps, self.first_order, self.loss, differentiable)
 
-    def _one_at_a_time(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> bool:
-        """Whether these tasks run in plain autograd, which has to hold a graph for each."""
-        return False
+    def _chunked(self, size: int, batch: TaskBatch | tuple, weights: Tensor | None) -> MetaOutput:
+        return chunked_loss(self._tasks, batch, weights, size, [p for p in self.parameters() if p.requires_grad])
 
-    def _in_turn(self, batch: TaskBatch, weights: Tensor | None) -> bool:
-        """Whether each task's part of the meta-gradient is taken as soon as it is run: the memory of one task."""
-        if len(batch[0]) < 2 or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    def _in_turn(self, engine: Engine, *tensors: Tensor | None) -> bool:
+        """Whether each task's part of the meta-gradient is taken as soon as it is run, with the memory of one task: in
+        plain autograd, which has to hold a graph for each, and where `tensors` want no gradients through `backward`."""
+        if engine.name != "loop" or len(tensors[0]) < 2 or not torch.is_grad_enabled():
             return False
-        if any(t is not None and t.requires_grad for t in (*batch, weights)):  # their gradients go through `backward`
-            return False
-        return self._one_at_a_time(self._inner(batch[1], batch[3]), batch[0], batch[1])
+        wanted = any(t is not None and t.requires_grad for t in tensors)
+        return not (wanted or torch._C._are_functorch_transforms_active())
 
     def _in_chunks(self, batch: TaskBatch) -> bool:
         return self.task_chunk is not None and batch[0].shape[0] > self.task_chunk

@@ -46,18 +46,15 @@ class RatedInnerLoop(InnerLoopAlgorithm):
             support_x = support_x.detach()
         loop = fused_loop(tail, inner, rates, support_x)
         if loop is None:
-            fast = step_by_step(tail, inner, rates, support_x, support_y)
             engine = module_engine(tail, inner, support_x, support_y)
+            batch = support_x, support_y, query_x, query_y
+            if encoder is None and self._in_turn(engine, *batch, weights):
+                return self._chunked(1, batch, weights)
+            fast = step_by_step(tail, inner, rates, support_x, support_y)
             return weighted(judged(self.loss, engine.predict(tail, fast, query_x), query_y), weights)
         slow = dict(tail.named_parameters())
         (task_loss, logits), mean = loop.meta_loss(slow, support_x, support_y, query_x, query_y, weights)
         return judged(self.loss, logits, query_y, task_loss, mean)
-
-    def _one_at_a_time(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> bool:
-        _, tail = split(self.model, rates := self._rates())
-        if tail is not self.model or fused_loop(tail, inner, rates, support_x) is not None:
-            return False  # an encoder in front runs all rows at once
-        return module_engine(tail, inner, support_x, support_y).name == "loop"
 
 
 def step_by_step(model: nn.Module, inner: InnerLoop, rates: Rates, x: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -108,6 +108,11 @@ class CAVIA(InnerLoopAlgorithm):
     def _tasks(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, weights: Tensor | None
     ) -> MetaOutput:
+        if not self._is_mlp(support_x):
+            engine = self._module_engine(support_x, support_y)
+            batch = support_x, support_y, query_x, query_y
+            if self._in_turn(engine, *batch, weights):
+                return self._chunked(1, batch, weights)
         output = judged(self.loss, self.predict(self.adapt(support_x, support_y), query_x), query_y)
         return weighted(output, weights)
 
@@ -166,9 +171,6 @@ class CAVIA(InnerLoopAlgorithm):
             _with_contexts[self] = _WithContext(self.model, self.context_size, self.concatenate)
         inner = InnerLoop(0.0, 1, self.first_order, self.loss)
         return module_engine(_with_contexts[self].like(x), inner, x, y)
-
-    def _one_at_a_time(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> bool:
-        return not self._is_mlp(support_x) and self._module_engine(support_x, support_y).name == "loop"
 
     def _task(self, context: Tensor, weights: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
         """One task's predictions `[B, C]`."""

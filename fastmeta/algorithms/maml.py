@@ -118,15 +118,14 @@ class MAML(InnerLoopAlgorithm):
                 loop, slow = engine.loop(self.model, inner)
                 (task_loss, logits), mean = loop.meta_loss(slow, support_x, support_y, query_x, query_y, weights)
                 return judged(self.loss, logits, query_y, task_loss, mean)
+            batch = support_x, support_y, query_x, query_y
+            if self._in_turn(engine, *batch, weights):
+                return self._chunked(1, batch, weights)
             logits = engine.query(self.model, inner, support_x, support_y, query_x)
             return weighted(judged(self.loss, logits, query_y), weights)
 
     def _engine(self, inner: InnerLoop, x: Tensor, y: Tensor | None = None) -> Engine:
         return choose(self.engine, self.model, inner, x, y)
-
-    def _one_at_a_time(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> bool:
-        with inspected(self.model):
-            return self._engine(inner, support_x, support_y).name == "loop"
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_direct": None}  # a copy has memory of its own
