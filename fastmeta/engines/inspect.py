@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -67,7 +68,7 @@ _current = _Current()
 @contextmanager
 def inspected(model: nn.Module):
     """Looks at `model` once for all calls of `mlp_spec` and `parameters_of` that this thread makes inside the block."""
-    if torch.compiler.is_compiling():  # there it is a constant
+    if torch.compiler.is_compiling() or _current.models and _current.models[-1][0] is model:  # there it is a constant
         yield
         return
     _current.models.append((model, *_look(model)))
@@ -122,8 +123,13 @@ class Snapshot:
 
 def _state(layer: nn.Module) -> tuple:
     attributes = layer.__dict__
-    own = (attributes.get("approximate"), attributes.get("start_dim"), attributes.get("end_dim"))
+    own = None
+    if layer.__class__ in _WITH_SETTINGS:
+        own = attributes.get("approximate"), attributes.get("start_dim"), attributes.get("end_dim")
     return layer.training, own, "forward" in attributes, [*layer._modules.items()]
+
+
+_WITH_SETTINGS = {nn.Flatten, nn.GELU}
 
 
 def _hooks(layer: nn.Module) -> bool:
@@ -147,26 +153,59 @@ def _is_plain(model: nn.Module) -> bool:
     return all(type(layer) in _PLAIN and "forward" not in layer.__dict__ for layer in model.modules())
 
 
+class _Seen:
+    """A model in which the chain could be read off the layers, and all that this depends on."""
+
+    def __init__(self, model: nn.Module):
+        self.top = _traits(model)  # without the model itself, which would then live for ever
+        self.layers = [(f"{name}.", layer, _traits(layer)) for name, layer in model.named_modules() if name]
+        self.spec = _chain_of(_plain_steps(model))
+
+    def still_holds(self, model: nn.Module) -> bool:
+        return self.top == _traits(model) and all(traits == _traits(layer) for _, layer, traits in self.layers)
+
+
+def _traits(layer: nn.Module) -> tuple:
+    shapes = [None if p is None else p.shape for p in layer._parameters.values()]
+    return layer.__class__, shapes, _state(layer)
+
+
+_seen: WeakKeyDictionary[nn.Module, _Seen] = WeakKeyDictionary()
+
+
 def _look(model: nn.Module) -> tuple[MLPSpec | str, dict[str, nn.Parameter]]:
-    """What the module is, and `dict(model.named_parameters())`; for few small tasks as long as the kernel takes."""
+    """What the module is, and `dict(model.named_parameters())`; for few small tasks as long as the kernel takes. Plain
+    layers that have been walked through once are only compared with what they were."""
+    known = _seen.get(model)
+    if known is None or not known.still_holds(model):
+        known = None
+        _seen.pop(model, None)
+        if _is_plain(model):
+            known = _seen[model] = _Seen(model)
+    layers = known.layers if known is not None else [(f"{n}.", layer, None) for n, layer in model.named_modules() if n]
     named: dict[str, nn.Parameter] = {}
-    hooked, plain, seen = None, True, set()
-    for name, layer in model.named_modules():
-        if hooked is None and _hooks(layer):
-            hooked = name or "model"
-        plain = plain and type(layer) in _PLAIN and "forward" not in layer.__dict__
+    hooked, seen = None, set()
+    for prefix, layer, _ in (("", model, None), *layers):
+        if _hooks(layer):
+            hooked = hooked or prefix[:-1] or "model"
         for key, parameter in layer._parameters.items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
-                named[f"{name}.{key}" if name else key] = parameter
+                named[prefix + key] = parameter
     if hooked is not None:
         return f"layer {hooked!r} has hooks, which explicit formulas would skip", named
+    spec = _chain_of(_traced_steps(model, named)) if known is None else known.spec
+    if not isinstance(spec, str):  # ties come and go without a new layer
+        tied = next((p for p in (*spec.weights, *spec.biases) if p is not None and p not in named), None)
+        spec = spec if tied is None else f"parameter {tied!r} is shared with another layer"
+    return spec, named
+
+
+def _chain_of(steps: Iterator[_Step]) -> MLPSpec | str:
     try:
-        spec = _chain(_plain_steps(model) if plain else _traced_steps(model, named))
+        return _chain(steps)
     except _Refused as refused:
-        return str(refused), named
-    tied = next((p for p in (*spec.weights, *spec.biases) if p is not None and p not in named), None)
-    return spec if tied is None else f"parameter {tied!r} is shared with another layer", named
+        return str(refused)
 
 
 class _Step(NamedTuple):
