@@ -78,7 +78,7 @@ def test_the_encoder_runs_once_per_example():
 
     class Counted(nn.Flatten):
         def forward(self, x):
-            calls.append(1)
+            calls.extend([1] * isinstance(x, torch.Tensor))  # not where it is looked at with a symbol
             return super().forward(x)
 
     model, batch = small_conv(), class_batch(shape=(1, 6, 6))
