@@ -101,10 +101,11 @@ def task_weights(make: Make) -> Iterator[Case]:
         (support, query),
     )
     runs["contenders"]["backward op"] = in_two_ops
-    yield Case(f"weighted prototypical_loss fwd+bwd {workload.label}", **runs, at_most=at_most)
+    work = {"flops": 3 * workload.flops, "bytes": 2 * workload.bytes}
+    yield Case(f"weighted prototypical_loss fwd+bwd {workload.label}", **runs, **work, at_most=at_most)
 
     sizes, tasks = (1, 40, 40, 1), 1000
-    model, _, batch, _ = maml_batch(sizes, tasks, 10, 10, 1, make)
+    model, _, batch, maml = maml_batch(sizes, tasks, 10, 10, 1, make)
     parameters = list(model.parameters())
     layers = [p for p in parameters if p.dim() == 2], [p for p in parameters if p.dim() == 1]
     options = {"lr": 0.01, "steps": 1, "loss": "mse", "activation": "relu"}
@@ -112,8 +113,16 @@ def task_weights(make: Make) -> Iterator[Case]:
     def meta_losses(w):
         return functional.meta_loss_mlp(*batch, *layers, **options, task_weights=w).loss
 
-    runs = _weighted(meta_losses, {}, make.uniform(0, 2, tasks), parameters)
-    yield Case("weighted meta_loss_mlp sinusoid 1-40-40-1 K1 T1000", **runs, at_most=at_most)
+    weights = make.uniform(0, 2, tasks)
+    runs = _weighted(meta_losses, {}, weights, parameters)
+
+    def without_graph():
+        output, gradients = maml.gradients(batch, weights)
+        return output.loss, tuple(gradients.values())
+
+    runs["contenders"]["MAML.gradients"] = without_graph
+    work = {"flops": counts.maml(sizes, tasks, 10, 10, 1), "bytes": _rows_and_gradients(model, batch)}
+    yield Case("weighted meta_loss_mlp sinusoid 1-40-40-1 K1 T1000", **runs, **work, at_most=at_most)
 
 
 def contrastive_losses(make: Make) -> Iterator[Case]:

@@ -19,7 +19,7 @@ def test_unlike_work_is_refused():
         measure.check_equal({"a": lambda: torch.ones(3), "b": lambda: torch.zeros(3)})
 
 
-@pytest.mark.parametrize("group", ["functional_mlp", "protonet", "maml"])
+@pytest.mark.parametrize("group", ["functional_mlp", "protonet", "task_weights", "maml"])
 def test_contenders_of_a_group_agree(group):
     for case in suite.GROUPS[group](Make(torch.float32, DEVICE)):
         if "T1000" not in case.name:  # the loop over a thousand tasks takes too long here
