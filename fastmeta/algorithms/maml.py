@@ -40,13 +40,16 @@ class MAML(InnerLoopAlgorithm):
         inner_steps: `K >= 0`; 0 is ordinary training on the query sets. May be set anew between calls.
         first_order: drop the second derivatives.
         loss: `"cross_entropy"` (labels int64 `[T, B]`); `"mse"`, `"binary_cross_entropy"` (of logits) or `"huber"`
-            (square below 1), with targets `[T, B, O]`; or a callable `(prediction, target) -> scalar` for one task.
+            (square below 1), with targets `[T, B, O]`; or a callable `(prediction, target) -> scalar` for one task. One
+            that is an `nn.Module` is the learner's, its parameters are trained.
         engine: `"auto"`, or one by name (`explain` lists them). An engine asked for by name that cannot serve
-            the model raises ValueError.
+            the model raises ValueError. `"auto"` tries what maps the model over tasks once against plain autograd;
+            where they differ tasks run one after the other (`"loop"`), with a warning that names the layer.
         task_chunk: at most this many tasks at a time, to bound memory; None for all at once. The gradient is
             the same. With gradients on, each chunk's gradient is then computed during `forward` and handed
             out by `backward`, so only `loss` is differentiable, once, and only with respect to the
-            parameters; inputs may not require gradients.
+            parameters; inputs may not require gradients. Tasks that run one after the other are such chunks, of one
+            task, unless inputs require gradients.
 
     Evaluate under `torch.no_grad()`: adaptation still happens, without any graph for the outer loop. Batch
     norm uses each task's own rows in train mode; what it does in eval mode is said in
