@@ -39,6 +39,6 @@ class _NotTwice(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor):
         raise RuntimeError(
-            "a meta-gradient that was taken together with its loss cannot be differentiated again: that of task_chunk (use "
-            "task_chunk=None), of engine 'loop' (use engine='vmap'), of implicit MAML and of Reptile"
+            "a meta-gradient that was taken together with its loss cannot be differentiated again: that of task_chunk "
+            "(use task_chunk=None), of engine 'loop' (use engine='vmap'), of implicit MAML and of Reptile"
         )
