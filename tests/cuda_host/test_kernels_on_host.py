@@ -33,9 +33,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import special_values as special  # noqa: E402
-
 import build  # noqa: E402
+import special_values as special  # noqa: E402
 
 DTYPES = (torch.float32, torch.float64)
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-11}
