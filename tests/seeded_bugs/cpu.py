@@ -65,7 +65,7 @@ BUGS = [
         "csrc/cpu/centred.h",
         "if (__builtin_expect(!all_lanes(load_first(to + n, lanes) > own + load(least + n)), 0))",
         "if (false)",
-        at("euclidean-chunks-of-prototypes"),
+        ("tests/ops/test_pairwise_distance.py::test_equal_points_are_at_distance_0_with_gradient_0",),
     ),
     Bug(
         "distances-gradient-second-block-written-to-first",
