@@ -96,3 +96,12 @@ def test_cavia(kind):
     losses, gradients = with_context(net, batch, lr=0.5, steps=2)
     check(out.task_loss.detach(), losses)
     check(dict(zip(named, found, strict=True)), gradients)
+
+
+def test_what_hooks_keep_are_tensors_of_one_task():
+    """Neither explaining nor running hands a hook torch.func's wrappers."""
+    net, batch = make("hooks"), TaskBatch(*tasks("hooks"))
+    maml = MAML(net, inner_lr=0.3)
+    assert "has hooks" in maml.explain(batch) and not net.kept
+    maml(batch)
+    assert len(net.kept) == 2 * len(batch.support_x) and torch.cat(net.kept).isfinite().all()

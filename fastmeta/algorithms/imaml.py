@@ -99,6 +99,8 @@ class ImplicitMAML(InnerLoopAlgorithm):
         def times_matrix(vector: Tensor) -> Tensor:
             parts = [part.view_as(w) for part, w in zip(vector.split(sizes, 1), leaves, strict=True)]
             live = [(g, part) for g, part in zip(support_gradients, parts, strict=True) if g.requires_grad]
+            if not live:  # the support loss is linear in the weights
+                return vector
             found, along = zip(*live, strict=True)
             products = torch.autograd.grad(found, leaves, along, retain_graph=True, materialize_grads=True)
             return vector + _flat(products) / (self.regularization + self.cg_damping)

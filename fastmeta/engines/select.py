@@ -89,7 +89,9 @@ def explain(
 ) -> str:
     """What `choose` does with the same arguments, one line per engine."""
     check_name(name)
-    reasons = {e.name: e.why_not(model, inner, support_x) for e in ENGINES.values()}
+    # an engine that would not map the module is not asked, since it would run it to look at it
+    asked = [e for e in ENGINES.values() if e.name == name or _why_not_mapped(e, model, inner, support_x) is None]
+    reasons = {e.name: e.why_not(model, inner, support_x) for e in asked}
     picked = name if name != "auto" else _automatic(model, inner, support_x, support_y)
     order = "first order" if inner.first_order else "exact second order"
     lines = [
@@ -97,7 +99,7 @@ def explain(
         f"asked for: {name}",
     ]
     for engine in ENGINES.values():
-        if reasons[engine.name] is not None:
+        if reasons.get(engine.name) is not None:
             verdict = f"cannot serve: {reasons[engine.name]}"
         elif engine.name == picked:
             verdict = f"picked: {engine.__doc__.splitlines()[0]}"
@@ -110,7 +112,7 @@ def explain(
 
 
 def _why_passed_over(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> str:
-    reason = engine.why_slow(model, inner, x) or _why_not_mapped(engine, model, inner, x)
+    reason = _why_not_mapped(engine, model, inner, x) or engine.why_slow(model, inner, x)
     if reason is None and _maps(engine, model, inner, x):
         reason = why_not_trusted(engine, model, inner, x, y)
     return reason or "a more general engine"
