@@ -2,18 +2,75 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 
-class TaskBatch(NamedTuple):
-    """`T` tasks: inputs `[T, S, ...]` and `[T, Q, ...]`, targets int64 labels `[T, S]` or values `[T, S, O]`."""
+class TaskBatch(tuple):
+    """`T` tasks: inputs `[T, S, ...]` and `[T, Q, ...]`, targets int64 labels `[T, S]` or values `[T, S, O]`.
 
-    support_x: Tensor
-    support_y: Tensor
-    query_x: Tensor
-    query_y: Tensor
+    Tasks of unequal size are padded to one; `support_mask` `[T, S]` and `query_mask` `[T, Q]`, bool, say which rows are
+    a task's own: each task then gets what it would get alone. None: all rows are.
+
+    A named tuple of as many fields as there is something in: the four tensors, and behind them the two masks where
+    there is one. So `support_x, support_y, query_x, query_y = batch` takes whole tasks, and never drops a mask.
+    """
+
+    __slots__ = ()
+    _fields = ("support_x", "support_y", "query_x", "query_y", "support_mask", "query_mask")
+
+    def __new__(
+        cls,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        support_mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+    ) -> TaskBatch:
+        masks = () if support_mask is None and query_mask is None else (support_mask, query_mask)
+        return super().__new__(cls, (support_x, support_y, query_x, query_y, *masks))
+
+    @classmethod
+    def _make(cls, fields) -> TaskBatch:
+        return cls(*fields)
+
+    def _asdict(self) -> dict[str, Any]:
+        return dict(zip(self._fields, (*self, None, None), strict=False))
+
+    def _replace(self, **fields) -> TaskBatch:
+        return TaskBatch(**(self._asdict() | fields))
+
+    def __getnewargs__(self) -> tuple:
+        return tuple(self)
+
+    def __repr__(self) -> str:
+        return f"TaskBatch({', '.join(f'{name}={value!r}' for name, value in zip(self._fields, self, strict=False))})"
+
+    @property
+    def support_x(self) -> Tensor:
+        return self[0]
+
+    @property
+    def support_y(self) -> Tensor:
+        return self[1]
+
+    @property
+    def query_x(self) -> Tensor:
+        return self[2]
+
+    @property
+    def query_y(self) -> Tensor:
+        return self[3]
+
+    @property
+    def support_mask(self) -> Tensor | None:
+        return self[4] if len(self) > 4 else None
+
+    @property
+    def query_mask(self) -> Tensor | None:
+        return self[5] if len(self) > 4 else None
 
     @property
     def num_tasks(self) -> int:
@@ -21,4 +78,4 @@ class TaskBatch(NamedTuple):
 
     def to(self, *args, **kwargs) -> TaskBatch:
         """Move every tensor, as `Tensor.to` with a device."""
-        return TaskBatch(*(tensor.to(*args, **kwargs) for tensor in self))
+        return TaskBatch(*(None if part is None else part.to(*args, **kwargs) for part in self))
