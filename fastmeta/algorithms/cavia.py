@@ -8,7 +8,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..engines import InnerLoop, module_engine
 from ..engines.inspect import mlp_spec
@@ -96,8 +95,12 @@ class CAVIA(InnerLoopAlgorithm):
             weights, biases = layers(spec, dict(self.model.named_parameters()))
             return forward(spec, weights, biases, self._joined(query_x, state.context))[2]
         weights, buffers = dict(self.model.named_parameters()), buffers_per_task(self.model, query_x.shape[0])
-        run = self._module_engine(query_x).mapped(self._task, (0, None, 0, 0))
-        return run(state.context, weights, buffers, query_x)
+        engine = self._module_engine(query_x)
+
+        def one_task(context, weights, buffers, x):
+            return self._task(engine, context, weights, buffers, x)
+
+        return engine.mapped(one_task, (0, None, 0, 0))(state.context, weights, buffers, query_x)
 
     def extra_repr(self) -> str:
         return (
@@ -152,7 +155,7 @@ class CAVIA(InnerLoopAlgorithm):
             return formula
 
         def task_loss(context, weights, buffers, x, y):
-            prediction = self._task(context, weights, buffers, x)
+            prediction = self._task(engine, context, weights, buffers, x)
             self.loss.check((1, *prediction.shape), y.unsqueeze(0), "support_y")
             return self.loss.one_task(prediction, y)
 
@@ -172,9 +175,9 @@ class CAVIA(InnerLoopAlgorithm):
         inner = InnerLoop(0.0, 1, self.first_order, self.loss)
         return module_engine(_with_contexts[self].like(x), inner, x, y)
 
-    def _task(self, context: Tensor, weights: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+    def _task(self, engine: VmapEngine, context: Tensor, weights: dict, buffers: dict, x: Tensor) -> Tensor:
         """One task's predictions `[B, C]`."""
-        return functional_call(self.model, (weights, buffers), _arguments(x, context, self.concatenate))
+        return engine.call(self.model, {**weights, **buffers}, _arguments(x, context, self.concatenate))
 
 
 class _WithContext(nn.Module):

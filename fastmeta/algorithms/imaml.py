@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..engines import InnerLoop, module_engine
 from ..engines.inspect import mlp_spec
@@ -133,7 +132,7 @@ class ImplicitMAML(InnerLoopAlgorithm):
         shared = {name: p for name, p in slow.items() if name not in fast}
 
         def task_loss(fast, buffers, x, y):
-            return self.loss.one_task(functional_call(self.model, (fast, shared, buffers), (x,)), y)
+            return self.loss.one_task(engine.call(self.model, {**fast, **shared, **buffers}, (x,)), y)
 
         # the gradient is taken outside of vmap: the tasks do not meet, and plain autograd is exact to second order
         engine = module_engine(self.model, self._inner()._replace(first_order=False), x, y)

@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from ._base import Parameters
 from ._exact import mappable, outside_inference_mode
+from ._run_again import call_again
 from .vmap import VmapEngine
 
 
@@ -22,6 +25,9 @@ class LoopEngine(VmapEngine):
     """Plain autograd, one task after the other: whatever PyTorch can differentiate."""
 
     name = "loop"
+
+    def call(self, model: nn.Module, weights: Parameters, args: tuple) -> Tensor:
+        return call_again(model, weights, args)
 
     def mapped(self, function: Callable, in_dims: tuple) -> Callable:
         def run(*args):

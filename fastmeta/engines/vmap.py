@@ -61,7 +61,7 @@ class VmapEngine:
         weights = slow | dict(weights)
 
         def task_predict(weights, buffers, x):
-            return functional_call(model, (weights, buffers), (x,))
+            return self.call(model, {**weights, **buffers}, (x,))
 
         return self.mapped(task_predict, (_axes(weights, slow), 0, 0))(weights, dict(buffers), x)
 
@@ -74,7 +74,7 @@ class VmapEngine:
         shared = {name: w for name, w in slow.items() if name not in fast}
 
         def task_loss(fast, shared, buffers, x, y):
-            prediction = functional_call(model, (fast, shared, buffers), (x,))
+            prediction = self.call(model, {**fast, **shared, **buffers}, (x,))
             inner.loss.check((1, *prediction.shape), y.unsqueeze(0), "support_y")
             return inner.loss.one_task(prediction, y)
 
@@ -82,6 +82,10 @@ class VmapEngine:
         axes = (_axes(fast, slow), None, 0, 0, 0)
         gradients = self.gradients_per_task(task_loss, axes, second_order=second_order)
         return gradients(dict(fast), shared, dict(buffers), x, y)
+
+    def call(self, model: nn.Module, weights: Parameters, args: tuple) -> Tensor:
+        """What `model(*args)` gives with `weights`, its parameters and buffers by name, in one task."""
+        return functional_call(model, weights, args)
 
     def mapped(self, function: Callable, in_dims: tuple) -> Callable:
         """`function` of one task for all of them: arguments have a leading `T` where `in_dims` says 0 (of a dict, for
