@@ -385,7 +385,7 @@ def test_second_derivatives_are_right_or_refused():
         ({"lr": ([torch.ones(2)], None)}, ValueError, r"lr for weights\[0\] must have shape"),
         ({"momentum": -0.1}, ValueError, "momentum must be at least 0, got -0.1"),
         ({"form": "lowrank", "weight_decay": 0.1}, ValueError, "form 'lowrank' cannot serve this call: weight_decay"),
-        ({"support_mask": torch.ones(3, 4)}, TypeError, "support_mask must be a bool tensor, got torch.float32"),
+        ({"support_mask": torch.ones(3, 4)}, TypeError, "support_mask must be a bool tensor, got float32"),
         ({"query_mask": torch.ones(3, 4) > 0}, ValueError, r"query_mask must have shape \[3, 5\], got \[3, 4\]"),
     ],
 )  # fmt: skip

@@ -17,6 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastmeta import values
 from fastmeta.dispatch import native
 from fastmeta.dispatch.spec import REGISTRY, Args, OpSpec
 
@@ -201,9 +202,7 @@ AUTOMATIC = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference"
 
 
 def _known(name: str, where: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{where} must be one of {', '.join(BACKENDS)}; got {name!r}")
-    return name
+    return values.choice(where, name, tuple(BACKENDS))
 
 
 _from_environment = os.environ.get("FASTMETA_BACKEND") or None

@@ -7,6 +7,8 @@ import os
 import torch
 from torch import Tensor
 
+from fastmeta import values
+
 _check_labels = os.environ.get("FASTMETA_CHECK_LABELS", "1") != "0"
 
 
@@ -16,7 +18,7 @@ def check_labels(enabled: bool) -> None:
     Labels on the CPU are always checked. `FASTMETA_CHECK_LABELS=0` sets the default to off.
     """
     global _check_labels
-    _check_labels = enabled
+    _check_labels = values.flag("enabled", enabled)
 
 
 def label_range(name: str, value: Tensor, num_classes: int) -> None:

@@ -97,7 +97,7 @@ def call(spec: OpSpec, args: Args, wants_mean: bool = False, weights: Tensor | N
     compiling = torch.compiler.is_compiling()
     if forward_ad._current_level >= 0 or transformed and compiling:
         args = lifted(spec, args)
-        _check_data(spec, args)
+        check_data(spec, args)
         with torch.autocast(tensors_of(args)[0].device.type, enabled=False):  # the inputs have been cast
             return spec.reference(*args), None
     if transformed:
@@ -145,7 +145,7 @@ def plain_call(tensors) -> bool:
     return True
 
 
-def _check_data(spec: OpSpec, args: Args) -> None:
+def check_data(spec: OpSpec, args: Args) -> None:
     """What `backends.run` checks, for calls that do not get there; not where a label stands for many or for none."""
     if spec.check is None or torch.compiler.is_compiling():
         return

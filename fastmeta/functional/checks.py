@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from fastmeta import values
+from fastmeta.values import choice, dtype_of  # noqa: F401
 
 _passed: set = set()  # calls whose shapes, dtypes and devices have been checked
 _MOST_PASSED = 4096
@@ -16,7 +19,7 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 def key(*parts):
     """What the checks of a call depend on, to look it up in `passed`; None where they must run every time.
 
-    Tensors count by class, shape, dtype and device. Looking takes a fifth of the time of checking, which for small
+    Tensors count by class, shape, dtype, device and layout. Looking takes a fifth of the time of checking, which for small
     tensors is longer than the work.
     """
     if torch.compiler.is_compiling():
@@ -25,16 +28,16 @@ def key(*parts):
     try:
         for part in parts:
             if isinstance(part, Tensor):
-                found.append((part.__class__, part.shape, part.dtype, part.device))
+                found.append((part.__class__, part.shape, part.dtype, part.device, part.layout))
             elif part.__class__ in (list, tuple):
                 found.append(part.__class__)
                 for t in part:
-                    found.append((t.__class__, t.shape, t.dtype, t.device))
+                    found.append((t.__class__, t.shape, t.dtype, t.device, t.layout))
             else:
                 found.append((part.__class__, part))
         found = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), *found)
         hash(found)
-    except (AttributeError, TypeError):  # not tensors, or sizes that are symbols
+    except (AttributeError, TypeError, RuntimeError):  # not tensors, or sizes that are symbols, or no sizes at all
         return None
     return found
 
@@ -59,12 +62,10 @@ def tensor(name: str, value, layout: str) -> None:
 
 
 def tensor_of_any_shape(name: str, value, of_shape: str = "") -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor{of_shape}, got {type(value).__name__}")
+    values.tensor(name, value, f"a tensor{of_shape}")
     if value.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {_dtype(value)}")
-    if value.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{name} must be on the CPU or a CUDA device, got {value.device}")
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {dtype_of(value)}")
+    values.on_device(name, value)
 
 
 def sequence(name: str, value) -> list:
@@ -89,10 +90,9 @@ def task_weights(name: str, value, like_name: str, like: Tensor) -> None:
 
 def labels(name: str, value, layout: str, like: Tensor, like_name: str) -> None:
     """`value` holds int64 class labels, one per row of `like`."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be an int64 tensor of shape {layout}, got {type(value).__name__}")
+    values.tensor(name, value, f"an int64 tensor of shape {layout}")
     if value.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {_dtype(value)}")
+        raise TypeError(f"{name} must be int64, got {dtype_of(value)}")
     if value.shape != like.shape[:2]:
         raise ValueError(
             f"{name} must have shape {layout} = {list(like.shape[:2])} to match {like_name}, got {list(value.shape)}"
@@ -113,7 +113,7 @@ def same_kind(first_name: str, first: Tensor, **others: Tensor | None) -> None:
         if other is None:
             continue
         if other.dtype != first.dtype:
-            raise TypeError(f"{name} is {_dtype(other)}, but {first_name} is {_dtype(first)}: they must agree")
+            raise TypeError(f"{name} is {dtype_of(other)}, but {first_name} is {dtype_of(first)}: they must agree")
         same_device(name, other, first_name, first)
 
 
@@ -122,17 +122,13 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         raise ValueError(f"{name} is on {value.device}, but {other_name} is on {other.device}: they must agree")
 
 
-def choice(name: str, value, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
-
-
-def class_count(value) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"num_classes must be an int, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"num_classes must be at least 0, got {value}")
-
-
-def _dtype(value: Tensor) -> str:
-    return str(value.dtype).removeprefix("torch.")
+def mask(name: str, value, like: Tensor, like_name: str) -> None:
+    """`value` is None, or a bool for each row of `like` `[T, B, ...]`."""
+    if value is None:
+        return
+    values.tensor(name, value, "a bool tensor")
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor, got {dtype_of(value)}")
+    if value.shape != like.shape[:2]:
+        raise ValueError(f"{name} must have shape {list(like.shape[:2])}, got {list(value.shape)}")
+    same_device(name, value, like_name, like)

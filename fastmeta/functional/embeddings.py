@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmeta import values
 from fastmeta.dispatch.backends import METRICS
 from fastmeta.ops import class_prototypes as _class_prototypes
 from fastmeta.ops import contrastive_loss as _contrastive_loss
@@ -34,7 +35,7 @@ def class_prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Te
     if not checks.passed(key):
         checks.tensor("embeddings", embeddings, "[T, S, D]")
         checks.labels("labels", labels, "[T, S]", embeddings, "embeddings")
-        checks.class_count(num_classes)
+        values.count("num_classes", num_classes, 0)
         checks.remember(key)
     (embeddings,) = cast(_class_prototypes.SPEC.autocast, embeddings)
     return _class_prototypes.SPEC(embeddings, labels, num_classes)
@@ -64,7 +65,7 @@ def pairwise_distance(query: Tensor, prototypes: Tensor, metric: str = "sqeuclid
         checks.tensor("prototypes", prototypes, "[T, N, D]")
         checks.same_size("prototypes", prototypes, 0, "T", "query", query.shape[0])
         checks.same_size("prototypes", prototypes, 2, "D", "query", query.shape[2])
-        checks.choice("metric", metric, METRICS)
+        values.choice("metric", metric, METRICS)
     query, prototypes = cast(_pairwise_distance.SPEC.autocast, query, prototypes)
     if not known:
         checks.same_kind("query", query, prototypes=prototypes)
@@ -116,8 +117,8 @@ def prototypical_loss(
         checks.same_size("query", query, 2, "D", "support", support.shape[2])
         checks.labels("support_labels", support_labels, "[T, S]", support, "support")
         checks.labels("query_labels", query_labels, "[T, Q]", query, "query")
-        checks.class_count(num_classes)
-        checks.choice("metric", metric, METRICS)
+        values.count("num_classes", num_classes, 0)
+        values.choice("metric", metric, METRICS)
         checks.task_weights("weights", weights, "support", support)
     support, query, weights = cast(_prototypical_loss.SPEC.autocast, support, query, weights)
     if not known:
@@ -159,8 +160,10 @@ def contrastive_loss(
         TypeError: a dtype that is not allowed or differs.
         ValueError: a shape or device that does not fit, a temperature that is not above 0.
     """
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")
+    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not number or not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be a finite number above 0, got {values.shown(temperature)}")
+    values.flag("normalise", normalise)
     checks.tensor("first", first, "[T, B, D]")
     checks.tensor("second", second, "[T, B, D]")
     for axis, name in enumerate("TBD"):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fastmeta.ops._inner_loop import forward
 from fastmeta.ops.functional_mlp import FUNCTIONS
 
+from . import checks
 from .mlp import Nets, functional_mlp
 
 
@@ -74,8 +75,7 @@ class MLPFastWeights(Nets):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The nets of all tasks on `x` `[T, B, I]`; `[T, B, O]`."""
-        if x.dim() != 3 or x.shape[0] != len(self):
-            raise ValueError(f"x must have shape [T, B, I] with T = {len(self)} tasks, got {list(x.shape)}")
+        self._check(x)
         if self.norm is not None:
             return forward(x, self.weights, self.biases, self.activation, given=False, norm=self.norm)
         if self.low_rank is None:
@@ -89,6 +89,19 @@ class MLPFastWeights(Nets):
         if not self.weights:
             return z
         return functional_mlp(FUNCTIONS[self.activation](z), self.weights, self.biases or None, self.activation)
+
+    def _check(self, x: Tensor) -> None:
+        like = self.weights[0] if self.low_rank is None else self.low_rank.support_x
+        key = checks.key("fast weights", x, like)
+        if checks.passed(key):
+            return
+        checks.tensor_of_any_shape("x", x, " of shape [T, B, I]")
+        if x.dim() != 3 or x.shape[0] != len(self):
+            raise ValueError(f"x must have shape [T, B, I] with T = {len(self)} tasks, got {list(x.shape)}")
+        checks.same_size("x", x, 2, "I", "what the fast weights were made for", like.shape[2])
+        if not torch.is_autocast_enabled(x.device.type):
+            checks.same_kind("what the fast weights were made for", like, x=x)
+        checks.remember(key)
 
     def __repr__(self) -> str:
         form = "onchip" if self.low_rank is None else "lowrank"

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastmeta import values
 from fastmeta.dispatch.backends import ACTIVATIONS, LOSSES
 from fastmeta.dispatch.constants import filled
+from fastmeta.dispatch.library import check_data
 from fastmeta.ops import _inner_loop
 from fastmeta.ops import adapt_mlp as _adapt_mlp
 from fastmeta.ops import meta_loss_mlp as _meta_loss_mlp
@@ -114,10 +116,12 @@ def adapt_mlp(
             cannot serve the call.
     """
     loop = _Loop(support_x, support_y, None, weights, biases, lr, steps, loss, activation, momentum, weight_decay, norm,
-                 support_mask, form, first_order)  # fmt: skip
+                 support_mask, form, first_order, huber_delta)  # fmt: skip
     shared = (loop.rates, loop.element_rates, loss, activation, huber_delta, momentum, weight_decay, first_order)
     x, gram = loop.first_layer(loop.support_x)
     args = (x, loop.support_y, loop.support_weight, gram, loop.kernel_weights, loop.kernel_biases, *shared)
+    if norm:
+        check_data(_adapt_mlp.SPEC, args)
     fast = _inner_loop.adapt(*args, norm=_norm(norm)) if norm else _adapt_mlp.SPEC(*args)
     low_rank = None
     if loop.lowrank:
@@ -189,13 +193,14 @@ def _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, bia
                             first_order, task_weights, momentum=0.0, weight_decay=0.0, norm=None, support_mask=None,
                             query_mask=None, huber_delta=1.0, form="auto", wants_mean=True):  # fmt: skip
     loop = _Loop(support_x, support_y, (query_x, query_y, query_mask), weights, biases, lr, steps, loss, activation,
-                 momentum, weight_decay, norm, support_mask, form, first_order)  # fmt: skip
+                 momentum, weight_decay, norm, support_mask, form, first_order, huber_delta)  # fmt: skip
     args = loop.meta_loss_arguments(loss, activation, huber_delta, momentum, weight_decay, first_order)
     checks.task_weights("task_weights", task_weights, "support_x", support_x)
     checks.same_kind("support_x", support_x, task_weights=task_weights)
     task_weights = _at_least_float32(task_weights)
     mean = None
     if norm:
+        check_data(_meta_loss_mlp.SPEC, args)
         loss, logits = _inner_loop.meta_loss(*args, norm=_norm(norm))
     elif wants_mean:
         (loss, logits), mean = _meta_loss_mlp.SPEC.with_mean(*args, weights=task_weights)
@@ -208,7 +213,7 @@ def dense_arguments(support_x, support_y, query_x, query_y, weights, biases, *, 
                     first_order) -> tuple | None:  # fmt: skip
     """What `mean_meta_loss_mlp` of the same gives the op; None where the first layer's products are not the op's."""
     loop = _Loop(support_x, support_y, (query_x, query_y, None), weights, biases, lr, steps, loss, activation, 0.0, 0.0,
-                 None, None, "auto", first_order)  # fmt: skip
+                 None, None, "auto", first_order, 1.0)  # fmt: skip
     return None if loop.lowrank else loop.meta_loss_arguments(loss, activation, 1.0, 0.0, 0.0, first_order)
 
 
@@ -216,21 +221,26 @@ class _Loop:
     """The arguments of an inner loop, checked and in the shapes that the ops take."""
 
     def __init__(self, support_x, support_y, query, weights, biases, lr, steps, loss, activation, momentum,
-                 weight_decay, norm, support_mask, form, first_order):  # fmt: skip
+                 weight_decay, norm, support_mask, form, first_order, huber_delta):  # fmt: skip
         query_x, query_y, query_mask = query or (None, None, None)
         key = checks.key("inner loop", support_x, support_y, *(() if query is None else (query_x, query_y)), weights,
-                          biases, steps, loss, activation, momentum, weight_decay, norm, form)  # fmt: skip
+                          biases, steps, loss, activation, momentum, weight_decay, norm, form, first_order,
+                          huber_delta)  # fmt: skip
         known = checks.passed(key)
         if not known:
-            weights, biases = _layers("weights", weights, 2), _layers("biases", biases or (), 1)
+            weights, biases = _layers("weights", weights, 2), _layers("biases", () if biases is None else biases, 1)
             checks.tensor("support_x", support_x, "[T, S, I]")
-            checks.choice("loss", loss, LOSSES)
-            checks.choice("activation", activation, ACTIVATIONS)
-            checks.choice("norm", norm, NORMS)
-            checks.choice("form", form, FORMS)
-            _check_numbers(steps=steps, momentum=momentum, weight_decay=weight_decay)
+            values.choice("loss", loss, LOSSES)
+            values.choice("activation", activation, ACTIVATIONS)
+            values.choice("norm", norm, NORMS)
+            values.choice("form", form, FORMS)
+            values.count("steps", steps, 0)
+            values.number("momentum", momentum, 0)
+            values.number("weight_decay", weight_decay, 0)
+            values.number("huber_delta", huber_delta, 0, open=True)
+            values.flag("first_order", first_order)
         self.steps, self.tasks = steps, support_x.shape[0]
-        self.weights, self.biases = list(weights), list(biases or ())
+        self.weights, self.biases = list(weights), [] if biases is None else list(biases)
         if not known:
             self._check_layers(support_x)
             self._check_targets("support", support_x, support_y, loss)
@@ -312,8 +322,9 @@ class _Loop:
         """`[1, K, L]`, and per element one for each weight and bias, or none."""
         layers, like = len(self.weights), self.support_x
         if isinstance(lr, (int, float)) and not isinstance(lr, bool):
-            return filled(like, (1, self.steps, layers), float(lr)), []
+            return filled(like, (1, self.steps, layers), values.number("lr", lr, 0)), []
         if isinstance(lr, Tensor):
+            checks.tensor_of_any_shape("lr", lr)
             return self._rate_table(lr.to(like)), []
         if not isinstance(lr, (list, tuple)) or len(lr) != 2:
             raise TypeError(
@@ -413,26 +424,11 @@ def _check_detached(**targets: Tensor | None) -> None:
             raise ValueError(f"{name} requires a gradient, which targets do not get here: give {name}.detach()")
 
 
-def _check_numbers(steps, momentum, weight_decay) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps must be an int, got {type(steps).__name__}")
-    if steps < 0:
-        raise ValueError(f"steps must be at least 0, got {steps}")
-    for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-        if not 0 <= value:
-            raise ValueError(f"{name} must be at least 0, got {value}")
-
-
 def _row_weight(name: str, mask: Tensor | None, x: Tensor, mean: bool) -> Tensor:
     """What each row counts for in its task's mean, or in its sums, `[T, B]`."""
     if mask is None:
         return filled(x, x.shape[:2], 1.0 / max(x.shape[1], 1) if mean else 1.0)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-    if mask.shape != x.shape[:2]:
-        raise ValueError(f"{name} must have shape {list(x.shape[:2])}, got {list(mask.shape)}")
+    checks.mask(name, mask, x, name.replace("mask", "x"))
     counted = mask.to(x.dtype)
     return counted / counted.sum(1, keepdim=True).clamp_min(1) if mean else counted
 

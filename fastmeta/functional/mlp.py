@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastmeta import values
 from fastmeta.dispatch.backends import ACTIVATIONS
 from fastmeta.dispatch.spec import leading_size
 from fastmeta.ops import functional_mlp as _functional_mlp
@@ -58,7 +59,7 @@ def functional_mlp(
             raise ValueError("weights must hold at least one layer, got none")
         if biases and len(biases) != len(weights):
             raise ValueError(f"biases must hold one per layer = {len(weights)}, got {len(biases)}")
-        checks.choice("activation", activation, ACTIVATIONS)
+        values.choice("activation", activation, ACTIVATIONS)
         for i, weight in enumerate(weights):
             checks.tensor_of_any_shape(f"weights[{i}]", weight)
         for i, bias in enumerate(biases):

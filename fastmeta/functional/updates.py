@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastmeta import values
 from fastmeta.dispatch import backends
 from fastmeta.dispatch.library import plain_call
 from fastmeta.dispatch.spec import leading_size
@@ -151,6 +152,8 @@ def _rates(lr, structure, params) -> list:
             checks.tensor_of_any_shape("lr", leaf)
         elif isinstance(leaf, bool) or not isinstance(leaf, (int, float)):
             raise TypeError(f"lr must be or hold floats or tensors, got {type(leaf).__name__}")
+        else:
+            values.number("lr", leaf)
     if isinstance(lr, Tensor):
         if lr.dim() > 1 and lr.numel() != 1 and not structure.is_leaf():
             raise ValueError(
