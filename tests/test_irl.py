@@ -183,9 +183,9 @@ def test_walks_follow_their_policy():
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="samples must be an int of at least 1, got 0"):
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         MaxEntLoss(0, 3)
-    with pytest.raises(ValueError, match="colours at least 3"):
+    with pytest.raises(ValueError, match="colours must be at least 3, got 2"):
         GridworldTasks(colours=2)
     with pytest.raises(ValueError, match="world must be one of gridworld, pointmass; got 'maze'"):
         experiment("maze")

@@ -16,7 +16,7 @@ def few_glyphs(monkeypatch):
     module = importlib.import_module("fastmeta.tasks.glyphs")
     monkeypatch.setattr(module, "CLASSES", {"train": 60, "val": 6, "test": 6})
     monkeypatch.delenv("FASTMETA_DATA", raising=False)
-    module.glyphs.cache_clear() if hasattr(module.glyphs, "cache_clear") else None
+    module._glyphs.cache_clear()
 
 
 def test_every_algorithm_has_a_row():

@@ -8,6 +8,7 @@ from conftest import DEVICE
 
 from fastmeta.tasks import EpisodeSampler, SinusoidTasks, TaskBatch, glyphs, make_tasks
 from fastmeta.tasks.episodes import subsets
+from fastmeta.tasks.glyphs import _glyphs
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -109,7 +110,7 @@ def test_glyphs_are_the_same_everywhere_and_differ_by_split():
     images = glyphs("val", seed=3)
     assert images.shape == (100, 20, 1, 28, 28) and images.dtype == torch.uint8
     state = torch.get_rng_state()
-    glyphs.cache_clear()
+    _glyphs.cache_clear()
     assert torch.equal(glyphs("val", seed=3), images)
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
     assert not torch.equal(glyphs("val", seed=4), images)

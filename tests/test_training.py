@@ -37,10 +37,10 @@ def few_glyphs():
     """Drawing the whole alphabet takes seconds."""
     module = importlib.import_module("fastmeta.tasks.glyphs")
     before, module.CLASSES = module.CLASSES, {"train": 6, "val": 5, "test": 4}
-    module.glyphs.cache_clear()
+    module._glyphs.cache_clear()
     yield
     module.CLASSES = before
-    module.glyphs.cache_clear()
+    module._glyphs.cache_clear()
 
 
 @pytest.fixture(autouse=True)

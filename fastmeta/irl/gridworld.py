@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import values
 from ..tasks.batch import TaskBatch
+from ._arguments import check_demonstration, check_rewards, check_worlds
 from .maxent import TabularMaxEntLoss, visits
 from .planning import best_moves, soft_policy, value_of, value_of_chance, walk
 
@@ -59,12 +61,17 @@ class GridworldTasks:
         device: str | torch.device = "cpu",
         seed: int = 0,
     ):
-        if size < 2 or colours < 3:
-            raise ValueError(f"size must be at least 2 and colours at least 3, got {size} and {colours}")
+        values.count("size", size, 2)
+        values.count("colours", colours, 3)
+        for name, value in (("code", code), ("horizon", horizon), ("demonstrations", demonstrations)):
+            values.count(name, value)
+        values.count("distractors", distractors, 0)
+        strength = values.number("strength", strength)
+        values.seed("seed", seed)
         self.loss = TabularMaxEntLoss(samples)
         self.size, self.colours, self.distractors, self.strength = size, colours, distractors, strength
         self.horizon, self.samples, self.demonstrations = horizon, samples, demonstrations
-        self.device = torch.device(device)
+        self.device = values.device("device", device)
         generator = torch.Generator().manual_seed(seed)
         self.code = torch.randn(colours, code, generator=generator).to(self.device)
         row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
@@ -84,6 +91,8 @@ class GridworldTasks:
 
     def worlds(self, num_tasks: int, *, generator: torch.Generator | None = None) -> Worlds:
         """New tasks, and what is hidden in them."""
+        values.count("num_tasks", num_tasks, 0)
+        values.generator("generator", generator, self.device)
         drawn = {"device": self.device, "generator": generator}
         cells = self.size**2
         colour = torch.randint(self.colours, (num_tasks, cells), **drawn)
@@ -96,6 +105,7 @@ class GridworldTasks:
         self, worlds: Worlds, demonstrations: int, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """Inputs and targets, as of `sample`, of `demonstrations` new demonstrations in each world."""
+        check_demonstration(worlds, Worlds, demonstrations, generator, self.device)
         tasks, cells = worlds.rewards.shape
         drawn = {"device": self.device, "generator": generator}
         start = torch.randint(cells, (tasks, demonstrations), **drawn)
@@ -107,8 +117,9 @@ class GridworldTasks:
         _, shown = walk(demonstrator, self.next, start, self.horizon, generator)
         # the proposals of all demonstrations, one after the other: [T, d M, H]
         start = start.repeat_interleave(self.samples, 1)
-        number = torch.multinomial(self._mixture, start.numel(), replacement=True, generator=generator)
-        number = number.view(start.shape)
+        trajectories = max(start.numel(), 1)  # none would be refused
+        number = torch.multinomial(self._mixture, trajectories, replacement=True, generator=generator)
+        number = number[: start.numel()].view(start.shape)
         moves, visited = walk(lambda _, cell: self._policies[number, cell], self.next, start, self.horizon, generator)
         left = torch.cat([start.unsqueeze(2), visited[:, :, :-1]], 2)
         by_policy = self._policies[:, left, moves].sum(-1) + self._mixture.log()[:, None, None]
@@ -130,6 +141,8 @@ class GridworldTasks:
     def value_difference(self, worlds: Worlds, rewards: Tensor, states: Tensor | None = None) -> Tensor:
         """How much worse than the best policy that of learned `rewards` `[T, cells, 1]` does, by the true rewards and
         from a uniform start: 0 for the best, 1 for random moves. `[T]`"""
+        check_worlds(worlds, Worlds)
+        check_rewards(rewards, worlds.rewards.shape)
         true = worlds.rewards
         learned = best_moves(rewards.squeeze(-1), self.next, self.horizon)
         best = value_of(best_moves(true, self.next, self.horizon), true, self.next).mean(1)

@@ -19,6 +19,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastmeta import values
+
 
 class MaxEntLoss:
     """The loss of one task, to hand to `MAML(loss=...)` and its kin.
@@ -34,12 +36,16 @@ class MaxEntLoss:
     in_kernels = "maximum_entropy"
 
     def __init__(self, samples: int, horizon: int):
-        for name, value in (("samples", samples), ("horizon", horizon)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
-        self.samples, self.horizon = samples, horizon
+        self.samples, self.horizon = values.count("samples", samples), values.count("horizon", horizon)
 
     def __call__(self, rewards: Tensor, targets: Tensor) -> Tensor:
+        _check_pair(rewards, targets)
+        each = (1 + self.samples) * self.horizon
+        if rewards.shape != targets.shape or rewards.shape[1] != 1 or len(rewards) % each:
+            raise ValueError(
+                f"rewards and targets must have shape [S, 1], S a multiple of (1 + samples) horizon = {each}, got "
+                f"{list(rewards.shape)} and {list(targets.shape)}"
+            )
         return _loss((rewards - targets).reshape(-1, 1 + self.samples, self.horizon).sum(2))
 
     def kernel_targets(self, targets: Tensor) -> Tensor:
@@ -60,11 +66,16 @@ class TabularMaxEntLoss:
     in_kernels = "maximum_entropy"
 
     def __init__(self, samples: int):
-        if not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"samples must be an int of at least 1, got {samples!r}")
-        self.samples = samples
+        self.samples = values.count("samples", samples)
 
     def __call__(self, rewards: Tensor, targets: Tensor) -> Tensor:
+        _check_pair(rewards, targets)
+        each = 1 + self.samples
+        if rewards.shape != (len(targets), 1) or not len(targets) or targets.shape[1] % each:
+            raise ValueError(
+                f"rewards and targets must have shape [S + 1, 1] and [S + 1, d (1 + samples)], 1 + samples = {each}, "
+                f"got {list(rewards.shape)} and {list(targets.shape)}"
+            )
         returns = (rewards[:-1] * targets[:-1]).sum(0) - targets[-1]
         return _loss(returns.reshape(-1, 1 + self.samples))
 
@@ -74,6 +85,17 @@ class TabularMaxEntLoss:
 
     def __repr__(self) -> str:
         return f"TabularMaxEntLoss(samples={self.samples})"
+
+
+def _check_pair(rewards: Tensor, targets: Tensor) -> None:
+    for name, value in (("rewards", rewards), ("targets", targets)):
+        values.tensor(name, value)
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {values.dtype_of(value)}")
+        if value.dim() != 2:
+            raise ValueError(f"{name} must have two dimensions, got {list(value.shape)}")
+    if rewards.device != targets.device:
+        raise ValueError(f"rewards are on {rewards.device}, but targets on {targets.device}: they must agree")
 
 
 def _loss(weighted: Tensor) -> Tensor:

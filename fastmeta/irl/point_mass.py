@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import values
 from ..tasks.batch import TaskBatch
+from ._arguments import check_demonstration, check_rewards, check_worlds
 from .maxent import MaxEntLoss, rows
 
 
@@ -59,15 +61,23 @@ class PointMassTasks:
         starts: int = 8,
         device: str | torch.device = "cpu",
     ):
+        sizes = {"demonstrations": demonstrations, "candidates": candidates, "starts": starts}
+        for name, value in sizes.items():
+            values.count(name, value)
+        strength = values.number("strength", strength)
+        for name, value in (("width", width), ("velocity", velocity), ("noise", noise)):
+            values.number(name, value, 0, open=True)
         self.loss = MaxEntLoss(samples, horizon)
         self.horizon, self.strength, self.width = horizon, strength, width
         self.velocity, self.noise = velocity, noise
         self.demonstrations, self.samples = demonstrations, samples
         self.candidates, self.starts = candidates, starts
-        self.device = torch.device(device)
+        self.device = values.device("device", device)
 
     def worlds(self, num_tasks: int, *, generator: torch.Generator | None = None) -> Plane:
         """New tasks, and what is hidden in them."""
+        values.count("num_tasks", num_tasks, 0)
+        values.generator("generator", generator, self.device)
         return Plane(*(self._uniform(num_tasks, 2, generator=generator) for _ in range(2)))
 
     def true_rewards(self, worlds: Plane, positions: Tensor) -> Tensor:
@@ -83,6 +93,7 @@ class PointMassTasks:
         self, worlds: Plane, demonstrations: int, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """Inputs `[T, S, 2]` and targets `[T, S, 1]` of `demonstrations` new demonstrations in each task."""
+        check_demonstration(worlds, Plane, demonstrations, generator, self.device)
         start = self._uniform(len(worlds.goal), demonstrations, 2, generator=generator)
         positions, _ = self._passive(start, self.candidates, 1.0, generator)  # [T, d, candidates, H, 2]
         chance = torch.softmax(self.true_rewards(worlds, positions).sum(-1), -1)
@@ -106,6 +117,11 @@ class PointMassTasks:
     def value_difference(self, worlds: Plane, rewards: Tensor, states: Tensor) -> Tensor:
         """How much worse than the best of the candidates that is which learned `rewards` `[T, starts * candidates *
         H, 1]` of `states` pick, by the true rewards: 0 for the best, 1 for a candidate at random. `[T]`"""
+        check_worlds(worlds, Plane)
+        values.tensor("states", states)
+        check_rewards(rewards, (len(worlds.goal), self.starts * self.candidates * self.horizon))
+        if states.shape != (*rewards.shape[:2], 2):
+            raise ValueError(f"states must have shape [T, S, 2] = {[*rewards.shape[:2], 2]}, got {list(states.shape)}")
         split = (self.starts, self.candidates, self.horizon)
         learned = rewards.squeeze(-1).unflatten(1, split).sum(-1)
         true = self.true_rewards(worlds, states).unflatten(1, split).sum(-1)

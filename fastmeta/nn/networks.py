@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from fastmeta import values
+
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "silu": nn.SiLU, "gelu": nn.GELU}
 
 
@@ -31,12 +33,11 @@ def mlp(
             2017 on Omniglot) or `"layer"`.
         track_running_stats: False makes batch norm use the rows at hand in eval mode too, which is what MAML needs.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
-    if len(sizes) < 2:
-        raise ValueError(f"sizes must hold at least an input and an output width, got {list(sizes)}")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}")
+    values.choice("norm", norm, NORMS)
+    sizes = values.counts("sizes", sizes, 2)
+    values.choice("activation", activation, tuple(_ACTIVATIONS))
+    values.flag("bias", bias)
+    values.flag("track_running_stats", track_running_stats)
     layers: list[nn.Module] = [nn.Flatten()]
     for width_in, width_out in zip(sizes[:-1], sizes[1:], strict=True):
         layers.append(nn.Linear(width_in, width_out, bias=bias))
@@ -59,6 +60,9 @@ def conv4(in_channels: int = 1, hidden: int = 64, *, track_running_stats: bool =
         hidden: channels of every block.
         track_running_stats: False makes batch norm use the rows at hand in eval mode too, which is what MAML needs.
     """
+    values.count("in_channels", in_channels)
+    values.count("hidden", hidden)
+    values.flag("track_running_stats", track_running_stats)
     blocks: list[nn.Module] = []
     for channels in (in_channels, hidden, hidden, hidden):
         blocks += [

@@ -6,6 +6,8 @@ from os import PathLike
 
 from torch import Tensor
 
+from fastmeta import values
+from fastmeta.tasks._arguments import check_sizes
 from fastmeta.tasks.augment import Augmentation
 from fastmeta.tasks.batch import TaskBatch
 from fastmeta.tasks.episodes import EpisodeSampler
@@ -66,10 +68,16 @@ def make_tasks(
         An object with `sample(num_tasks, generator=None) -> TaskBatch`, `kind`, `input_shape` and `output_size`.
 
     Raises:
-        ValueError: an unknown name, split or partition; more ways, shots or query shots than the data has.
+        TypeError, ValueError: an unknown name, split or partition, a number or device that is none; more ways, shots or
+            query shots than the data has.
     """
-    _choice("name", name, NAMES)
-    _choice("split", split, SPLITS)
+    values.choice("name", name, NAMES)
+    values.choice("split", split, SPLITS)
+    values.choice("partition", partition, PARTITIONS)
+    sizes = {"ways": ways, "shots": shots, "query_shots": query_shots}
+    check_sizes(**{key: size for key, size in sizes.items() if size is not None})
+    device = values.device("device", device)
+    values.seed("seed", seed)
     if name == "sinusoid":
         return SinusoidTasks(shots=_or(shots, 10), query_shots=_or(query_shots, 10), device=device)
     images = load_images(name, split, data_root=data_root, seed=seed, partition=partition)
@@ -93,18 +101,13 @@ def load_images(
 ) -> Tensor:
     """The images of a split by name, uint8 `[classes, instances, C, H, W]`, without rotations. Arguments and errors as
     of `make_tasks`, but a name must be one of images."""
-    _choice("name", name, NAMES[1:])
-    _choice("split", split, SPLITS)
+    values.choice("name", name, NAMES[1:])
+    values.choice("split", split, SPLITS)
+    values.choice("partition", partition, PARTITIONS)
     if name == "glyphs":
         return glyphs(split, seed)
-    _choice("partition", partition, PARTITIONS)
     return omniglot(split, partition, data_root)
 
 
 def _or(value, default):
     return default if value is None else value
-
-
-def _choice(argument: str, value, allowed) -> None:
-    if value not in allowed:
-        raise ValueError(f"{argument} must be one of {', '.join(allowed)}; got {value!r}")

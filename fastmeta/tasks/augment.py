@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastmeta import values
+from fastmeta.tasks._arguments import check_images
+
 _KNOTS = 4  # of the displacement field, along each side
 
 
@@ -52,22 +55,16 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{field.name} must be a number, got {value!r}")
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{field.name} must be at least 0 and finite, got {value}")
-        for name in ("crop", "drop"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name} must be below 1, got {getattr(self, name)}")
+            below = 1 if field.name in ("crop", "drop") else None
+            values.number(field.name, getattr(self, field.name), 0, below=below)
         if self.thicken > 1:
             raise ValueError(f"thicken must be at most 1, got {self.thicken}")
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        if images.dim() != 4:
-            raise ValueError(f"images must have shape [B, C, H, W], got {list(images.shape)}")
+        check_images(images, "[B, C, H, W]", 4, 4)
+        values.generator("generator", generator, images.device)
         images = images.float().div_(255) if images.dtype == torch.uint8 else images
-        if not len(images):
+        if not images.numel():
             return images
         if self.rotate or self.scale or self.shift or self.shear or self.crop or self.elastic:
             grid = self._grid(images, generator)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmeta import values
+from fastmeta.tasks._arguments import check_images, check_sizes
 from fastmeta.tasks.batch import TaskBatch
 
 
@@ -39,7 +41,8 @@ class EpisodeSampler:
     [0, N). Needs `4 *` the memory of the images with rotations.
 
     Raises:
-        ValueError: more ways than classes, or more examples than a class has.
+        ValueError: images of another shape, a size below 1, more ways than classes, or more examples than a class has.
+        TypeError: images that are neither uint8 nor floating, a size that is no int.
     """
 
     kind = "classification"
@@ -54,12 +57,9 @@ class EpisodeSampler:
         rotations: bool = False,
         name: str = "images",
     ):
-        if images.dim() != 5:
-            raise ValueError(f"images must have shape [classes, instances, C, H, W], got {list(images.shape)}")
-        for argument, value in (("ways", ways), ("shots", shots), ("query_shots", query_shots)):
-            if value < 1:
-                raise ValueError(f"{argument} must be at least 1, got {value}")
-        if rotations:
+        check_images(images, "[classes, instances, C, H, W]", 5, 5)
+        check_sizes(ways=ways, shots=shots, query_shots=query_shots)
+        if values.flag("rotations", rotations):
             images = torch.cat([torch.rot90(images, turns, (-2, -1)) for turns in range(4)])
         classes, instances = images.shape[:2]
         if ways > classes:
@@ -82,6 +82,8 @@ class EpisodeSampler:
 
     def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
         """`num_tasks` episodes, drawn with `generator` (of the images' device) or the global one."""
+        values.count("num_tasks", num_tasks, 0)
+        values.generator("generator", generator, self.images.device)
         device, each = self.images.device, self.shots + self.query_shots
         classes, instances = self.images.shape[:2]
         drawn = {"device": device, "generator": generator}

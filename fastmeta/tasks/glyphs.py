@@ -12,20 +12,25 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastmeta import values
+
 CLASSES = {"train": 400, "val": 100, "test": 160}
 INSTANCES = 20
 SIZE = 28
 _POINTS = 10  # of a stroke, joined by straight lines
 
 
-@lru_cache(maxsize=6)
 def glyphs(split: str = "train", seed: int = 0) -> Tensor:
     """The classes of a split, uint8 `[classes, 20, 1, 28, 28]`, ink 255; the same for the same seed, on any machine.
 
     Splits have different classes: 400 in "train", 100 in "val", 160 in "test".
     """
-    if split not in CLASSES:
-        raise ValueError(f"split must be one of {', '.join(CLASSES)}; got {split!r}")
+    values.choice("split", split, tuple(CLASSES))
+    return _glyphs(split, values.seed("seed", seed))
+
+
+@lru_cache(maxsize=6)
+def _glyphs(split: str, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * seed + list(CLASSES).index(split))
     classes = CLASSES[split]
     strokes = _strokes(classes, generator)

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastmeta import values
+
 CHARACTERS, DRAWINGS, SIZE = 1623, 20, 28
 PARTITIONS = ("vinyals", "1200")
 ARCHIVES = ("images_background.zip", "images_evaluation.zip")
@@ -42,6 +44,10 @@ def omniglot(split: str = "train", partition: str = "vinyals", data_root: str | 
     Raises:
         ValueError: an archive that is missing from the given folder, damaged, or not complete, by name.
     """
+    values.choice("split", split, ("train", "val", "test"))
+    values.choice("partition", partition, PARTITIONS)
+    if not (data_root is None or isinstance(data_root, (str, os.PathLike))):
+        raise TypeError(f"data_root must be a path or None, got {type(data_root).__name__}")
     images, names = _load(_find(data_root))
     index = {name: i for i, name in enumerate(names)}
     if partition == "vinyals":

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastmeta import values
+from fastmeta.tasks._arguments import check_sizes
 from fastmeta.tasks.batch import TaskBatch
 
 
@@ -25,13 +27,13 @@ class SinusoidTasks:
     x_range = (-5.0, 5.0)
 
     def __init__(self, *, shots: int = 10, query_shots: int = 10, device: str | torch.device = "cpu"):
-        for argument, value in (("shots", shots), ("query_shots", query_shots)):
-            if value < 1:
-                raise ValueError(f"{argument} must be at least 1, got {value}")
-        self.shots, self.query_shots, self.device = shots, query_shots, torch.device(device)
+        check_sizes(shots=shots, query_shots=query_shots)
+        self.shots, self.query_shots, self.device = shots, query_shots, values.device("device", device)
 
     def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
         """`num_tasks` sinusoids, drawn with `generator` (of the tasks' device) or the global one."""
+        values.count("num_tasks", num_tasks, 0)
+        values.generator("generator", generator, self.device)
 
         def uniform(low: float, high: float, *shape: int) -> Tensor:
             return torch.rand(shape, device=self.device, generator=generator) * (high - low) + low

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fastmeta import values
+from fastmeta.tasks._arguments import check_images, check_sizes
 from fastmeta.tasks.augment import HANDWRITING
 from fastmeta.tasks.batch import TaskBatch
 from fastmeta.tasks.episodes import subsets
@@ -36,7 +38,8 @@ class AugmentedTasks:
     `sample` gives inputs float32 `[T, S, C, H, W]` and `[T, Q, C, H, W]` and labels int64 in [0, N).
 
     Raises:
-        ValueError: images of another shape, a size below 1, more ways than images.
+        ValueError: images of another shape, a size below 1, more ways than images. TypeError: images that are neither
+            uint8 nor floating, an argument of another type.
     """
 
     kind = "classification"
@@ -53,8 +56,10 @@ class AugmentedTasks:
         rotations: bool = False,
         name: str = "images",
     ):
+        check_sizes(ways=ways, shots=shots, query_shots=query_shots)
+        values.function("augmentation", augmentation)
+        values.flag("augment_support", augment_support)
         self.images, self.name = _pool(images, rotations), name
-        _sizes(ways=ways, shots=shots, query_shots=query_shots)
         if ways > len(self.images):
             raise ValueError(f"ways must be at most {len(self.images)}, the images of {name}, got {ways}")
         self.ways, self.shots, self.query_shots = ways, shots, query_shots
@@ -70,6 +75,8 @@ class AugmentedTasks:
 
     def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
         """`num_tasks` tasks, drawn with `generator` (of the images' device) or the global one."""
+        values.count("num_tasks", num_tasks, 0)
+        values.generator("generator", generator, self.images.device)
         device, plain = self.images.device, 0 if self.augment_support else 1
         chosen = subsets(num_tasks, len(self.images), self.ways, device=device, generator=generator)
         images = _floating(self.images[chosen.flatten()])
@@ -117,12 +124,14 @@ class ClusterTasks:
         rotations: bool = False,
         name: str = "images",
     ):
-        _sizes(ways=ways, shots=shots, query_shots=query_shots)
+        check_sizes(ways=ways, shots=shots, query_shots=query_shots)
         self.images, self.name = _pool(images, rotations), name
         turns = 4 if rotations else 1
         count = len(self.images) // turns
+        values.tensor("partitions", partitions)
         if partitions.dtype != torch.int64:
-            raise TypeError(f"partitions must be int64, got {partitions.dtype}")
+            raise TypeError(f"partitions must be int64, got {values.dtype_of(partitions)}")
+        values.on_device("partitions", partitions)
         partitions = partitions.to(self.images.device)
         if partitions.dim() == 1:
             partitions = partitions.unsqueeze(0)
@@ -141,6 +150,8 @@ class ClusterTasks:
 
     def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
         """`num_tasks` tasks, drawn with `generator` (of the images' device) or the global one."""
+        values.count("num_tasks", num_tasks, 0)
+        values.generator("generator", generator, self.images.device)
         device, each = self.images.device, self.shots + self.query_shots
         partition = torch.randint(len(self._first), (num_tasks,), device=device, generator=generator)
         cluster = _ragged_subsets(self._clusters[partition], self.ways, generator) + self._first[partition].unsqueeze(1)
@@ -189,10 +200,16 @@ def kmeans_partitions(embeddings: Tensor, clusters: int = 500, partitions: int =
     Raises:
         ValueError: sizes that do not fit, embeddings that are not finite. ImportError: scikit-learn is absent.
     """
-    _sizes(clusters=clusters, partitions=partitions)
-    if embeddings.dim() < 2 or len(embeddings) < clusters:
+    check_sizes(clusters=clusters, partitions=partitions)
+    values.seed("seed", seed)
+    values.tensor("embeddings", embeddings)
+    if embeddings.is_complex():
+        raise TypeError(f"embeddings must be real, got {values.dtype_of(embeddings)}")
+    values.on_device("embeddings", embeddings)
+    if embeddings.dim() < 2 or len(embeddings) < clusters or not embeddings[0].numel():
         raise ValueError(
-            f"embeddings must have shape [M, D] with M >= clusters = {clusters}, got {list(embeddings.shape)}"
+            f"embeddings must have shape [M, D] with M >= clusters = {clusters} and D at least 1, got "
+            f"{list(embeddings.shape)}"
         )
     try:
         from sklearn.cluster import MiniBatchKMeans
@@ -205,7 +222,7 @@ def kmeans_partitions(embeddings: Tensor, clusters: int = 500, partitions: int =
     found = []
     for index in range(partitions):
         scaled = points if index == 0 else points * torch.randn(points.shape[1], generator=generator)
-        means = MiniBatchKMeans(clusters, batch_size=4096, n_init=3, max_iter=50, random_state=seed + index)
+        means = MiniBatchKMeans(clusters, batch_size=4096, n_init=3, max_iter=50, random_state=(seed + index) % 2**32)
         found.append(torch.from_numpy(means.fit_predict(scaled.numpy())).long())
     return torch.stack(found)
 
@@ -213,7 +230,7 @@ def kmeans_partitions(embeddings: Tensor, clusters: int = 500, partitions: int =
 @torch.no_grad()
 def embed_images(encoder: nn.Module, images: Tensor) -> Tensor:
     """Embeddings `[M, D]` of images `[..., C, H, W]`, flattened to M, by `encoder` in eval mode."""
-    was_training = encoder.training
+    was_training = values.module("encoder", encoder).training
     encoder.eval()
     embeddings = [encoder(_floating(part)) for part in _pool(images, False).split(_AT_ONCE)]
     encoder.train(was_training)
@@ -238,10 +255,9 @@ def _ragged_subsets(population: Tensor, size: int, generator: torch.Generator | 
 
 
 def _pool(images: Tensor, rotations: bool) -> Tensor:
-    if images.dim() < 4:
-        raise ValueError(f"images must have shape [M, C, H, W] or [..., C, H, W], got {list(images.shape)}")
+    check_images(images, "[M, C, H, W] or [..., C, H, W]", 4)
     images = images.flatten(0, -4)
-    if rotations:
+    if values.flag("rotations", rotations):
         images = torch.cat([torch.rot90(images, turns, (-2, -1)) for turns in range(4)])
     return images.contiguous()
 
@@ -258,9 +274,3 @@ def _batch(examples: Tensor, shots: int) -> TaskBatch:
         examples[:, :, :shots].flatten(1, 2), labels.repeat_interleave(shots).repeat(tasks, 1),
         examples[:, :, shots:].flatten(1, 2), labels.repeat_interleave(each - shots).repeat(tasks, 1),
     )  # fmt: skip
-
-
-def _sizes(**values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
