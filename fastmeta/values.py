@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -69,6 +70,13 @@ def choice(name: str, value: Any, allowed: Sequence[str | None]) -> Any:
     return value
 
 
+def name(name: str, value: str) -> str:
+    """A text."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a name, got {shown(value)}")
+    return value
+
+
 def seed(name: str, value: int) -> int:
     """An int that random generators take."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -85,6 +93,13 @@ def module(name: str, value: nn.Module) -> nn.Module:
     return value
 
 
+def path(name: str, value: str | PathLike, *, or_none: bool = False) -> str | PathLike:
+    """The name of a file or folder."""
+    if not isinstance(value, (str, PathLike)) and not (or_none and value is None):
+        raise TypeError(f"{name} must be a path{' or None' if or_none else ''}, got {type(value).__name__}")
+    return value
+
+
 def function(name: str, value: Callable, *, or_none: bool = False) -> Callable:
     """What can be called."""
     if not callable(value) and not (or_none and value is None):
@@ -92,8 +107,8 @@ def function(name: str, value: Callable, *, or_none: bool = False) -> Callable:
     return value
 
 
-def device(name: str, value: str | int | torch.device) -> torch.device:
-    """The CPU or a CUDA device."""
+def device(name: str, value: str | int | torch.device, *, here: bool = True) -> torch.device:
+    """The CPU or a CUDA device, one that is there if it is to be used `here`."""
     if isinstance(value, bool) or not isinstance(value, (str, int, torch.device)):
         raise TypeError(f"{name} must be the name of a device or a torch.device, got {type(value).__name__}")
     try:
@@ -102,6 +117,10 @@ def device(name: str, value: str | int | torch.device) -> torch.device:
         raise ValueError(f"{name} must be 'cpu', 'cuda' or 'cuda:<number>', got {value!r}") from error
     if found.type not in _DEVICES:
         raise ValueError(f"{name} must be the CPU or a CUDA device, got {found}")
+    try:
+        torch.empty(0, device=found if here else "cpu")
+    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA raises AssertionError
+        raise ValueError(f"{name} {found} cannot be used: {str(error).splitlines()[0]}") from error
     return found
 
 

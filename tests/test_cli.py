@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, run):
         (["train", "protonet", "--data", "sinusoid"], "sinusoid is regression"),
         (["train", "maml", "--data", "cifar"], "cifar"),
         (["train", "maml", "--data", "sinusoid", "--hidden", "4x4"], "numbers with commas"),
-        (["train", "maml", "--data", "sinusoid", "--device", "abacus"], "device 'abacus' cannot be used"),
+        (["train", "maml", "--data", "sinusoid", "--device", "abacus"], "cuda:<number>', got 'abacus'"),
         (["train", "protonet", "--data", "omniglot", "--data-root", "nowhere"], "'nowhere' is not a folder"),
         (["evaluate", "nowhere"], "nowhere: no such file or folder"),
         (["train", "maml", "--resume", "--out", "nowhere"], "nowhere: no checkpoint to load"),

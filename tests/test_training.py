@@ -378,11 +378,11 @@ def test_learning_rates():
         ({"algorithm": "hopfield"}, "algorithm must be one of"),
         ({"algorithm": "protonet"}, "sinusoid is regression"),
         ({"shots": 0}, "shots must be at least 1"),
-        ({"inner_lr": -1.0}, "inner_lr must be greater than 0"),
+        ({"inner_lr": -1.0}, "inner_lr must be above 0"),
         ({"model": "conv4", "hidden": (4,)}, "conv4 needs images"),
         ({"lr_schedule": "cosine", "minutes": 1.0}, "cosine' needs iterations"),
         ({"data": "glyphs", "ways": 5, "train_ways": 9}, "train_ways must equal ways"),
-        ({"hidden": (4, 0)}, "hidden must be"),
+        ({"hidden": (4, 0)}, "hidden.1. must be at least 1, got 0"),
     ],
 )
 def test_settings_are_checked_by_name(given, text):

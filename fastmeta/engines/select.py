@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastmeta import values
+
 from ._base import Engine, InnerLoop
 from .fused import FusedEngine
 from .inspect import hooked_layer
@@ -80,8 +82,7 @@ def _why_not_mapped(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tenso
 
 def check_name(name: str) -> None:
     """Raise ValueError unless `name` is `"auto"` or an engine's name."""
-    if name != "auto" and name not in ENGINES:
-        raise ValueError(f"engine must be one of {['auto', *ENGINES]}, got {name!r}")
+    values.choice("engine", name, ("auto", *ENGINES))
 
 
 def explain(

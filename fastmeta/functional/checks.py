@@ -19,8 +19,8 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 def key(*parts):
     """What the checks of a call depend on, to look it up in `passed`; None where they must run every time.
 
-    Tensors count by class, shape, dtype, device and layout. Looking takes a fifth of the time of checking, which for small
-    tensors is longer than the work.
+    Tensors count by class, shape, dtype, device and layout. Looking takes a fifth of the time of checking, which for
+    small tensors is longer than the work.
     """
     if torch.compiler.is_compiling():
         return None

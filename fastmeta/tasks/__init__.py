@@ -78,6 +78,7 @@ def make_tasks(
     check_sizes(**{key: size for key, size in sizes.items() if size is not None})
     device = values.device("device", device)
     values.seed("seed", seed)
+    values.path("data_root", data_root, or_none=True)
     if name == "sinusoid":
         return SinusoidTasks(shots=_or(shots, 10), query_shots=_or(query_shots, 10), device=device)
     images = load_images(name, split, data_root=data_root, seed=seed, partition=partition)

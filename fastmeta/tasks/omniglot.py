@@ -46,8 +46,7 @@ def omniglot(split: str = "train", partition: str = "vinyals", data_root: str | 
     """
     values.choice("split", split, ("train", "val", "test"))
     values.choice("partition", partition, PARTITIONS)
-    if not (data_root is None or isinstance(data_root, (str, os.PathLike))):
-        raise TypeError(f"data_root must be a path or None, got {type(data_root).__name__}")
+    values.path("data_root", data_root, or_none=True)
     images, names = _load(_find(data_root))
     index = {name: i for i, name in enumerate(names)}
     if partition == "vinyals":

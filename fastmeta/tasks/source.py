@@ -24,3 +24,10 @@ class TaskSource(Protocol):
 
     def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
         """`num_tasks` new tasks on the source's device."""
+
+
+def check_source(tasks: TaskSource) -> None:
+    """Raise TypeError unless `tasks` has what a source of tasks must have."""
+    for name in ("kind", "input_shape", "output_size", "sample"):
+        if not hasattr(tasks, name):
+            raise TypeError(f"tasks must be a source of tasks, with an attribute {name}; got {type(tasks).__name__}")

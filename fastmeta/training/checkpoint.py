@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import values
+
 FORMAT = 1
 _NAME = re.compile(r"step-(\d+)\.json")
 
@@ -46,8 +48,8 @@ class CheckpointFolder:
     """The checkpoints of one run. Keeps the newest `keep` of them, and the best by validation."""
 
     def __init__(self, folder: str | Path, keep: int = 2):
-        self.folder = Path(folder)
-        self.keep = keep
+        self.folder = Path(values.path("folder", folder))
+        self.keep = values.count("keep", keep)
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, whole or damaged since; oldest first."""
@@ -140,7 +142,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    path = Path(path)
+    path = Path(values.path("path", path))
     if path.suffix == ".safetensors":
         path = path.with_suffix(".json")
     record = _read_record(path)

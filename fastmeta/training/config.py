@@ -6,6 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from .. import values
+from ..dispatch.backends import METRICS
+from ..engines.select import check_name
 from ..nn import NORMS
 from ..tasks import NAMES as DATA
 from ..tasks.augment import HANDWRITING, Augmentation
@@ -73,37 +76,40 @@ class RunConfig:
     settings: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        _one_of("algorithm", self.algorithm, tuple(ALGORITHMS))
-        _one_of("data", self.data, DATA)
-        _one_of("model", self.model, MODELS)
-        _one_of("norm", self.norm, NORMS)
-        _one_of("partition", self.partition, PARTITIONS)
-        _one_of("labels", self.labels, LABELS)
-        _one_of("lr_schedule", self.lr_schedule, SCHEDULES)
+        choices = {
+            "algorithm": tuple(ALGORITHMS), "data": DATA, "model": MODELS, "norm": NORMS, "metric": METRICS,
+            "partition": PARTITIONS, "labels": LABELS, "lr_schedule": SCHEDULES,
+        }  # fmt: skip
+        for name, allowed in choices.items():
+            values.choice(name, getattr(self, name), allowed)
         counts = ("ways", "shots", "query_shots", "train_ways", "train_shots", "train_query_shots", "task_batch")
-        for name in (*counts, "eval_tasks", "task_chunk", "threads", "clusters", "cluster_partitions"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in (*counts, "eval_tasks", "clusters", "cluster_partitions"):
+            values.count(name, getattr(self, name))
+        for name in ("task_chunk", "threads", "iterations"):
+            if getattr(self, name) is not None:
+                values.count(name, getattr(self, name))
         for name in ("inner_steps", "eval_inner_steps", "lr_halve_every", "eval_every", "save_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("inner_lr", "outer_lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
+            values.count(name, getattr(self, name), 0)
+        for name in ("inner_lr", "outer_lr", *(() if self.minutes is None else ("minutes",))):
+            values.number(name, getattr(self, name), 0, open=True)
+        for name in ("first_order", "augment_support"):
+            values.flag(name, getattr(self, name))
+        for name in ("data_root", "cluster_checkpoint"):
+            values.path(name, getattr(self, name), or_none=True)
+        check_name(self.engine)
+        if values.name("device", self.device) != "auto":
+            values.device("device", self.device, here=False)
+        values.seed("seed", self.seed)
+        values.counts("hidden", self.hidden)
         if self.iterations is None and self.minutes is None:
             raise ValueError("iterations or minutes must be given: one of them ends the run")
-        if self.iterations is not None and self.iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {self.iterations}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes must be greater than 0, got {self.minutes}")
         if self.lr_schedule == "halve" and self.lr_halve_every < 1:
             raise ValueError("lr_schedule 'halve' needs lr_halve_every of at least 1")
         if self.lr_schedule == "cosine" and self.iterations is None:
             raise ValueError("lr_schedule 'cosine' needs iterations: a time budget does not say where the cosine ends")
         if self.norm != "none" and self.model != "mlp":
             raise ValueError(f"norm is of model mlp; {self.model} has batch norms of its own: leave norm out")
-        if not self.hidden or min(self.hidden) < 1:
+        if not self.hidden:
             raise ValueError(f"hidden must be one or more widths of at least 1, got {list(self.hidden)}")
         if self.model == "conv4" and len(self.hidden) != 1:
             raise ValueError(f"hidden must be one number of channels for conv4, got {list(self.hidden)}")
@@ -121,7 +127,8 @@ class RunConfig:
         for name, value in self.settings:
             if name not in own:
                 raise ValueError(f"settings of {self.algorithm} are {', '.join(own) or 'none'}; got {name!r}")
-            if not isinstance(value, type(own[name])) and own[name] is not None:
+            fits = isinstance(value, type(own[name])) and isinstance(value, bool) == isinstance(own[name], bool)
+            if not fits and own[name] is not None:
                 raise ValueError(f"setting {name} must be {type(own[name]).__name__}, got {value!r}")
         if ALGORITHMS[self.algorithm].fixed_ways and self.train_ways != self.ways:
             raise ValueError(
@@ -156,15 +163,15 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> RunConfig:
+    def from_json(cls, chosen: dict[str, Any]) -> RunConfig:
         """The inverse of `as_json`. A key that this version does not know raises ValueError."""
-        unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
+        unknown = chosen.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"unknown settings {', '.join(sorted(unknown))}: written by another version of fastmeta")
         named = {
-            key: tuple((name, value) for name, value in values.get(key, ())) for key in ("settings", "augmentation")
+            key: tuple((name, value) for name, value in chosen.get(key, ())) for key in ("settings", "augmentation")
         }
-        return cls(**{**values, "hidden": tuple(values["hidden"]), **named})
+        return cls(**{**chosen, "hidden": tuple(chosen["hidden"]), **named})
 
 
 def run_config(algorithm: str, data: str, **given: Any) -> RunConfig:
@@ -174,29 +181,40 @@ def run_config(algorithm: str, data: str, **given: Any) -> RunConfig:
     more tasks per step; MAML on images, their section A.1 (20-way: five steps of 0.1); prototypical networks,
     Snell et al. 2017, section 3.1 (60-way episodes of 5 queries, Adam at 1e-3 halved every 2,000 episodes).
     """
-    _one_of("algorithm", algorithm, tuple(ALGORITHMS))
-    _one_of("data", data, DATA)
+    values.choice("algorithm", algorithm, tuple(ALGORITHMS))
+    values.choice("data", data, DATA)
     given = {key: value for key, value in given.items() if value is not None}
-    values = _defaults(algorithm, data, given)
+    for name, least in (("ways", 1), ("inner_steps", 0), ("eval_every", 0)):  # what defaults are made of
+        if name in given:
+            values.count(name, given[name], least)
+    for name, allowed in (("model", MODELS), ("labels", LABELS)):
+        if name in given:
+            values.choice(name, given[name], allowed)
+    if "hidden" in given:
+        values.counts("hidden", given["hidden"])
+    for name in ("augmentation", "settings"):
+        if name in given and not isinstance(given[name], (tuple, list, dict)):
+            raise TypeError(f"{name} must hold names with their values, got {values.shown(given[name])}")
+    chosen = _defaults(algorithm, data, given)
     entry = ALGORITHMS[algorithm]
-    values.update(entry.sinusoid if data == "sinusoid" else entry.images)
+    chosen.update(entry.sinusoid if data == "sinusoid" else entry.images)
     if given.get("minutes") is not None and "iterations" not in given:
-        values["iterations"] = None
+        chosen["iterations"] = None
     if given.get("lr_halve_every") and "lr_schedule" not in given:
-        values["lr_schedule"] = "halve"
-    values.update(given)
+        chosen["lr_schedule"] = "halve"
+    chosen.update(given)
     if "inner_steps" in given and "eval_inner_steps" not in given:
-        values["eval_inner_steps"] = max(values.get("eval_inner_steps", 0), given["inner_steps"])
+        chosen["eval_inner_steps"] = max(chosen.get("eval_inner_steps", 0), given["inner_steps"])
     for name in ("ways", "shots", "query_shots"):
-        values.setdefault(f"train_{name}", values[name])
-    if values.get("labels") == "augment":  # all of it, so that a run that goes on does not depend on later defaults
-        values["augmentation"] = tuple((dataclasses.asdict(HANDWRITING) | dict(values.get("augmentation", ()))).items())
+        chosen.setdefault(f"train_{name}", chosen[name])
+    if chosen.get("labels") == "augment":  # all of it, so that a run that goes on does not depend on later defaults
+        chosen["augmentation"] = tuple((dataclasses.asdict(HANDWRITING) | dict(chosen.get("augmentation", ()))).items())
     elif "augment_support" not in given:
-        values.pop("augment_support", None)
-    values.setdefault("save_every", values.get("eval_every") or RunConfig.save_every)
-    if "hidden" in values:
-        values["hidden"] = tuple(values["hidden"])
-    return RunConfig(algorithm=algorithm, data=data, **values)
+        chosen.pop("augment_support", None)
+    chosen.setdefault("save_every", chosen.get("eval_every") or RunConfig.save_every)
+    if "hidden" in chosen:
+        chosen["hidden"] = tuple(chosen["hidden"])
+    return RunConfig(algorithm=algorithm, data=data, **chosen)
 
 
 def _defaults(algorithm: str, data: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -243,8 +261,3 @@ def _defaults(algorithm: str, data: str, given: dict[str, Any]) -> dict[str, Any
         "task_batch": 16 if many else 32,
         "iterations": 60_000,
     }
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")

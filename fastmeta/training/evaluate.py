@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import values
 from ..algorithms import ProtoNet
+from ..tasks.source import check_source
 from .embed import embed, embedding_pays
 from .metrics import CalibrationError, Estimate, finite_or_none
 
@@ -77,8 +79,14 @@ def evaluate(
         compared task by task. stop: polled between task batches; when it returns True, the evaluation is
         given up and None comes back.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    values.module("algorithm", algorithm)
+    check_source(tasks)
+    values.count("episodes", episodes)
+    if inner_steps is not None:
+        values.count("inner_steps", inner_steps, 0)
+    values.flag("by_step", by_step)
+    values.seed("seed", seed)
+    values.function("stop", stop, or_none=True)
     if inner_steps is not None and not hasattr(algorithm, "inner_steps"):
         raise ValueError(f"inner_steps: {type(algorithm).__name__} has no inner loop")
     parameter = next(algorithm.parameters(), None)  # an untrained rule on pixels has none

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from .. import values
+from ..tasks.source import check_source
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, pack_optimizer, unpack_optimizer
 from .finite import FiniteGuard
 from .metrics import RunningMean, finite_or_none
-from .schedule import learning_rate
+from .schedule import SCHEDULES, learning_rate
 from .signals import StopSignals
 
 if TYPE_CHECKING:
@@ -89,6 +91,29 @@ class Trainer:
         wrap: Callable[[nn.Module], nn.Module] | None = None,
         reporters: tuple[Reporter, ...] = (),
     ):
+        values.module("algorithm", algorithm)
+        check_source(tasks)
+        values.count("task_batch", task_batch)
+        values.number("outer_lr", outer_lr, 0)
+        values.choice("lr_schedule", lr_schedule, SCHEDULES)
+        for name, value in (("lr_halve_every", lr_halve_every), ("eval_every", eval_every), ("save_every", save_every)):
+            values.count(name, value, 0)
+        if iterations is not None:
+            values.count("iterations", iterations, 0)
+        if minutes is not None:
+            values.number("minutes", minutes, 0)
+        if lr_schedule == "halve":
+            values.count("lr_halve_every", lr_halve_every)
+        if lr_schedule == "cosine" and not iterations:
+            raise ValueError(f"iterations must be given for lr_schedule 'cosine', got {iterations}")
+        values.function("validate", validate, or_none=True)
+        values.function("wrap", wrap, or_none=True)
+        values.seed("seed", seed)
+        for name, value, kind in (("checkpoints", checkpoints, CheckpointFolder), ("record", record, dict)):
+            if not (value is None or isinstance(value, kind)):
+                raise TypeError(f"{name} must be a {kind.__name__} or None, got {type(value).__name__}")
+        if not isinstance(reporters, (tuple, list)) or not all(hasattr(one, "progress") for one in reporters):
+            raise TypeError(f"reporters must be a tuple or list of Reporter, got {values.shown(reporters)}")
         if iterations is None and minutes is None:
             raise ValueError("iterations or minutes must be given: one of them ends the run")
         parameters = [p for p in algorithm.parameters() if p.requires_grad]

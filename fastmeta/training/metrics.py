@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..values import dtype_of, on_device, tensor
+
 
 class Estimate(NamedTuple):
     """A mean over episodes with the half width of its 95% confidence interval, `1.96 s / sqrt(n)`."""
@@ -20,6 +22,10 @@ class Estimate(NamedTuple):
     def of(cls, values: Tensor) -> Estimate:
         """Of one value per episode, `[n]`. One episode has an interval of NaN: it says nothing about the
         spread."""
+        tensor("values", values)
+        if not values.is_floating_point():
+            raise TypeError(f"values must be floating, got {dtype_of(values)}")
+        on_device("values", values)
         if values.dim() != 1 or values.numel() == 0:
             raise ValueError(f"values must be [n] with n >= 1, got shape {tuple(values.shape)}")
         # One copy to the host; in float64, where a mean over many episodes loses nothing.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .. import values
 from ..tasks import (
     AugmentedTasks,
     ClusterTasks,
@@ -50,12 +51,7 @@ def prepare(config: RunConfig) -> torch.device:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a torch built without a device's support raises AssertionError
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
+    return values.device("device", name)
 
 
 def build_tasks(config: RunConfig, split: str, device: torch.device, **changed: int | None) -> TaskSource:
