@@ -26,15 +26,15 @@ class Argument(NamedTuple):
 def layouts(t: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same numbers in what no kernel here reads."""
     found = {"COO": t.to_sparse(), "complex": t.to(torch.complex64), "meta": t.to("meta")}
-    if t.dim() > 1:
-        found["CSR"] = t.to_sparse_csr()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are in beta, or on their way out
+        if t.dim() > 1:
+            found["CSR"] = t.to_sparse_csr()
             found["nested"] = torch.nested.nested_tensor(list(t.unbind()))
             found["jagged"] = torch.nested.nested_tensor(list(t.unbind()), layout=torch.jagged)
-    if t.dtype == torch.float32:
-        found["mkldnn"] = t.to_mkldnn()
-        found["quantized"] = torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)
+        if t.dtype == torch.float32:
+            found["mkldnn"] = t.to_mkldnn()
+            found["quantized"] = torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)
     return found
 
 
