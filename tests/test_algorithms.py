@@ -200,7 +200,7 @@ class TestProtoNet:
             ProtoNet(nn.Identity(), metric="nearest")(batch)
         with pytest.raises(ValueError, match="encoder"):
             ProtoNet(nn.Unflatten(1, (5, 1)))(batch)
-        with pytest.raises(ValueError, match="label"):
+        with pytest.raises(ValueError, match="support_y.*ways = 2"):
             ProtoNet(nn.Identity(), ways=2)(batch)
 
     @pytest.mark.learning

@@ -6,19 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmeta.dispatch.labels import label_range
 from fastmeta.functional import checks
 
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The tasks' losses `[T]` of logits `[T, B, N]` and labels `[T, B]`."""
-    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
+from .output import over_rows
 
 
-def check_labels(name: str, labels: Tensor, like: Tensor, num_classes: int) -> None:
-    """`labels` are int64, one for each row of `like` `[T, B, ...]`, in [0, num_classes)."""
-    checks.labels(name, labels, "[T, B]", like, "the examples")
-    label_range(name, labels, num_classes)
+def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The tasks' losses `[T]` of logits `[T, B, N]` and labels `[T, B]`; of the rows in `mask` `[T, B]`."""
+    return over_rows(F.cross_entropy(logits.transpose(1, 2), labels, reduction="none"), mask)
 
 
 def check_targets(name: str, targets: Tensor, like: Tensor) -> None:

@@ -88,12 +88,11 @@ class InContextCAML(EmbeddingLearner):
     def extra_repr(self) -> str:
         return f"features={self.features}, max_ways={self.max_ways}, ways={self.ways}"
 
-    def _fit(self, features: Tensor, labels: Tensor) -> Context:
-        num_classes = self._num_classes(labels, features)
-        if num_classes > self.max_ways:
-            raise ValueError(f"ways must be at most max_ways = {self.max_ways}, got {num_classes}")
+    def _fit(self, features: Tensor, labels: Tensor, ways: int) -> Context:
+        if ways > self.max_ways:
+            raise ValueError(f"ways must be at most max_ways = {self.max_ways}, got {ways}")
         codes = self.code_scale * self.code[labels]
-        return Context(torch.cat([self._normed(features), codes.to(features.dtype)], 2), num_classes)
+        return Context(torch.cat([self._normed(features), codes.to(features.dtype)], 2), ways)
 
     def _score(self, state: Context, features: Tensor) -> Tensor:
         tasks, queries, _ = features.shape

@@ -16,17 +16,20 @@ from fastmeta.dispatch.backends import METRICS
 from fastmeta.functional import checks
 
 from ._arguments import check_tasks
-from ._embedding import EmbeddingLearner, by_rows
-from ._targets import check_labels, cross_entropy
+from ._classes import Classes
+from ._embedding import EmbeddingLearner, both_masks, by_rows, check_examples
+from ._targets import cross_entropy
 from .output import MetaOutput, classified
 
 
 class ModulatedPrototypes(NamedTuple):
     """What `ModulationCAML.adapt` returns: the class means in the metric space, `[T, N, D]`, which modulate, and those
-    of the modulated features, `[T, N, F]`, which classify."""
+    of the modulated features, `[T, N, F]`, which classify; and the tasks' classes, where they are not 0 to N - 1 in
+    all."""
 
     metric: Tensor
     prototypes: Tensor
+    classes: Classes | None
 
 
 class ModulationCAML(EmbeddingLearner):
@@ -54,8 +57,6 @@ class ModulationCAML(EmbeddingLearner):
         ways: the number of classes `N` of every task. None takes the largest support label of the batch plus one, which
             on a GPU waits for the device; give it in training loops there.
 
-    A class without support examples has its means at zero.
-
     Raises:
         ValueError: an unknown metric, a negative weight, an encoder or base that does not return `[B, D]`, labels that
             do not fit. TypeError: labels that are not int64.
@@ -79,45 +80,67 @@ class ModulationCAML(EmbeddingLearner):
     def extra_repr(self) -> str:
         return f"metric={self.metric!r}, metric_weight={self.metric_weight}, ways={self.ways}"
 
-    def adapt(self, support_x: Tensor, support_y: Tensor) -> ModulatedPrototypes:
-        """Class means in both spaces of support sets `[T, S, ...]` with labels int64 `[T, S]`."""
-        embeddings = self._encode("support_x", support_x)
-        num_classes = self._num_classes(support_y, embeddings)
-        means = functional.class_prototypes(embeddings, support_y, num_classes)
-        features = self._modulated(support_x, self._condition(embeddings, means))
-        return ModulatedPrototypes(means, functional.class_prototypes(features, support_y, num_classes))
+    def adapt(
+        self, support_x: Tensor, support_y: Tensor, support_mask: Tensor | None = None
+    ) -> ModulatedPrototypes:
+        """Class means in both spaces of support sets `[T, S, ...]` with labels int64 `[T, S]`; any labels and masks as
+        in `ProtoNet.adapt`."""
+        check_examples("support_x", support_x, support_mask, "support_mask")
+        ways, classes = self._classes(support_x, support_y, support_mask=support_mask)
+        embeddings = self._encode(support_x, support_mask)
+        means = _class_means(embeddings, support_y, ways, classes)
+        features = self._modulated(support_x, self._condition(embeddings, means, classes), support_mask)
+        return ModulatedPrototypes(means, _class_means(features, support_y, ways, classes), classes)
 
-    def predict(self, state: ModulatedPrototypes, query_x: Tensor) -> Tensor:
-        """Logits `[T, Q, N]`: minus the distance of the modulated features to each class mean."""
-        embeddings = self._encode("query_x", query_x)
+    def predict(self, state: ModulatedPrototypes, query_x: Tensor, query_mask: Tensor | None = None) -> Tensor:
+        """Logits `[T, Q, C]`: minus the distance of the modulated features to each class mean; columns as in
+        `ProtoNet.predict`."""
+        check_examples("query_x", query_x, query_mask, "query_mask")
+        embeddings = self._encode(query_x, query_mask)
         check_tasks(embeddings, len(state.metric))
-        features = self._modulated(query_x, self._condition(embeddings, state.metric))
-        return -functional.pairwise_distance(features, state.prototypes, self.metric)
+        features = self._modulated(query_x, self._condition(embeddings, state.metric, state.classes), query_mask)
+        logits = _scores(features, state.prototypes, self.metric, state.classes)
+        if state.classes is not None:
+            return state.classes.wide(logits, query_mask)
+        return logits if query_mask is None else logits.masked_fill(~query_mask.unsqueeze(2), 0)
 
     def _all_tasks(self, batch) -> MetaOutput:
         """Mean cross entropy of the query sets, in train mode with that of the metric space; each network runs once."""
-        support_x, support_y, query_x, query_y = batch
-        self._check_examples(support_x, query_x)
-        x = torch.cat([support_x, query_x], 1)
-        sizes = [support_x.shape[1], query_x.shape[1]]
-        embeddings = self._encode("support_x", x)
+        mask = both_masks(batch) if self._check_batch(batch) else None
+        ways, classes = self._classes(*batch)
+        x = torch.cat([batch.support_x, batch.query_x], 1)
+        sizes = [batch.support_x.shape[1], batch.query_x.shape[1]]
+        embeddings = self._encode(x, mask)
         support, query = embeddings.split(sizes, 1)
-        num_classes = self._num_classes(support_y, support)
-        means = functional.class_prototypes(support, support_y, num_classes)
-        modulated_support, modulated_query = self._modulated(x, self._condition(embeddings, means)).split(sizes, 1)
-        prototypes = functional.class_prototypes(modulated_support, support_y, num_classes)
-        logits = -functional.pairwise_distance(modulated_query, prototypes, self.metric)
-        check_labels("query_y", query_y, logits, num_classes)
-        task_loss = cross_entropy(logits, query_y)
+        means = _class_means(support, batch.support_y, ways, classes)
+        features = self._modulated(x, self._condition(embeddings, means, classes), mask)
+        modulated_support, modulated_query = features.split(sizes, 1)
+        prototypes = _class_means(modulated_support, batch.support_y, ways, classes)
+        query_y = batch.query_y if classes is None else classes.query_y
+        logits = _scores(modulated_query, prototypes, self.metric, classes)
+        task_loss = cross_entropy(logits, query_y, batch.query_mask)
         if self.training and self.metric_weight:
-            distance = functional.pairwise_distance(query, means, self.metric)
-            task_loss = task_loss + self.metric_weight * cross_entropy(-distance, query_y)
-        return classified(task_loss, logits, query_y)
+            scores = _scores(query, means, self.metric, classes)
+            task_loss = task_loss + self.metric_weight * cross_entropy(scores, query_y, batch.query_mask)
+        output = classified(task_loss, logits, query_y, batch.query_mask)
+        if classes is None:
+            return output
+        return output._replace(logits=classes.wide(logits, batch.query_mask), classes=classes.of_columns)
 
-    def _condition(self, embeddings: Tensor, means: Tensor) -> Tensor:
+    def _condition(self, embeddings: Tensor, means: Tensor, classes: Classes | None = None) -> Tensor:
         """`[T, B, 2 D]`: where the rows lie, and near which of the task's classes."""
-        near = torch.softmax(-functional.pairwise_distance(embeddings, means, self.metric), -1)
+        near = torch.softmax(_scores(embeddings, means, self.metric, classes), -1)
         return torch.cat([embeddings, near @ means], 2)
 
-    def _modulated(self, x: Tensor, condition: Tensor) -> Tensor:
-        return by_rows(self.base, "base", "features [B, F]", x, condition)
+    def _modulated(self, x: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:
+        return by_rows(self.base, "base", "features [B, F]", x, condition, mask=mask)
+
+
+def _class_means(features: Tensor, labels: Tensor, ways: int | None, classes: Classes | None) -> Tensor:
+    return functional.class_prototypes(features, labels, ways) if classes is None else classes.means(features)
+
+
+def _scores(features: Tensor, means: Tensor, metric: str, classes: Classes | None) -> Tensor:
+    """Minus the distances to the tasks' class means, -inf to those of classes that a task has not."""
+    scores = -functional.pairwise_distance(features, means, metric)
+    return scores if classes is None else classes.without_absent(scores)

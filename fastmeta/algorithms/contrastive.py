@@ -12,7 +12,7 @@ from fastmeta import functional
 from fastmeta.functional import checks
 
 from ._arguments import check_size
-from ._embedding import EmbeddingLearner, by_rows
+from ._embedding import EmbeddingLearner, by_rows, check_examples
 from ._targets import one_hot
 from .output import MetaOutput, over_tasks
 from .ridge import ridge_weights
@@ -97,14 +97,15 @@ class Contrastive(EmbeddingLearner):
         self.fine_tune_lr = float(fine_tune_lr)
 
     @torch.no_grad()
-    def adapt(self, support_x: Tensor, support_y: Tensor) -> LinearHead:
-        """The linear heads of support sets `[T, S, ...]` with labels int64 `[T, S]`."""
-        return super().adapt(support_x, support_y)
+    def adapt(self, support_x: Tensor, support_y: Tensor, support_mask: Tensor | None = None) -> LinearHead:
+        """The linear heads of support sets `[T, S, ...]` with labels int64 `[T, S]`; any labels and masks as in
+        `ProtoNet.adapt`."""
+        return super().adapt(support_x, support_y, support_mask)
 
     @torch.no_grad()
-    def predict(self, state: LinearHead, query_x: Tensor) -> Tensor:
+    def predict(self, state: LinearHead, query_x: Tensor, query_mask: Tensor | None = None) -> Tensor:
         """Logits `[T, Q, N]`."""
-        return super().predict(state, query_x)
+        return super().predict(state, query_x, query_mask)
 
     def _all_tasks(self, batch: TaskBatch) -> MetaOutput:
         """Train mode: NT-Xent of two views, differentiable. Eval mode: loss and accuracy of the query sets, without
@@ -112,13 +113,16 @@ class Contrastive(EmbeddingLearner):
         if not self.training:
             with torch.no_grad():
                 return super()._all_tasks(batch)
+        if len(batch) > 4:
+            raise ValueError("batch: support_mask and query_mask are served in eval mode alone, two views have none")
         first, second = batch.support_x, batch.query_x
+        check_examples("support_x", first)
         if first.shape != second.shape:
             raise ValueError(
                 "support_x and query_x must be two views of the same images, of one shape [T, B, ...], got "
                 f"{tuple(first.shape)} and {tuple(second.shape)}: train with one shot and one query shot"
             )
-        views = self._project(self._encode("support_x", torch.cat([first, second], 1)))
+        views = self._project(self._encode(torch.cat([first, second], 1)))
         return over_tasks(functional.contrastive_loss(*views.chunk(2, 1), self.temperature))
 
     def extra_repr(self) -> str:
@@ -127,17 +131,16 @@ class Contrastive(EmbeddingLearner):
             f"fine_tune_steps={self.fine_tune_steps}, ways={self.ways}"
         )
 
-    def _fit(self, features: Tensor, labels: Tensor) -> LinearHead:
-        num_classes = self._num_classes(labels, features)
+    def _fit(self, features: Tensor, labels: Tensor, ways: int) -> LinearHead:
         features = self._seen(features)
         centre = features.mean(1, keepdim=True) if self.centre == "support" else None
         features = self._transform(features, centre)
-        targets = one_hot(labels, num_classes, features.dtype)
+        targets = one_hot(labels, ways, features.dtype)
         if self.head == "ridge":
             weights = ridge_weights(features, targets, features.new_tensor(self.ridge)) / self.temperature
-            bias = features.new_zeros(len(features), 1, num_classes)
+            bias = features.new_zeros(len(features), 1, ways)
         else:
-            means = functional.class_prototypes(features, labels, num_classes)
+            means = functional.class_prototypes(features, labels, ways)
             # -|x - m|^2 / (2 temperature) but for |x|^2, which is the same for all classes
             weights = means.transpose(1, 2) / self.temperature
             bias = means.square().sum(2).unsqueeze(1) / (-2 * self.temperature)

@@ -11,7 +11,6 @@ from fastmeta.functional.fast_weights import MLPFastWeights
 
 from ._arguments import check_count, check_number
 from ._embedding import EmbeddingLearner
-from ._targets import check_labels
 from .output import MetaOutput, classified
 
 
@@ -60,20 +59,19 @@ class GradientHead(EmbeddingLearner):
     def extra_repr(self) -> str:
         return f"inner_steps={self.inner_steps}, normalise={self.normalise}, first_order={self.first_order}"
 
-    def _encode(self, name: str, x: Tensor) -> Tensor:
-        features = super()._encode(name, x)
+    def _encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        features = super()._encode(x, mask)
         return F.normalize(features, dim=-1) if self.normalise else features
 
-    def _inner_loop(self, features: Tensor, labels: Tensor):
+    def _inner_loop(self, features: Tensor, ways: int):
         """The head, `[N, D]`, and the other arguments of the loop."""
-        ways = self._num_classes(labels, features)
         rate = ways * self.log_inner_lr.exp()
         return [features.new_zeros(ways, features.shape[2])], {
             "lr": rate, "steps": self.inner_steps, "first_order": self.first_order,
         }  # fmt: skip
 
-    def _fit(self, features: Tensor, targets: Tensor) -> MLPFastWeights:
-        head, options = self._inner_loop(features, targets)
+    def _fit(self, features: Tensor, targets: Tensor, ways: int) -> MLPFastWeights:
+        head, options = self._inner_loop(features, ways)
         return functional.adapt_mlp(features, targets, head, None, **options)
 
     def _score(self, state: MLPFastWeights, features: Tensor) -> Tensor:
@@ -82,8 +80,7 @@ class GradientHead(EmbeddingLearner):
     def _num_tasks(self, state: MLPFastWeights) -> int:
         return len(state)
 
-    def _tasks(self, support: Tensor, support_y: Tensor, query: Tensor, query_y: Tensor) -> MetaOutput:
-        head, options = self._inner_loop(support, support_y)
-        check_labels("query_y", query_y, query, len(head[0]))
+    def _tasks(self, support: Tensor, support_y: Tensor, query: Tensor, query_y: Tensor, ways: int) -> MetaOutput:
+        head, options = self._inner_loop(support, ways)
         found = functional.meta_loss_mlp(support, support_y, query, query_y, head, None, **options)
         return classified(found.loss, found.logits, query_y)

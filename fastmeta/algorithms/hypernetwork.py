@@ -62,7 +62,7 @@ class Hypernetwork(EmbeddingLearner):
     Initialization for Hypernetworks", ask for: variances of the generated weights, not of the generator's).
 
     Departures from the papers named: the set encoder in place of recurrence or a transformer; a class's label enters by
-    the class means and not as one-hot. A class without support examples has the summary of zeros.
+    the class means and not as one-hot.
 
     Raises:
         ValueError: an unknown mode or activation, widths or a rank below 1, an encoder that does not return `[B, D]`,
@@ -119,9 +119,13 @@ class Hypernetwork(EmbeddingLearner):
             f"activation={self.activation!r}, ways={self.ways}"
         )
 
-    def _fit(self, features: Tensor, targets: Tensor) -> GeneratedWeights:
+    @property
+    def _classifies(self) -> bool:
+        return self.outputs is None
+
+    def _fit(self, features: Tensor, targets: Tensor, ways: int | None) -> GeneratedWeights:
         check_width(features, self.features)
-        rows, task = self._summaries(features, targets)
+        rows, task = self._summaries(features, targets, ways)
         head = self.head(rows)
         if self.outputs is not None:
             head = head.unflatten(1, (self.outputs, -1))
@@ -134,7 +138,7 @@ class Hypernetwork(EmbeddingLearner):
             biases.append(bias)
         return GeneratedWeights([*weights, head[..., :-1]], [*biases, head[..., -1]])
 
-    def _summaries(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _summaries(self, features: Tensor, targets: Tensor, ways: int | None) -> tuple[Tensor, Tensor]:
         """What the output layer is made of, `[T, N, .]` or for regression `[T, .]`, and the others, `[T, .]`."""
         if self.outputs is not None:
             check_targets("support_y", targets, features)
@@ -142,8 +146,7 @@ class Hypernetwork(EmbeddingLearner):
                 raise ValueError(f"support_y must have width O = {self.outputs}, got {list(targets.shape)}")
             task = self.of_example(torch.cat([features, targets.to(features.dtype)], 2)).mean(1)
             return task, task
-        num_classes = self._num_classes(targets, features)
-        classes = functional.class_prototypes(self.of_example(features), targets, num_classes)
+        classes = functional.class_prototypes(self.of_example(features), targets, ways)
         task = self.of_class(classes).mean(1)
         return torch.cat([classes, task.unsqueeze(1).expand_as(classes)], 2), task
 

@@ -11,7 +11,7 @@ from fastmeta import functional
 
 from ._arguments import check_size
 from ._embedding import EmbeddingLearner
-from ._targets import check_labels, one_hot
+from ._targets import one_hot
 from .output import MetaOutput, classified
 
 
@@ -46,8 +46,7 @@ class MatchingNetwork(EmbeddingLearner):
             which on a GPU waits for the device; give it in training loops there.
 
     Departures: the scale, learned from 10 (`scale=1, learn_scale=False` is the paper); the query LSTM starts from
-    zeros, which the paper leaves open. A class without support examples has log-probability -inf, and a query of such
-    a class an infinite loss.
+    zeros, which the paper leaves open.
 
     Raises:
         ValueError: a scale that is not positive, steps below 1, full context without `features`, an encoder that does
@@ -85,12 +84,11 @@ class MatchingNetwork(EmbeddingLearner):
     def extra_repr(self) -> str:
         return f"full_context={self.full_context}, steps={self.steps}, ways={self.ways}"
 
-    def _fit(self, features: Tensor, labels: Tensor) -> MatchingSupport:
-        num_classes = self._num_classes(labels, features)
+    def _fit(self, features: Tensor, labels: Tensor, ways: int) -> MatchingSupport:
         if self.full_context:
             both, _ = self.support_lstm(features)
             features = features + both.unflatten(2, (2, -1)).sum(2)
-        return MatchingSupport(features, labels, num_classes)
+        return MatchingSupport(features, labels, ways)
 
     def _score(self, state: MatchingSupport, features: Tensor) -> Tensor:
         if self.full_context:
@@ -111,7 +109,6 @@ class MatchingNetwork(EmbeddingLearner):
         return hidden.view_as(features)
 
     def _judge(self, logits: Tensor, query_y: Tensor) -> MetaOutput:
-        check_labels("query_y", query_y, logits, logits.shape[2])
         task_loss = -logits.gather(2, query_y.unsqueeze(2)).squeeze(2).mean(1)
         return classified(task_loss, logits, query_y)
 

@@ -47,8 +47,7 @@ class NearestNeighbour(EmbeddingLearner):
         metric: as in `fastmeta.functional.pairwise_distance`; the paper's is `"sqeuclidean"`.
         ways: the number of classes `N` of every task. None takes the largest support label of the batch plus one.
 
-    `predict` gives minus the distance to the class, -inf with `rule="nearest"` for a class without support examples;
-    with `rule="mean"` such a class has its mean at zero. The loss is the cross entropy of that and has no gradient.
+    `predict` gives minus the distance to the class. The loss is the cross entropy of that and has no gradient.
     Departure: centring by the support mean, for where there are no training images.
 
     Raises:
@@ -84,14 +83,15 @@ class NearestNeighbour(EmbeddingLearner):
         return self
 
     @torch.no_grad()
-    def adapt(self, support_x: Tensor, support_y: Tensor) -> Neighbours:
-        """Class means or examples of support sets `[T, S, ...]` with labels int64 `[T, S]`."""
-        return super().adapt(support_x, support_y)
+    def adapt(self, support_x: Tensor, support_y: Tensor, support_mask: Tensor | None = None) -> Neighbours:
+        """Class means or examples of support sets `[T, S, ...]` with labels int64 `[T, S]`; any labels and masks as in
+        `ProtoNet.adapt`."""
+        return super().adapt(support_x, support_y, support_mask)
 
     @torch.no_grad()
-    def predict(self, state: Neighbours, query_x: Tensor) -> Tensor:
+    def predict(self, state: Neighbours, query_x: Tensor, query_mask: Tensor | None = None) -> Tensor:
         """Logits `[T, Q, N]`: minus the distance to each class."""
-        return super().predict(state, query_x)
+        return super().predict(state, query_x, query_mask)
 
     @torch.no_grad()
     def forward(self, batch, weights: Tensor | None = None) -> MetaOutput:
@@ -104,13 +104,12 @@ class NearestNeighbour(EmbeddingLearner):
             f"ways={self.ways}"
         )
 
-    def _fit(self, features: Tensor, labels: Tensor) -> Neighbours:
-        num_classes = self._num_classes(labels, features)
+    def _fit(self, features: Tensor, labels: Tensor, ways: int) -> Neighbours:
         centre = features.mean(1, keepdim=True) if self.centre == "support" else self.mean
         features = self._transform(features, centre)
         if self.rule == "nearest":
-            return Neighbours(features, labels, num_classes, centre)
-        return Neighbours(functional.class_prototypes(features, labels, num_classes), None, num_classes, centre)
+            return Neighbours(features, labels, ways, centre)
+        return Neighbours(functional.class_prototypes(features, labels, ways), None, ways, centre)
 
     def _score(self, state: Neighbours, features: Tensor) -> Tensor:
         features = self._transform(features, state.centre)

@@ -17,13 +17,19 @@ class MetaOutput(NamedTuple):
     `loss` is the mean of the query losses over tasks, each times its weight where `forward` is given weights, a
     differentiable scalar: call `.backward()` on it.
     `task_loss` `[T]` holds the tasks' own losses, `accuracy` `[T]` their query accuracy (None for
-    regression), `logits` `[T, Q, C]` the query predictions (None where a fused loss never forms them).
+    regression), `logits` `[T, Q, C]` the query predictions (None where a fused loss never forms them). In rows that
+    `query_mask` leaves out logits are 0.
+
+    Column c of the logits is class c; -inf where a learner on embeddings has a task that is without. `classes` int64
+    `[T, C]` is there where they are not, for labels that are negative or above 8191: the label that each column stands
+    for; a task with fewer classes repeats its last, with logits of -inf.
     """
 
     loss: Tensor
     task_loss: Tensor
     accuracy: Tensor | None = None
     logits: Tensor | None = None
+    classes: Tensor | None = None
 
 
 def over_tasks(
@@ -34,9 +40,16 @@ def over_tasks(
     return MetaOutput(task_loss.mean() if mean is None else mean, task_loss, accuracy, logits)
 
 
-def classified(task_loss: Tensor, logits: Tensor, labels: Tensor, *, mean: Tensor | None = None) -> MetaOutput:
-    """The result of logits `[T, Q, N]`, whose losses are known, and labels `[T, Q]`."""
-    accuracy = (logits.argmax(-1) == labels).to(task_loss.dtype).mean(1)
+def over_rows(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Means `[T]` over the tasks' own rows of `values` `[T, B]`, which `mask` `[T, B]` tells."""
+    return values.mean(1) if mask is None else values.masked_fill(~mask, 0).sum(1) / mask.sum(1)
+
+
+def classified(
+    task_loss: Tensor, logits: Tensor, labels: Tensor, mask: Tensor | None = None, *, mean: Tensor | None = None
+) -> MetaOutput:
+    """The result of logits `[T, Q, N]`, whose losses are known, and labels `[T, Q]`; of the rows in `mask` `[T, Q]`."""
+    accuracy = over_rows((logits.argmax(-1) == labels).to(task_loss.dtype), mask)
     return over_tasks(task_loss, accuracy, logits, mean=mean)
 
 

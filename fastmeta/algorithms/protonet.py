@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
 from fastmeta import functional
 
+from ._classes import Classes
 from ._embedding import EmbeddingLearner
-from .output import MetaOutput, over_tasks
+from ._targets import cross_entropy
+from .output import MetaOutput, classified, over_tasks
+
+if TYPE_CHECKING:
+    from ..tasks import TaskBatch
 
 
 class Prototypes(NamedTuple):
@@ -23,7 +28,7 @@ class ProtoNet(EmbeddingLearner):
 
     A class's prototype is the mean of its encoded support examples (equation 1); a query example has the
     logits `-distance(query, prototype)` (equation 2). Departures: any metric of
-    `fastmeta.functional.pairwise_distance`, and a class without support examples has its prototype at zero.
+    `fastmeta.functional.pairwise_distance`.
 
     Args:
         encoder: any module from examples `[B, ...]` to embeddings `[B, D]`.
@@ -46,17 +51,20 @@ class ProtoNet(EmbeddingLearner):
     def extra_repr(self) -> str:
         return f"metric={self.metric!r}, ways={self.ways}"
 
-    def _fit(self, features: Tensor, labels: Tensor) -> Prototypes:
-        return self._prototypes(features, labels, self._ways(labels))
-
-    def _prototypes(self, features: Tensor, labels: Tensor, ways: int) -> Prototypes:
-        return Prototypes(functional.class_prototypes(features, labels, ways))  # the op checks labels
+    def _fit(self, features: Tensor, labels: Tensor, ways: int) -> Prototypes:
+        return Prototypes(functional.class_prototypes(features, labels, ways))
 
     def _score(self, state: Prototypes, features: Tensor) -> Tensor:
         return -functional.pairwise_distance(features, state.prototypes, self.metric)
 
-    def _tasks(self, support: Tensor, support_y: Tensor, query: Tensor, query_y: Tensor) -> MetaOutput:
-        ways = self._ways(support_y)
+    def _tasks(self, support: Tensor, support_y: Tensor, query: Tensor, query_y: Tensor, ways: int) -> MetaOutput:
         task_loss, accuracy = functional.prototypical_loss(support, support_y, query, query_y, ways, self.metric)
-        logits = None if self.training else self._score(self._prototypes(support, support_y, ways), query)
+        logits = None if self.training else self._score(self._fit(support, support_y, ways), query)
         return over_tasks(task_loss, accuracy, logits)
+
+    def _unlike_tasks(self, batch: TaskBatch, classes: Classes) -> MetaOutput:
+        prototypes = Prototypes(classes.means(batch.support_x))
+        logits = classes.without_absent(self._score(prototypes, batch.query_x))
+        task_loss = cross_entropy(logits, classes.query_y, batch.query_mask)
+        output = classified(task_loss, logits, classes.query_y, batch.query_mask)
+        return output._replace(logits=None) if self.training else output

@@ -11,7 +11,8 @@ from fastmeta import functional
 from fastmeta.functional import checks
 
 from ._embedding import EmbeddingLearner
-from ._targets import check_labels, one_hot
+from ._rows import dense, groups_of, with_padding
+from ._targets import one_hot
 from .output import MetaOutput, classified
 
 POOLS = ("sum", "mean")
@@ -44,8 +45,10 @@ class RelationNetwork(EmbeddingLearner):
             on a GPU waits for the device; give it in training loops there.
 
     Departures: the mean over pairs, where the paper sums (scale the rate); the first layer of the relation module is
-    computed for each class and each query and added up for each pair, which is the same function and cheaper; a class
-    without support examples has zero features.
+    computed for each class and each query and added up for each pair, which is the same function and cheaper.
+
+    A relation module with batch norm sees, in train mode, the pairs of all tasks together; of tasks that differ in the
+    numbers of rows or classes, those of tasks that are alike.
 
     Raises:
         ValueError: an unknown pool or loss, scores that are not `[T, Q, N]`, labels that do not fit. TypeError: labels
@@ -71,11 +74,10 @@ class RelationNetwork(EmbeddingLearner):
     def extra_repr(self) -> str:
         return f"pool={self.pool!r}, loss={self.loss!r}, ways={self.ways}"
 
-    def _fit(self, features: Tensor, labels: Tensor) -> ClassFeatures:
-        num_classes = self._num_classes(labels, features)
-        pooled = functional.class_prototypes(features.flatten(2), labels, num_classes)
+    def _fit(self, features: Tensor, labels: Tensor, ways: int) -> ClassFeatures:
+        pooled = functional.class_prototypes(features.flatten(2), labels, ways)
         if self.pool == "sum":
-            pooled = pooled * one_hot(labels, num_classes, pooled.dtype).sum(1).unsqueeze(-1)
+            pooled = pooled * one_hot(labels, ways, pooled.dtype).sum(1).unsqueeze(-1)
         return ClassFeatures(pooled.unflatten(2, features.shape[2:]))
 
     def _score(self, state: ClassFeatures, features: Tensor) -> Tensor:
@@ -85,10 +87,19 @@ class RelationNetwork(EmbeddingLearner):
             raise ValueError(f"relation must return scores [T, Q, N] = {list(expected)}, got {list(scores.shape)}")
         return scores
 
+    def _score_rows(self, state: ClassFeatures, features: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return self._score(state, features)
+        groups = groups_of([mask.sum(1)], mask.device)  # the relation module may look at all rows, as batch norm does
+        parts = [
+            self._score(ClassFeatures(state.features[tasks]), dense(features, mask, tasks, rows))
+            for tasks, (rows,) in groups
+        ]
+        return with_padding(parts, groups, mask)
+
     def _judge(self, logits: Tensor, query_y: Tensor) -> MetaOutput:
         if self.loss == "cross_entropy":
             return super()._judge(logits, query_y)
-        check_labels("query_y", query_y, logits, logits.shape[2])
         target = one_hot(query_y, logits.shape[2], logits.dtype)
         return classified((logits.sigmoid() - target).square().mean((1, 2)), logits, query_y)
 

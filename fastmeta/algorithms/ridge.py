@@ -42,7 +42,7 @@ class RidgeHead(EmbeddingLearner):
             the batch plus one, which on a GPU waits for the device; give it in training loops there.
 
     The system is solved in float32 at least, whatever autocast says. Departures: lambda is learned as `exp(log_ridge)`;
-    the scale's start; regression. A class without support examples has weights 0.
+    the scale's start; regression.
 
     Raises:
         ValueError: an unknown loss, a ridge that is not positive, an encoder that does not return `[B, D]`, labels or
@@ -73,13 +73,17 @@ class RidgeHead(EmbeddingLearner):
     def extra_repr(self) -> str:
         return f"loss={self.loss!r}, ways={self.ways}"
 
-    def _fit(self, features: Tensor, targets: Tensor) -> RidgeWeights:
+    @property
+    def _classifies(self) -> bool:
+        return self.loss != "mse"
+
+    def _fit(self, features: Tensor, targets: Tensor, ways: int | None) -> RidgeWeights:
         wide = features.double() if features.dtype == torch.float64 else features.float()
         if self.loss == "mse":
             check_targets("support_y", targets, features)
             targets = targets.to(wide.dtype)
         else:
-            targets = one_hot(targets, self._num_classes(targets, features), wide.dtype)
+            targets = one_hot(targets, ways, wide.dtype)
         with torch.autocast(features.device.type, enabled=False):
             return RidgeWeights(ridge_weights(wide, targets, self.log_ridge.exp()))
 

@@ -13,12 +13,21 @@ _check_labels = os.environ.get("FASTMETA_CHECK_LABELS", "1") != "0"
 
 
 def check_labels(enabled: bool) -> None:
-    """Switch the range check of labels on CUDA tensors, which waits for the GPU (default: on).
+    """Switch the checks of labels on CUDA tensors, which wait for the GPU (default: on).
 
-    Labels on the CPU are always checked. `FASTMETA_CHECK_LABELS=0` sets the default to off.
+    Labels on the CPU are always checked. `FASTMETA_CHECK_LABELS=0` sets the default to off. Learners on embeddings then
+    take it that every task has the classes 0 to N - 1, each with support rows, unless the batch has masks.
     """
     global _check_labels
     _check_labels = values.flag("enabled", enabled)
+
+
+def readable(value: Tensor) -> bool:
+    """Whether what labels hold may be looked at: not on a GPU whose checks are off or whose stream is being captured,
+    nor in what is compiled or transformed, where there are no numbers."""
+    if value.is_cuda and (not _check_labels or torch.cuda.is_current_stream_capturing()):
+        return False
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def label_range(name: str, value: Tensor, num_classes: int) -> None:

@@ -89,7 +89,7 @@ def test_arguments_are_checked():
         elmes(5, 4)
     with pytest.raises(ValueError, match="encoder"):
         InContextCAML(mlp([5, 3]), 4, code_width=12)(batch)
-    with pytest.raises(ValueError, match="support_y.*got 2"):
+    with pytest.raises(ValueError, match="support_y.*ways = 2"):
         network(ways=2)(batch)
     with pytest.raises(ValueError, match="query_y.*7"):
         network()(batch._replace(query_y=batch.query_y.clone().fill_(7)))

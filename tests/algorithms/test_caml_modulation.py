@@ -77,7 +77,7 @@ def test_one_example_more_changes_what_a_query_looks_like():
     """The modulation depends on the support set: with other classes around it, a query has other features."""
     net, batch = network(), class_batch()
     means = net.adapt(batch.support_x, batch.support_y).metric
-    embeddings = net._encode("query_x", batch.query_x)
+    embeddings = net._encode(batch.query_x)
     here = net._modulated(batch.query_x, net._condition(embeddings, means))
     elsewhere = net._modulated(batch.query_x, net._condition(embeddings, means.roll(1, 0)))
     assert (here - elsewhere).abs().max() > 1e-4
@@ -103,7 +103,7 @@ def test_arguments_are_checked():
         net = network()
         net.base.layers[-1] = nn.Sequential(nn.Linear(10, 6), nn.Unflatten(1, (6, 1)))
         net(batch)
-    with pytest.raises(ValueError, match="support_y.*got 2"):
+    with pytest.raises(ValueError, match="support_y.*ways = 2"):
         network(ways=2)(batch)
     with pytest.raises(ValueError, match="query_y.*7"):
         network()(batch._replace(query_y=batch.query_y.clone().fill_(7)))

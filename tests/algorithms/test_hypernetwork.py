@@ -103,7 +103,7 @@ def test_arguments_are_checked():
         classifier(rank=0)
     with pytest.raises(ValueError, match="encoder"):
         Hypernetwork(mlp([5, 3]), 4)(batch)
-    with pytest.raises(ValueError, match="support_y.*got 2"):
+    with pytest.raises(ValueError, match="support_y.*ways = 2"):
         classifier(ways=2)(batch)
     with pytest.raises(ValueError, match="query_y.*7"):
         classifier()(batch._replace(query_y=batch.query_y.clone().fill_(7)))

@@ -97,7 +97,7 @@ def test_arguments_are_checked():
         RelationNetwork(mlp([5, 4]), nn.Bilinear(4, 4, 1))(class_batch(ways=9, queries=1, shots=1))
     with pytest.raises(ValueError, match="encoder"):
         RelationNetwork(nn.Unflatten(1, (5, 1)), RelationMLP(5))(batch)
-    with pytest.raises(ValueError, match="support_y.*got 2"):
+    with pytest.raises(ValueError, match="support_y.*ways = 2"):
         network(ways=2)(batch)
     with pytest.raises(ValueError, match="query_y.*7"):
         network()(batch._replace(query_y=batch.query_y.clone().fill_(7)))
