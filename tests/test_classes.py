@@ -21,6 +21,7 @@ from fastmeta.algorithms import (
     RelationNetwork,
     RidgeHead,
 )
+from fastmeta.algorithms._classes import _count, _count_on_device, ordinary_ways
 from fastmeta.nn import mlp
 
 LEARNERS = {
@@ -258,3 +259,16 @@ def test_views_have_no_masks():
     y, mask = torch.zeros(2, 4).long(), torch.ones(2, 4).bool()
     with pytest.raises(ValueError, match="support_mask and query_mask"):
         Contrastive(mlp([5, 4]))(TaskBatch(views, y, views, y, mask, mask))
+
+
+@pytest.mark.parametrize("tasks_", [2, 60])
+def test_what_is_ordinary(tasks_):
+    """Few labels on the host, many, and those of a device are counted in other ways."""
+    y = torch.arange(3).repeat(tasks_, 2)
+    missing, more, negative, huge = y.clone(), y.clone(), y - 1, y.clone()
+    missing[-1], more[-1, 0], huge[-1, 0] = torch.tensor([0, 1, 1, 0, 1, 1]), 3, 2**40
+    for labels, count in ((y, 3), (missing, 0), (more, 0), (negative, 0), (huge, 0)):
+        assert _count(labels) == _count_on_device(labels).item() == count
+        assert ordinary_ways(labels, y, None) == (count or None)
+    assert ordinary_ways(y, y, 3) == 3 and ordinary_ways(y, y, 4) is None
+    assert ordinary_ways(y, y - 1, 3) is None and ordinary_ways(y, y + 1, 3) is None

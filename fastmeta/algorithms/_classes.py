@@ -78,30 +78,35 @@ def ordinary_ways(support_y: Tensor, query_y: Tensor | None, ways: int | None) -
         query_y = None
     if support_y.numel() == 0:
         return (ways or 0) if len(support_y) == 0 else None
-    found = _few_classes(support_y) if not support_y.is_cuda and support_y.numel() <= _FEW else _classes(support_y)
-    if isinstance(found, Tensor):
-        parts = [found] if query_y is None else [found, torch.stack(torch.aminmax(query_y))]
-        found, *bounds = torch.cat(parts).tolist()
-    elif found is not None and query_y is not None:
-        bounds = [int(bound) for bound in torch.aminmax(query_y)]
+    if support_y.is_cuda:
+        counts = [_count_on_device(support_y)]
+        counts += [] if query_y is None else [torch.stack(torch.aminmax(query_y))]
+        found, *bounds = torch.cat(counts).tolist()
     else:
-        bounds = []
+        found = _count(support_y)
+        bounds = [int(bound) for bound in torch.aminmax(query_y)] if found and query_y is not None else []
     if not found or (ways is not None and found != ways) or (bounds and not 0 <= bounds[0] <= bounds[1] < found):
         return None
     return found
 
 
-def _few_classes(labels: Tensor) -> int | None:
-    rows = [set(row) for row in labels.tolist()]
-    wanted = set(range(len(rows[0])))
-    return len(wanted) if all(row == wanted for row in rows) else None
+def _count(labels: Tensor) -> int:
+    """The number of classes of every task, 0 where they are not all of 0 to that number."""
+    if labels.numel() <= _FEW:
+        rows = [set(row) for row in labels.tolist()]
+        classes = set(range(len(rows[0])))
+        return len(classes) if all(row == classes for row in rows) else 0
+    low, high = (int(bound) for bound in torch.aminmax(labels))
+    if low != 0 or high >= labels.shape[1]:  # there are no more classes than rows
+        return 0
+    present = labels.new_zeros((len(labels), high + 1), dtype=torch.bool).scatter_(1, labels, True)
+    return high + 1 if present.all() else 0
 
 
-def _classes(labels: Tensor) -> Tensor:
-    """`[1]`: the number of classes of every task, 0 where they are not all of 0 to that number."""
+def _count_on_device(labels: Tensor) -> Tensor:
+    """The same, `[1]`, without waiting."""
     low, high = torch.aminmax(labels)
-    # there are no more classes than rows
-    present = labels.new_zeros(len(labels), labels.shape[1] + 1, dtype=torch.bool)
+    present = labels.new_zeros((len(labels), labels.shape[1] + 1), dtype=torch.bool)
     present.scatter_(1, labels.clamp(0, labels.shape[1]), True)
     fewest = present.sum(1).amin()
     return torch.where((low == 0) & (fewest == high + 1), fewest, 0).unsqueeze(0)
