@@ -266,7 +266,7 @@ LEARNERS = {
     "protonet": lambda: ProtoNet(mlp((4, 6, 5)), ways=3),
     "ridge": lambda: algorithms.RidgeHead(mlp((4, 6, 5)), ways=3),
     "contrastive": lambda: algorithms.Contrastive(mlp((4, 6, 5)), None, ways=3),
-    "caml-modulation": lambda: algorithms.ModulationCAML(
+    "modulated-protonet": lambda: algorithms.ModulatedProtoNet(
         mlp((4, 6, 5)), algorithms.FiLMMLP(10, [4, 6, 5]), ways=3
     ),
     "imaml": lambda: algorithms.ImplicitMAML(mlp((4, 6, 3)), inner_steps=3, cg_steps=40),

@@ -1,8 +1,8 @@
 """Meta-learning algorithms: modules with `adapt`, `predict` and `forward(TaskBatch) -> MetaOutput`."""
 
 from .anil import ANIL, BOIL
+from .caml_conditional import ConditionalCAML
 from .caml_incontext import InContextCAML
-from .caml_modulation import ModulationCAML
 from .cavia import CAVIA
 from .contrastive import Contrastive
 from .fast_weights import FastWeights
@@ -14,6 +14,7 @@ from .maml import MAML
 from .maml_plus_plus import MAMLPlusPlus
 from .matching_networks import MatchingNetwork
 from .meta_sgd import MetaSGD
+from .modulated_protonet import ModulatedProtoNet
 from .nearest_neighbour import NearestNeighbour
 from .output import MetaOutput
 from .protonet import ProtoNet
@@ -26,6 +27,7 @@ __all__ = [
     "BOIL",
     "CAVIA",
     "MAML",
+    "ConditionalCAML",
     "ContextFiLM",
     "ContextFiLMConv4",
     "Contrastive",
@@ -41,7 +43,7 @@ __all__ = [
     "MatchingNetwork",
     "MetaOutput",
     "MetaSGD",
-    "ModulationCAML",
+    "ModulatedProtoNet",
     "NearestNeighbour",
     "ProtoNet",
     "Reptile",

@@ -22,12 +22,22 @@ def chunked_loss(
     weights: Tensor | None,
     size: int,
     parameters: list[Tensor],
+    embedded: Tensor | None = None,
 ) -> MetaOutput:
-    """`run(*batch, weights)`, `size` tasks at a time. `task_loss` and `logits` come back detached."""
+    """`run(*batch, weights)`, `size` tasks at a time. `task_loss` and `logits` come back detached.
+
+    embedded: `[T, ...]`, what was made of the batch for all tasks at once: `run(*batch, embedded, weights)`. The
+    gradient goes on through it, to what made it.
+    """
     differentiable = torch.is_grad_enabled() and bool(parameters)
     if differentiable and any(tensor is not None and tensor.requires_grad for tensor in (*batch, weights)):
         raise ValueError("task_chunk: inputs that require gradients are not supported, use task_chunk=None")
-    num_tasks = batch[0].shape[0]
+    num_tasks, receivers = batch[0].shape[0], parameters
+    if embedded is not None:
+        leaf = embedded.detach().requires_grad_(differentiable and embedded.requires_grad)
+        batch = (*batch, leaf)
+        if leaf.requires_grad:
+            parameters, receivers = [*parameters, leaf], [*parameters, embedded]
     outputs: list[MetaOutput] = []
     gradients: list[Tensor | None] = [None] * len(parameters)
     of_tasks = [tensor.split(size) for tensor in batch]
@@ -49,4 +59,4 @@ def chunked_loss(
     output = weighted(over_tasks(join("task_loss"), join("accuracy"), join("logits")), weights)
     if not differentiable:
         return output
-    return output._replace(loss=with_gradients(output.loss, gradients, parameters))
+    return output._replace(loss=with_gradients(output.loss, gradients, receivers))

@@ -1,6 +1,6 @@
 """CAML as in-context learning: a transformer reads the labelled support set beside a query, and says its class.
 
-Two papers bear the name CAML. This is the one of 2024; that of 2019 is in `caml_modulation`.
+Two papers bear the name CAML. This is the one of 2024; that of 2019 is in `caml_conditional`.
 """
 
 from __future__ import annotations

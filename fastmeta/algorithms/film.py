@@ -1,8 +1,8 @@
 """Feature-wise linear modulation (Perez et al. 2018): features are scaled and shifted, channel by channel.
 
 By what differs. In `FiLM`, `FiLMConv4` and `FiLMMLP` every row has a condition `[B, condition]` of its own, as in the
-paper and in `ModulationCAML`. In `ContextFiLM` and `ContextFiLMConv4` all rows of a task share its context `[P]`, which
-adapts to the task, as in `CAVIA`.
+paper, in `ConditionalCAML` and in `ModulatedProtoNet`. In `ContextFiLM` and `ContextFiLMConv4` all rows of a task share
+its context `[P]`, which adapts to the task, as in `CAVIA`.
 """
 
 from __future__ import annotations
@@ -39,30 +39,49 @@ class FiLMConv4(nn.Module):
     """`fastmeta.nn.conv4` with each batch norm modulated: images `[B, C, H, W]` and conditions `[B, condition]` to
     features `[B, F]`; 28x28 images give F = `hidden`.
 
-    Args: condition: width of the condition, `2 D` for `ModulationCAML`. in_channels: of the images. hidden: channels of
-        every block.
+    Args:
+        condition: width of the condition, `2 D` for `ModulatedProtoNet`, `D` for `ConditionalCAML`.
+        in_channels: of the images, 1 by default.
+        hidden: channels of every block, 64 by default.
+        outputs: of a linear layer behind the features, which is what an inner loop needs; None, the default: no such
+            layer.
+        image_size: of the square images in front of it, 28 by default; at least 16.
+        track_running_stats: as in `BatchNorm2d`, True by default; False for an inner loop.
     """
 
-    def __init__(self, condition: int, in_channels: int = 1, hidden: int = 64):
+    def __init__(
+        self,
+        condition: int,
+        in_channels: int = 1,
+        hidden: int = 64,
+        *,
+        outputs: int | None = None,
+        image_size: int = 28,
+        track_running_stats: bool = True,
+    ):
         super().__init__()
+        if outputs is not None and image_size < 16:
+            raise ValueError(f"image_size must be at least 16: four poolings halve it, got {image_size}")
         widths = (in_channels, hidden, hidden, hidden)
         self.convolutions = nn.ModuleList(nn.Conv2d(channels, hidden, 3, padding=1) for channels in widths)
         # gamma and beta take the place of the norm's own scale and shift
-        self.norms = nn.ModuleList(nn.BatchNorm2d(hidden, affine=False) for _ in widths)
+        norm = {"affine": False, "track_running_stats": track_running_stats}
+        self.norms = nn.ModuleList(nn.BatchNorm2d(hidden, **norm) for _ in widths)
         self.films = nn.ModuleList(FiLM(condition, hidden) for _ in widths)
+        self.head = None if outputs is None else nn.Linear(hidden * (image_size // 16) ** 2, outputs)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         for convolution, norm, film in zip(self.convolutions, self.norms, self.films, strict=True):
             x = F.max_pool2d(film(norm(convolution(x)), condition), 2).relu()
-        return x.flatten(1)
+        return x.flatten(1) if self.head is None else self.head(x.flatten(1))
 
 
 class FiLMMLP(nn.Module):
     """A perceptron whose hidden layers are modulated before their ReLU: `[B, ...]` and `[B, condition]` -> `[B, F]`.
 
-    Args: condition: width of the condition, `2 D` for `ModulationCAML`. sizes: widths, those of input and output
-        included, at least three.
+    Args: condition: width of the condition, `2 D` for `ModulatedProtoNet`, `D` for `ConditionalCAML`. sizes: widths,
+        those of input and output included, at least three.
     """
 
     def __init__(self, condition: int, sizes):

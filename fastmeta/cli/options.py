@@ -10,7 +10,8 @@ import typer
 
 ALGORITHM_NAMES = (
     "maml", "metasgd", "anil", "boil", "maml++", "cavia", "reptile", "imaml", "protonet", "matching", "relation",
-    "ridge", "gradient-head", "hypernetwork", "caml-modulation", "caml-incontext", "contrastive",
+    "ridge", "gradient-head", "hypernetwork", "modulated-protonet", "caml-conditional", "caml-incontext",
+    "contrastive",
 )  # fmt: skip
 # kept equal to `training.registry.ALGORITHMS`, which takes too long to import for --help
 AlgorithmName = Enum("AlgorithmName", {name: name for name in ALGORITHM_NAMES}, type=str)

@@ -76,7 +76,8 @@ def _quick(images: str) -> tuple[Row, ...]:
         Row("ridge", images, {**_WAYS, "iterations": 2_800}, "98.9 (Bertinetto et al. 2019)"),
         Row("gradient-head", images, {**_WAYS, "iterations": 2_400}),
         Row("hypernetwork", images, {**_WAYS, "iterations": 3_000}, "99.7 (VERSA, Gordon et al. 2019, table 1)"),
-        Row("caml-modulation", images, {**_WAYS, "iterations": 1_600}),
+        Row("modulated-protonet", images, {**_WAYS, "iterations": 1_600}),
+        Row("caml-conditional", images, {**_CONV, "task_batch": 4, "iterations": 2_000}),
         Row(
             "caml-incontext", images,
             {**_CONV, "iterations": 3_000,

@@ -197,14 +197,29 @@ def _hypernetwork(config, tasks, settings):
     return algorithms.Hypernetwork(body, features(body, tasks), ways=config.train_ways, **settings)
 
 
-def _caml_modulation(config, tasks, settings):
+def _modulated_protonet(config, tasks, settings):
     body = encoder(config, tasks)
     width, (size, channels) = features(body, tasks), _size(tasks)
     if config.model == "conv4":
         base = algorithms.FiLMConv4(2 * width, channels, config.hidden[0])
     else:
         base = algorithms.FiLMMLP(2 * width, [size, *config.hidden])
-    return algorithms.ModulationCAML(body, base, ways=config.train_ways, **settings)
+    return algorithms.ModulatedProtoNet(body, base, ways=config.train_ways, **settings)
+
+
+def _caml_conditional(config, tasks, settings):
+    body = encoder(config, tasks)
+    width, (size, channels) = features(body, tasks), _size(tasks)
+    if config.model == "conv4":
+        options = {"outputs": tasks.output_size, "image_size": tasks.input_shape[-1], "track_running_stats": False}
+        base = algorithms.FiLMConv4(width, channels, config.hidden[0], **options)
+    else:
+        base = algorithms.FiLMMLP(width, [size, *config.hidden, tasks.output_size])
+    settings = {"metric_weight": 0.5, **settings}  # nothing has trained the metric space before
+    return algorithms.ConditionalCAML(
+        body, base, first_order=config.first_order, task_chunk=config.task_chunk, **_loop_options(config, tasks),
+        **settings,
+    )  # fmt: skip
 
 
 def _caml_incontext(config, tasks, settings):
@@ -279,9 +294,14 @@ ALGORITHMS: dict[str, Algorithm] = {
         _hypernetwork, "weights generated from the support set", _BOTH,
         settings={"mode": "head", "set_width": 128, "rank": 4}, images=_SOME_WAYS,
     ),
-    "caml-modulation": Algorithm(
-        _caml_modulation, "CAML of 2019 with no inner loop: features modulated by the task's classes",
+    "modulated-protonet": Algorithm(
+        _modulated_protonet, "Prototypical Networks on features modulated by the task's classes",
         settings={"metric_weight": 0.5}, images=_SOME_WAYS,
+    ),
+    "caml-conditional": Algorithm(
+        _caml_conditional, "CAML of 2019: an inner loop on features modulated by a metric space", fixed_ways=True,
+        group="inner", settings={"metric_weight": 0.5},
+        images={"inner_lr": 0.1, "inner_steps": 5, "eval_inner_steps": 5},
     ),
     "caml-incontext": Algorithm(
         _caml_incontext, "CAML of 2024: in-context learning by a transformer",

@@ -6,14 +6,14 @@ from embedding_cases import check_protocol, class_batch, hidden_signal, judge, t
 from torch import nn
 from torch.nn import functional as F
 
-from fastmeta.algorithms import FiLM, FiLMConv4, FiLMMLP, ModulationCAML
+from fastmeta.algorithms import FiLM, FiLMConv4, FiLMMLP, ModulatedProtoNet
 from fastmeta.nn import conv4, mlp
 from fastmeta.tasks import TaskBatch
 
 
 def network(**options):
     torch.manual_seed(0)
-    return ModulationCAML(mlp([5, 8, 4], "tanh"), FiLMMLP(8, [5, 10, 10, 6]), **({"ways": 3} | options))
+    return ModulatedProtoNet(mlp([5, 8, 4], "tanh"), FiLMMLP(8, [5, 10, 10, 6]), **({"ways": 3} | options))
 
 
 @pytest.mark.parametrize("metric_weight", [0.0, 0.5])
@@ -23,7 +23,7 @@ def test_protocol(metric_weight):
 
 def test_protocol_on_images():
     torch.manual_seed(0)
-    net = ModulationCAML(conv4(hidden=4), FiLMConv4(8, hidden=6), ways=3)
+    net = ModulatedProtoNet(conv4(hidden=4), FiLMConv4(8, hidden=6), ways=3)
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(3).repeat(2).expand(2, 6)
     batch = TaskBatch(torch.randn(2, 6, 1, 16, 16, generator=generator), y, torch.randn(2, 6, 1, 16, 16), y)
@@ -98,7 +98,7 @@ def test_arguments_are_checked():
     with pytest.raises(ValueError, match="sizes"):
         FiLMMLP(4, [3, 2])
     with pytest.raises(ValueError, match="encoder"):
-        ModulationCAML(nn.Unflatten(1, (5, 1)), FiLMMLP(8, [5, 10, 6]))(batch)
+        ModulatedProtoNet(nn.Unflatten(1, (5, 1)), FiLMMLP(8, [5, 10, 6]))(batch)
     with pytest.raises(ValueError, match="base"):
         net = network()
         net.base.layers[-1] = nn.Sequential(nn.Linear(10, 6), nn.Unflatten(1, (6, 1)))
@@ -115,7 +115,7 @@ def test_arguments_are_checked():
 @pytest.mark.learning
 def test_learns_which_directions_matter():
     torch.manual_seed(0)
-    net = ModulationCAML(mlp([20, 32, 8]), FiLMMLP(16, [20, 32, 8]), ways=5)
+    net = ModulatedProtoNet(mlp([20, 32, 8]), FiLMMLP(16, [20, 32, 8]), ways=5)
     before = judge(net, hidden_signal)
     train(net, hidden_signal, 200)
     after = judge(net, hidden_signal)
@@ -142,6 +142,6 @@ def split_signal(seed, tasks=16, shots=5, queries=5, ways=5):
 def test_learns_from_the_classes_which_columns_matter():
     """Without the condition it ends below 0.8, with rows alone in the condition below 0.94."""
     torch.manual_seed(0)
-    net = ModulationCAML(mlp([8, 16]), FiLMMLP(32, [8, 32, 16]), ways=5)
+    net = ModulatedProtoNet(mlp([8, 16]), FiLMMLP(32, [8, 32, 16]), ways=5)
     train(net, split_signal, 200)
     assert judge(net, split_signal) > 0.96

@@ -1,8 +1,5 @@
-"""CAML as conditional modulation: a metric space of the classes shifts and scales the features of a second network.
-There is no inner loop.
-
-Two papers bear the name CAML. This is the one of 2019; that of 2024 is in `caml_incontext`.
-"""
+"""A prototypical network whose features are modulated: a metric space of the classes shifts and scales them. There is
+no inner loop."""
 
 from __future__ import annotations
 
@@ -23,19 +20,19 @@ from .output import MetaOutput, classified
 
 
 class ModulatedPrototypes(NamedTuple):
-    """What `ModulationCAML.adapt` returns: the class means in the metric space, `[T, N, D]`, which modulate, and those
-    of the modulated features, `[T, N, F]`, which classify; and the tasks' classes, where they are not 0 to N - 1 in
-    all."""
+    """What `ModulatedProtoNet.adapt` returns: the class means in the metric space, `[T, N, D]`, which modulate, and
+    those of the modulated features, `[T, N, F]`, which classify; and the tasks' classes, where they are not 0 to N - 1
+    in all."""
 
     metric: Tensor
     prototypes: Tensor
     classes: Classes | None
 
 
-class ModulationCAML(EmbeddingLearner):
-    """The conditional modulation of class-aware meta-learning (Jiang et al. 2019, "Learning to Learn with Conditional
-    Class Dependencies", section 3), with no inner loop: the gradient steps by which the paper adapts the modulated
-    network to each task are not taken.
+class ModulatedProtoNet(EmbeddingLearner):
+    """Class means of features that a metric space modulates. The modulation is that of CAML (Jiang et al. 2019,
+    "Learning to Learn with Conditional Class Dependencies", section 3), the classification that of prototypical
+    networks (Snell et al. 2017): there is no inner loop. CAML itself is `ConditionalCAML`.
 
     A metric space, trained as a prototypical network, knows which classes are alike. Where an example lies in it, and
     among which class means of its task, conditions the base network that classifies: every normalised feature map
@@ -43,10 +40,10 @@ class ModulationCAML(EmbeddingLearner):
     transformed block). Here the condition of an example is `[f(x), sum_n a_n c_n]`: its embedding `f(x)` and the mean
     of the class means `c_n`, weighted by `a = softmax(-distance(f(x), c))`; support and query are treated alike.
 
-    Departures: in place of the inner loop, gradient steps as in MAML, the base network classifies by the means of its
-    modulated support features; the condition holds the task's class means; the metric space is trained together with
-    the rest, by `metric_weight` times its own loss, where the paper trains it first. The loss of the metric space is
-    added in train mode only.
+    Departures from CAML: in place of the inner loop, gradient steps as in MAML, the base network classifies by the
+    means of its modulated support features; the condition holds the task's class means; the metric space is trained
+    together with the rest, by `metric_weight` times its own loss, where the paper trains it first. The loss of the
+    metric space is added in train mode only.
 
     Args:
         encoder: the metric space `f`: any module from examples `[B, ...]` to embeddings `[B, D]`.
