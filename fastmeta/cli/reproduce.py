@@ -77,7 +77,7 @@ def _quick(images: str) -> tuple[Row, ...]:
         Row("gradient-head", images, {**_WAYS, "iterations": 2_400}),
         Row("hypernetwork", images, {**_WAYS, "iterations": 3_000}, "99.7 (VERSA, Gordon et al. 2019, table 1)"),
         Row("modulated-protonet", images, {**_WAYS, "iterations": 1_600}),
-        Row("caml-conditional", images, {**_CONV, "task_batch": 4, "iterations": 2_000}),
+        Row("caml-conditional", images, {**_CONV, "task_batch": 4, "iterations": 1_500}),
         Row(
             "caml-incontext", images,
             {**_CONV, "iterations": 3_000,

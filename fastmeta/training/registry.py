@@ -301,7 +301,6 @@ ALGORITHMS: dict[str, Algorithm] = {
     "caml-conditional": Algorithm(
         _caml_conditional, "CAML of 2019: an inner loop on features modulated by a metric space", fixed_ways=True,
         group="inner", settings={"metric_weight": 0.5},
-        images={"inner_lr": 0.1, "inner_steps": 5, "eval_inner_steps": 5},
     ),
     "caml-incontext": Algorithm(
         _caml_incontext, "CAML of 2024: in-context learning by a transformer",
