@@ -55,7 +55,8 @@ class ConditionalCAML(InnerLoopAlgorithm):
         inner_lr: step size in the inner loop, 0.1 by default.
         inner_steps: `K >= 0`, 5 by default. May be set anew between calls.
         metric_weight: what the loss of a prototypical network on the embeddings counts beside the query loss, in train
-            mode alone; 0 by default. With more, targets are labels int64 in `[0, C)`.
+            mode alone; 0 by default. With more, targets are labels int64 in `[0, C)`, and a class without support rows
+            has its mean at zero.
         first_order: drop the second derivatives.
         loss: `"cross_entropy"`, `"mse"`, `"binary_cross_entropy"` (of logits), `"huber"`, or a callable
             `(prediction, target) -> scalar` for one task.
@@ -172,26 +173,29 @@ class ConditionalCAML(InnerLoopAlgorithm):
     def _conditioned(self, x: Tensor, conditions: Tensor) -> tuple[_Conditioned, Tensor]:
         """The base network as engines see one, and its rows."""
         known = _conditioned.setdefault(self, {})
-        key = (x.shape[2:], x.dtype, conditions.shape[2])
+        key = (x.shape[2:], conditions.shape[2], (x.dtype, conditions.dtype))
         if key not in known or known[key].model is not self.model:  # kept, so that it is tried once
             if len(known) >= _MOST:
                 known.clear()
             known[key] = _Conditioned(self.model, *key)
         net = known[key]
         net.training = self.model.training  # its layers keep their own modes
-        return net, torch.cat([x.reshape(*x.shape[:2], -1).to(conditions.dtype), conditions], 2)
+        examples = x.reshape(*x.shape[:2], x.shape[2:].numel())
+        holds_both = x.dtype if x.dtype == conditions.dtype else torch.float64  # tokens too, exactly
+        return net, torch.cat([examples.to(holds_both), conditions.to(holds_both)], 2)
 
 
 class _Conditioned(nn.Module):
     """The base network of one input: a row holds an example and, behind it, its condition."""
 
-    def __init__(self, model: nn.Module, shape: torch.Size, dtype: torch.dtype, width: int):
+    def __init__(self, model: nn.Module, shape: torch.Size, width: int, dtypes: tuple[torch.dtype, torch.dtype]):
         super().__init__()
-        self.model, self.shape, self.dtype, self.width = model, shape, dtype, width
+        self.model, self.shape, self.width, self.dtypes = model, shape, width, dtypes
 
     def forward(self, rows: Tensor) -> Tensor:
-        x = rows[:, : -self.width].reshape(-1, *self.shape).to(self.dtype)
-        return self.model(x, rows[:, -self.width :])
+        x = rows[:, : -self.width].reshape(len(rows), *self.shape)
+        condition = rows[:, -self.width :]
+        return self.model(x.to(self.dtypes[0]), condition.to(self.dtypes[1]))
 
     def name_of(self, name: str) -> str:
         """The name here of a parameter of the model's."""

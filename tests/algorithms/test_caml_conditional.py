@@ -156,6 +156,31 @@ def test_a_frozen_metric_space_is_left_as_it_is():
     assert all(p.grad is not None for p in algorithm.model.parameters())
 
 
+class Number(nn.Module):
+    """Of examples that are a number each, large ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x, condition):
+        return self.head(self.embedding(x - 2**40) + condition)
+
+
+def test_numbers_reach_the_base_network_as_they_are():
+    class Encoder(nn.Embedding):
+        def forward(self, x):
+            return super().forward(x - 2**40)
+
+    torch.manual_seed(0)
+    algorithm = ConditionalCAML(Encoder(4, 6), Number(), inner_steps=2)
+    batch = class_batch(shape=(1,), dtype=torch.float32)
+    support_x, query_x = (part.squeeze(2).long() % 4 + 2**40 for part in (batch.support_x, batch.query_x))
+    batch = batch._replace(support_x=support_x, query_x=query_x)
+    assert_same_meta_gradient(algorithm, batch, plain_loop(algorithm, batch)[0], 1e-5)
+    assert algorithm(batch._replace(query_x=query_x[:, :0], query_y=batch.query_y[:, :0])).logits.shape == (3, 0, 3)
+
+
 def test_another_base_network_is_seen():
     algorithm, batch = build("mlp", inner_steps=1), batch_for("mlp")
     algorithm(batch)
