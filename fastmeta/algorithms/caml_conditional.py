@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from fastmeta import functional
 
 from ..engines import InnerLoop, module_engine
-from ..engines.vmap import VmapEngine
+from ..engines.vmap import buffers_per_task
 from ._arguments import check_number
 from ._chunks import chunked_loss
 from ._embedding import by_rows
 from ._inner_loop import InnerLoopAlgorithm, adapted_convolutions
-from ._rated_loop import step_by_step
 from .film import FiLM
 from .output import MetaOutput, judged, over_tasks, weighted
 
@@ -158,16 +157,19 @@ class ConditionalCAML(InnerLoopAlgorithm):
     def _steps(self, inner: InnerLoop, x: Tensor, conditions: Tensor, y: Tensor) -> dict[str, Tensor]:
         """The weights that adapt after the inner loop, `[T, *shape]`."""
         net, rows = self._conditioned(x, conditions)
-        rate = conditions.new_full((1,), self.inner_lr)
-        fast = step_by_step(net, inner, dict.fromkeys(map(net.name_of, self.adapting), rate), rows, y)
-        return dict(zip(self.adapting, fast.values(), strict=True))
+        engine, slow, names = module_engine(net, inner, rows, y), dict(net.named_parameters()), self.adapting
+        fast = {net.name_of(name): slow[net.name_of(name)] for name in names}
+        for _ in range(inner.steps):
+            gradients = engine.gradients(net, inner, fast, buffers_per_task(net, len(rows)), rows, y)
+            fast = functional.fast_weight_update(fast, gradients, self.inner_lr)
+        return dict(zip(names, fast.values(), strict=True))
 
     def _logits(self, weights: Mapping[str, Tensor], x: Tensor, conditions: Tensor) -> Tensor:
         net, rows = self._conditioned(x, conditions)
         inner = self._inner()
         if not adapted_convolutions(self.model, weights):  # what the tasks share is mapped as without any step
             inner = inner._replace(steps=0)
-        engine: VmapEngine = module_engine(net, inner, rows)
+        engine = module_engine(net, inner, rows)
         return engine.predict(net, {net.name_of(name): w for name, w in weights.items()}, rows)
 
     def _conditioned(self, x: Tensor, conditions: Tensor) -> tuple[_Conditioned, Tensor]:
