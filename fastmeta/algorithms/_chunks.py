@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastmeta._trees import cat, first, requires_grad, split
+
 from ._known_gradients import with_gradients
 from .output import MetaOutput, detached, over_tasks, weighted
 
@@ -30,9 +32,9 @@ def chunked_loss(
     gradient goes on through it, to what made it.
     """
     differentiable = torch.is_grad_enabled() and bool(parameters)
-    if differentiable and any(tensor is not None and tensor.requires_grad for tensor in (*batch, weights)):
+    if differentiable and any(part is not None and requires_grad(part) for part in (*batch, weights)):
         raise ValueError("task_chunk: inputs that require gradients are not supported, use task_chunk=None")
-    num_tasks, receivers = batch[0].shape[0], parameters
+    num_tasks, receivers = len(first(batch[0])), parameters
     if embedded is not None:
         leaf = embedded.detach().requires_grad_(differentiable and embedded.requires_grad)
         batch = (*batch, leaf)
@@ -40,7 +42,7 @@ def chunked_loss(
             parameters, receivers = [*parameters, leaf], [*parameters, embedded]
     outputs: list[MetaOutput] = []
     gradients: list[Tensor | None] = [None] * len(parameters)
-    of_tasks = [tensor.split(size) for tensor in batch]
+    of_tasks = [split(part, size) for part in batch]
     of_tasks.append([None] * len(of_tasks[0]) if weights is None else weights.split(size))
     for chunk in zip(*of_tasks, strict=True):
         output = run(*chunk)
@@ -54,7 +56,7 @@ def chunked_loss(
 
     def join(field: str) -> Tensor | None:
         parts = [getattr(output, field) for output in outputs]
-        return None if parts[0] is None else torch.cat(parts)
+        return None if parts[0] is None else cat(parts, 0, "the model's outputs for the tasks")
 
     output = weighted(over_tasks(join("task_loss"), join("accuracy"), join("logits")), weights)
     if not differentiable:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastmeta._trees import arguments, cat, described, first, named_leaves, tree_map
 from fastmeta.functional import checks
 
-from ._arguments import check_size, check_tasks, check_weights
+from ._arguments import check_inputs, check_size, check_tasks, check_weights
 from ._classes import Classes, classes_of, ordinary_ways
 from ._rows import (
     Group,
@@ -123,9 +124,9 @@ class EmbeddingLearner(nn.Module):
         """`forward` from the examples on."""
         masked = self._check_batch(batch)
         ways, classes = self._classes(*batch)
-        x = torch.cat([batch.support_x, batch.query_x], 1)
+        x = cat([batch.support_x, batch.query_x], 1)
         features = self._encode(x, both_masks(batch) if masked else None)
-        support, query = features.split([batch.support_x.shape[1], batch.query_x.shape[1]], 1)
+        support, query = features.split([first(part).shape[1] for part in (batch.support_x, batch.query_x)], 1)
         if classes is None and not masked:
             return self._tasks(support, batch.support_y, query, batch.query_y, ways)
         output = self._unlike_tasks(batch._replace(support_x=support, query_x=query), classes)
@@ -170,11 +171,15 @@ class EmbeddingLearner(nn.Module):
         """Whether the batch has masks, after checks of its examples and masks."""
         support_x, query_x = batch.support_x, batch.query_x
         check_examples("support_x", support_x)
-        if support_x.shape[2:] != query_x.shape[2:] or support_x.shape[0] != query_x.shape[0]:
-            raise ValueError(
-                f"support_x and query_x must agree in tasks and example shape, got {tuple(support_x.shape)} "
-                f"and {tuple(query_x.shape)}"
-            )
+        support, query = dict(named_leaves(support_x, "support_x")), dict(named_leaves(query_x, "query_x"))
+        if len(support) != len(query):
+            raise ValueError(f"support_x and query_x must hold the same tensors, got {[*support]} and {[*query]}")
+        for (name, s), (query_name, q) in zip(support.items(), query.items(), strict=True):
+            if s.shape[2:] != q.shape[2:] or s.shape[0] != q.shape[0]:
+                raise ValueError(
+                    f"{name} and {query_name} must agree in tasks and example shape, got {tuple(s.shape)} "
+                    f"and {tuple(q.shape)}"
+                )
         return check_masks(batch)
 
     def _num_tasks(self, state: Any) -> int:
@@ -196,9 +201,9 @@ class EmbeddingLearner(nn.Module):
         Labels are checked. Neither in regression."""
         if not self._classifies:
             return None, None
-        checks.labels("support_y", support_y, "[T, S]", support_x, "support_x")
+        checks.labels("support_y", support_y, "[T, S]", first(support_x), "support_x")
         if query_y is not None:
-            checks.labels("query_y", query_y, "[T, Q]", query_x, "query_x")
+            checks.labels("query_y", query_y, "[T, Q]", first(query_x), "query_x")
         if support_mask is None and query_mask is None:
             ways = ordinary_ways(support_y, query_y, self.ways)
             if ways is not None:
@@ -215,8 +220,10 @@ class EmbeddingLearner(nn.Module):
 
 def check_examples(name: str, x: Tensor, mask: Tensor | None = None, mask_name: str = "") -> None:
     """Raise unless `x` is `[T, B, ...]`, and `mask`, where there is one, bool `[T, B]`."""
+    if not isinstance(x, Tensor):
+        name, x = check_inputs(name, x)
     # what an nn.Embedding takes for an example, a number, has no dimensions of its own
-    if x.dim() < 2 or (x.dim() == 2 and x.is_floating_point()):
+    elif x.dim() < 2 or (x.dim() == 2 and x.is_floating_point()):
         raise ValueError(f"{name} must have shape [T, B, ...], got {list(x.shape)}")
     check_mask(mask_name, mask, name, x)
 
@@ -244,19 +251,26 @@ def by_rows(
     module: nn.Module,
     name: str,
     returns: str,
-    *inputs: Tensor,
+    x: Tensor,
+    *,
     dims: Sequence[int] = (2,),
     mask: Tensor | None = None,
+    **beside: Tensor,
 ) -> Tensor:
     """`[T, B, ...]`: what `module` makes of the rows of all tasks together, of inputs `[T, B, ...]`; zeros for those
     that `mask` `[T, B]` leaves out.
 
     `name` and `returns` say in an error what the module is and should return, a tensor with so many dimensions.
+    `beside` holds more arguments `[T, B, ...]`: the last, or by their names where the inputs are a dict.
     """
-    features = module(*(valid_rows(x, mask) for x in inputs))
+    rows = {key: valid_rows(value, mask) for key, value in beside.items()}
+    args, kwargs = arguments(tree_map(lambda leaf: valid_rows(leaf, mask), x), **rows)
+    features = module(*args, **kwargs)
+    if not isinstance(features, Tensor):
+        raise ValueError(f"{name} must return {returns}, got {described(features)}")
     if features.dim() not in dims:
         raise ValueError(f"{name} must return {returns}, got shape {tuple(features.shape)}")
-    return features.unflatten(0, inputs[0].shape[:2]) if mask is None else padded(features, mask)
+    return features.unflatten(0, first(x).shape[:2]) if mask is None else padded(features, mask)
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> MetaOutput:

@@ -15,6 +15,21 @@ from ..engines.inspect import MLPSpec, mlp_spec
 _parts: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
 
 
+def encoded(model: nn.Module, adapting: Collection[str], *parts: Tensor) -> tuple[nn.Module, list[Tensor]]:
+    """The rest of the model behind leading layers of which none adapts, and what these make of rows `[T, B, ...]`.
+
+    All of the model and the rows themselves where there are none, or where they take or pass on more than one tensor.
+    """
+    encoder, rest = split(model, adapting)
+    if encoder is None or not isinstance(parts[0], Tensor):
+        return model, list(parts)
+    features = encode(encoder, *parts)
+    if isinstance(features[0], Tensor):
+        return rest, features
+    _parts[model] = (_parts[model][0], None, None)  # not again
+    return model, list(parts)
+
+
 def split(model: nn.Module, adapting: Collection[str]) -> tuple[nn.Module | None, nn.Module]:
     """An encoder of leading layers with parameters of which none adapts, or None; and the rest of the model.
 
@@ -32,21 +47,21 @@ def split(model: nn.Module, adapting: Collection[str]) -> tuple[nn.Module | None
     if known is None or known[0] != key:  # kept, so that looking at the parts is done once
         known = (key, model[:start], model[start:])
         _parts[model] = known
-    return known[1], known[2]
+    return (None, model) if known[1] is None else known[1:]
 
 
-def encode(encoder: nn.Module | None, *parts: Tensor) -> list[Tensor]:
+def encode(encoder: nn.Module, *parts: Tensor) -> list[Tensor]:
     """Rows `[T, B, ...]` through a part that the tasks share.
 
     Its batch norms see one task's rows, as in the inner loop, unless they have running statistics: then all rows of all
     tasks together in train mode, and those statistics in eval mode, as in a prototypical network.
     """
-    if encoder is None:
-        return list(parts)
     if isinstance(mlp_spec(encoder), MLPSpec) or _has_running_statistics(encoder):
         rows = torch.cat(parts, 1)
-        features = encoder(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
-        return list(features.split([part.shape[1] for part in parts], 1))
+        features = encoder(rows.flatten(0, 1))
+        if not isinstance(features, Tensor):
+            return [features]
+        return list(features.unflatten(0, rows.shape[:2]).split([part.shape[1] for part in parts], 1))
     weights, no_steps = dict(encoder.named_parameters()), InnerLoop(0.0, 0, False, None)
     return [module_engine(encoder, no_steps, part).predict(encoder, weights, part) for part in parts]
 

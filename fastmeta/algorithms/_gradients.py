@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fastmeta._trees import first
+
 from ..engines import InnerLoop, Loss, module_engine
 from ..engines.inspect import MLPSpec, mlp_spec
 from ..engines.layerwise import backward, forward, layers, rows, why_no_formulas
@@ -21,7 +23,7 @@ def gradient_of_tasks(
         return mlp_gradients(mlp_spec(model), loss, dict(model.named_parameters()) | dict(fast), fast, x, y)
     inner = InnerLoop(0.0, 1, not torch.is_grad_enabled(), loss)
     engine = module_engine(model, inner, x, y)
-    return engine.gradients(model, inner, fast, buffers_per_task(model, x.shape[0]), x, y)
+    return engine.gradients(model, inner, fast, buffers_per_task(model, len(first(x))), x, y)
 
 
 def mlp_gradients(

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..engines import Engine, InnerLoop, as_loss, choose
+from fastmeta._trees import arguments, first, requires_grad, split, unbind
+
+from ..engines import Engine, InnerLoop, as_loss, check_one_tensor, choose
 from ._arguments import check_batch, check_count, check_pair, check_size, check_tasks, check_weights
 from ._chunks import chunked_loss
+from ._lazy import initialise, lazy_layer
 from .fast_weights import FastWeights
 from .output import MetaOutput
 
@@ -37,6 +40,7 @@ class InnerLoopAlgorithm(nn.Module):
         self.inner_steps = check_count("inner_steps", inner_steps, 0)
         self.task_chunk = check_size("task_chunk", task_chunk, or_none=True)
         self.model = model
+        self._lazy = lazy_layer(model) is not None  # until the first call
         self.first_order = first_order
         self.loss = as_loss(loss)
         if isinstance(loss, nn.Module):  # what it has of parameters and buffers is the learner's
@@ -44,11 +48,11 @@ class InnerLoopAlgorithm(nn.Module):
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
         """Run the inner loop on support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`."""
-        check_pair("support_x", support_x, "support_y", support_y)
+        self._check_pair(support_x, support_y)
         slow = dict(self.model.named_parameters())
         weights = slow | self._adapted(self._inner(support_y), support_x, support_y)
         shared = frozenset(name for name, w in weights.items() if w.dim() == slow[name].dim())
-        return FastWeights(weights, shared, support_x.shape[0])
+        return FastWeights(weights, shared, len(first(support_x)))
 
     def predict(self, state: FastWeights, query_x: Tensor) -> Tensor:
         """Predictions `[T, Q, C]` of the adapted weights for `query_x` `[T, Q, ...]`."""
@@ -58,7 +62,7 @@ class InnerLoopAlgorithm(nn.Module):
     def forward(self, batch: TaskBatch, weights: Tensor | None = None) -> MetaOutput:
         """Adapt to every task's support set and judge on its query set. With `weights` `[T]` each task's loss counts
         that often in `loss`, which stays a mean over `T`; they may require gradients."""
-        check_batch(batch)
+        self._check_batch(batch)
         check_weights(weights, batch)
         if self._in_chunks(batch):
             return self._chunked(self.task_chunk, batch, weights)
@@ -69,6 +73,30 @@ class InnerLoopAlgorithm(nn.Module):
             f"inner_steps={self.inner_steps}, first_order={self.first_order}, loss={self.loss.name!r}, "
             f"task_chunk={self.task_chunk}"
         )
+
+    def _check_pair(self, support_x: Tensor, support_y: Tensor) -> None:
+        check_pair("support_x", support_x, "support_y", support_y)
+        check_one_tensor(self.loss, "support_y", support_y)
+        if self._lazy:
+            self._initialise(support_x)
+
+    def _check_batch(self, batch: TaskBatch) -> None:
+        check_batch(batch)
+        check_one_tensor(self.loss, "support_y", batch[1])
+        check_one_tensor(self.loss, "query_y", batch[3])
+        if self._lazy:
+            self._initialise(batch[0])
+
+    def _initialise(self, support_x: Tensor) -> None:
+        """Lazy layers take their shapes from the first task's rows, as in a call of the model with them."""
+        if len(first(support_x)):
+            initialise(self.model, lambda: self._call(unbind(split(support_x, 1)[0])[0]))
+            self._lazy = False
+
+    def _call(self, x: Tensor) -> None:
+        """The model on one task's rows."""
+        args, kwargs = arguments(x)
+        self.model(*args, **kwargs)
 
     def _adapted(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
         """Weights by name after the loop, `[T, *shape]`, or `[*shape]` if the tasks share them, as they do the rest."""
@@ -91,7 +119,7 @@ class InnerLoopAlgorithm(nn.Module):
 
     def _inner(self, *targets: Tensor, lr: float = 0.0) -> InnerLoop:
         """`lr`: of engines, which have one rate for all weights."""
-        differentiable = torch.is_grad_enabled() and any(target.requires_grad for target in targets)
+        differentiable = torch.is_grad_enabled() and any(map(requires_grad, targets))
         return InnerLoop(lr, self.inner_steps, self.first_order, self.loss, differentiable)
 
     def _chunked(self, size: int, batch: TaskBatch | tuple, weights: Tensor | None) -> MetaOutput:
@@ -100,13 +128,13 @@ class InnerLoopAlgorithm(nn.Module):
     def _in_turn(self, engine: Engine, *tensors: Tensor | None) -> bool:
         """Whether each task's part of the meta-gradient is taken as soon as it is run, with the memory of one task: in
         plain autograd, which has to hold a graph for each, and where `tensors` want no gradients through `backward`."""
-        if engine.name != "loop" or len(tensors[0]) < 2 or not torch.is_grad_enabled():
+        if engine.name != "loop" or len(first(tensors[0])) < 2 or not torch.is_grad_enabled():
             return False
-        wanted = any(t is not None and t.requires_grad for t in tensors)
+        wanted = any(t is not None and requires_grad(t) for t in tensors)
         return not (wanted or torch._C._are_functorch_transforms_active())
 
     def _in_chunks(self, batch: TaskBatch) -> bool:
-        return self.task_chunk is not None and batch[0].shape[0] > self.task_chunk
+        return self.task_chunk is not None and len(first(batch[0])) > self.task_chunk
 
 
 def adapted_convolutions(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:

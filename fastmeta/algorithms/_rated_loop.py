@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastmeta._trees import first, tree_map
+
 from ..engines import InnerLoop, module_engine
 from ..engines.vmap import buffers_per_task
-from ._encoder import encode, split
+from ._encoder import encoded
 from ._fused import fused_loop
 from ._inner_loop import InnerLoopAlgorithm
 from ._rates import Rates, stepped
@@ -26,10 +28,9 @@ class RatedInnerLoop(InnerLoopAlgorithm):
 
     def _adapted(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
         rates = self._rates()
-        encoder, tail = split(self.model, rates)
-        (support_x,) = encode(encoder, support_x)
+        tail, (support_x,) = encoded(self.model, rates, support_x)
         if inner.first_order:
-            support_x = support_x.detach()
+            support_x = tree_map(Tensor.detach, support_x)
         loop = fused_loop(tail, inner, rates, support_x)
         if loop is None:
             return step_by_step(tail, inner, rates, support_x, support_y)
@@ -40,15 +41,14 @@ class RatedInnerLoop(InnerLoopAlgorithm):
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, weights: Tensor | None
     ) -> MetaOutput:
         inner, rates = self._inner(support_y, query_y), self._rates()
-        encoder, tail = split(self.model, rates)
-        support_x, query_x = encode(encoder, support_x, query_x)
+        tail, (support_x, query_x) = encoded(self.model, rates, support_x, query_x)
         if inner.first_order:  # support rows reach the query loss through inner gradients alone
-            support_x = support_x.detach()
+            support_x = tree_map(Tensor.detach, support_x)
         loop = fused_loop(tail, inner, rates, support_x)
         if loop is None:
             engine = module_engine(tail, inner, support_x, support_y)
             batch = support_x, support_y, query_x, query_y
-            if encoder is None and self._in_turn(engine, *batch, weights):
+            if tail is self.model and self._in_turn(engine, *batch, weights):
                 return self._chunked(1, batch, weights)
             fast = step_by_step(tail, inner, rates, support_x, support_y)
             return weighted(judged(self.loss, engine.predict(tail, fast, query_x), query_y), weights)
@@ -62,6 +62,6 @@ def step_by_step(model: nn.Module, inner: InnerLoop, rates: Rates, x: Tensor, y:
     slow = dict(model.named_parameters())
     fast, engine = {name: slow[name] for name in rates}, module_engine(model, inner, x, y)
     for step in range(inner.steps):
-        gradients = engine.gradients(model, inner, fast, buffers_per_task(model, x.shape[0]), x, y)
+        gradients = engine.gradients(model, inner, fast, buffers_per_task(model, len(first(x))), x, y)
         fast = stepped(fast, gradients, rates, step)
     return fast

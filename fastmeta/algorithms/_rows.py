@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastmeta._trees import first
 from fastmeta.functional import checks
 
 from .output import MetaOutput
@@ -37,8 +38,8 @@ def check_masks(batch: TaskBatch) -> bool:
     """Whether the batch has a mask; those it has are checked, and every task has a query row to be judged on."""
     if len(batch) == 4:
         return False
-    check_mask("support_mask", batch.support_mask, "support_x", batch.support_x)
-    check_mask("query_mask", batch.query_mask, "query_x", batch.query_x)
+    check_mask("support_mask", batch.support_mask, "support_x", first(batch.support_x))
+    check_mask("query_mask", batch.query_mask, "query_x", first(batch.query_x))
     if batch.query_mask is not None:
         check_rows("query_mask", batch.query_mask)
     return True

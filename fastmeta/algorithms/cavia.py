@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from ..engines import InnerLoop, module_engine
+from fastmeta._trees import Outputs, arguments, first, flatten, unflatten
+
+from ..engines import InnerLoop, loss_of_task, module_engine
 from ..engines.inspect import mlp_spec
 from ..engines.layerwise import forward, layers, why_no_formulas
 from ..engines.vmap import VmapEngine, buffers_per_task
-from ._arguments import check_count, check_number, check_pair, check_tasks
+from ._arguments import check_count, check_number, check_tasks
 from ._gradients import layer_gradients
 from ._inner_loop import InnerLoopAlgorithm
 from .output import MetaOutput, judged, weighted
@@ -38,8 +41,8 @@ class CAVIA(InnerLoopAlgorithm):
     Args:
         model: with `concatenate`, a module from rows `[B, I + P]` to predictions `[B, C]`: the task's context stands
             behind each input. Without, one that is called with the examples `[B, ...]` of a task and its context
-            `[P]`, such as `ContextFiLMConv4`, and may use it where it likes. Batch norms see one task's rows, as in
-            `MAML`.
+            `[P]`, such as `ContextFiLMConv4`, and may use it where it likes: the last positional argument, or where
+            the inputs are a dict the keyword argument `context`. Batch norms see one task's rows, as in `MAML`.
         context_size: `P`, the number of context parameters; the paper has 2 to 5 for sinusoids, 100 for images.
         concatenate: whether the context joins the input; True by default.
         inner_lr: step size of the context, 1.0 by default, as in the paper.
@@ -76,10 +79,10 @@ class CAVIA(InnerLoopAlgorithm):
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Context:
         """Context parameters of support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`."""
-        check_pair("support_x", support_x, "support_y", support_y)
+        self._check_pair(support_x, support_y)
         gradient = self._context_gradient(support_x, support_y)
-        like = next(self.model.parameters(), support_x)
-        context = like.new_zeros(support_x.shape[0], self.context_size)
+        rows = first(support_x)
+        context = next(self.model.parameters(), rows).new_zeros(len(rows), self.context_size)
         second_order = torch.is_grad_enabled() and not self.first_order
         for _ in range(self.inner_steps):
             with torch.set_grad_enabled(second_order):
@@ -94,13 +97,16 @@ class CAVIA(InnerLoopAlgorithm):
             spec = mlp_spec(self.model)
             weights, biases = layers(spec, dict(self.model.named_parameters()))
             return forward(spec, weights, biases, self._joined(query_x, state.context))[2]
-        weights, buffers = dict(self.model.named_parameters()), buffers_per_task(self.model, query_x.shape[0])
+        weights, buffers = dict(self.model.named_parameters()), buffers_per_task(self.model, len(state.context))
         engine = self._module_engine(query_x)
+        rows, inputs = flatten(query_x)
+        outputs = Outputs()
 
-        def one_task(context, weights, buffers, x):
-            return self._task(engine, context, weights, buffers, x)
+        def one_task(context, weights, buffers, rows):
+            return outputs.taken(self._task(engine, context, weights, buffers, unflatten(inputs, rows)))
 
-        return engine.mapped(one_task, (0, None, 0, 0))(state.context, weights, buffers, query_x)
+        run = engine.mapped(one_task, (0, None, 0, 0))
+        return outputs.put_back(run(state.context, weights, buffers, rows))
 
     def extra_repr(self) -> str:
         return (
@@ -126,6 +132,11 @@ class CAVIA(InnerLoopAlgorithm):
     def _is_mlp(self, x: Tensor) -> bool:
         if not self.concatenate:
             return False
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                "the context joins rows [T, B, I] of one tensor, got inputs of several: give a model that takes the "
+                "context behind them and concatenate=False"
+            )
         if x.dim() != 3:
             raise ValueError(
                 f"the context joins rows [T, B, I], got inputs of shape {list(x.shape)}: flatten them, or give a model "
@@ -154,18 +165,19 @@ class CAVIA(InnerLoopAlgorithm):
 
             return formula
 
-        def task_loss(context, weights, buffers, x, y):
-            prediction = self._task(engine, context, weights, buffers, x)
-            self.loss.check((1, *prediction.shape), y.unsqueeze(0), "support_y")
-            return self.loss.one_task(prediction, y)
+        (rows, inputs), (labels, targets) = flatten(x), flatten(y)
+
+        def task_loss(context, weights, buffers, rows, labels):
+            prediction = self._task(engine, context, weights, buffers, unflatten(inputs, rows))
+            return loss_of_task(self.loss, prediction, unflatten(targets, labels), "support_y")
 
         weights, engine = dict(self.model.named_parameters()), self._module_engine(x, y)
 
         def transformed(context: Tensor) -> Tensor:
-            buffers = buffers_per_task(self.model, x.shape[0])
+            buffers = buffers_per_task(self.model, len(context))
             second_order = torch.is_grad_enabled()
             gradient = engine.gradients_per_task(task_loss, (0, None, 0, 0, 0), second_order=second_order)
-            return gradient(context, weights, buffers, x, y)
+            return gradient(context, weights, buffers, rows, labels)
 
         return transformed
 
@@ -175,9 +187,14 @@ class CAVIA(InnerLoopAlgorithm):
         inner = InnerLoop(0.0, 1, self.first_order, self.loss)
         return module_engine(_with_contexts[self].like(x), inner, x, y)
 
+    def _call(self, x: Tensor) -> None:
+        like = next((p for p in self.model.parameters() if not is_lazy(p)), first(x))
+        args, kwargs = _arguments(x, like.new_zeros(self.context_size), self.concatenate)
+        self.model(*args, **kwargs)
+
     def _task(self, engine: VmapEngine, context: Tensor, weights: dict, buffers: dict, x: Tensor) -> Tensor:
         """One task's predictions `[B, C]`."""
-        return engine.call(self.model, {**weights, **buffers}, _arguments(x, context, self.concatenate))
+        return engine.call(self.model, {**weights, **buffers}, *_arguments(x, context, self.concatenate))
 
 
 class _WithContext(nn.Module):
@@ -189,18 +206,22 @@ class _WithContext(nn.Module):
         self.context = nn.Parameter(torch.zeros(context_size))
 
     def like(self, x: Tensor) -> _WithContext:
-        parameter = next(self.model.parameters(), x)
+        parameter = next(self.model.parameters(), first(x))
         self.context.data = self.context.data.to(parameter)
         self.training = self.model.training  # its layers keep their own modes
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(*_arguments(x, self.context, self.concatenate))
+    def forward(self, *args, **kwargs) -> Tensor:
+        x = kwargs or (args[0] if len(args) == 1 else args)
+        args, kwargs = _arguments(x, self.context, self.concatenate)
+        return self.model(*args, **kwargs)
 
 
 _with_contexts: WeakKeyDictionary[CAVIA, _WithContext] = WeakKeyDictionary()
 
 
-def _arguments(x: Tensor, context: Tensor, concatenate: bool) -> tuple[Tensor, ...]:
-    """What one task's rows and context are for the model."""
-    return (torch.cat([x, context.expand(x.shape[0], -1)], -1),) if concatenate else (x, context)
+def _arguments(x: Tensor, context: Tensor, concatenate: bool) -> tuple[tuple, dict[str, Any]]:
+    """How the model is called with one task's rows and context."""
+    if concatenate:
+        return (torch.cat([x, context.expand(x.shape[0], -1)], -1),), {}
+    return arguments(x, context=context)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmeta import functional
+from fastmeta._trees import cat, named_leaves
 from fastmeta.functional import checks
 
 from ._arguments import check_size
@@ -117,12 +118,13 @@ class Contrastive(EmbeddingLearner):
             raise ValueError("batch: support_mask and query_mask are served in eval mode alone, two views have none")
         first, second = batch.support_x, batch.query_x
         check_examples("support_x", first)
-        if first.shape != second.shape:
+        shapes = [[tuple(leaf.shape) for _, leaf in named_leaves(view, "")] for view in (first, second)]
+        if shapes[0] != shapes[1]:
             raise ValueError(
                 "support_x and query_x must be two views of the same images, of one shape [T, B, ...], got "
-                f"{tuple(first.shape)} and {tuple(second.shape)}: train with one shot and one query shot"
+                f"{shapes[0]} and {shapes[1]}: train with one shot and one query shot"
             )
-        views = self._project(self._encode(torch.cat([first, second], 1)))
+        views = self._project(self._encode(cat([first, second], 1)))
         return over_tasks(functional.contrastive_loss(*views.chunk(2, 1), self.temperature))
 
     def extra_repr(self) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from fastmeta._trees import arguments, first, flatten, requires_grad, unflatten
+
 from ..engines import InnerLoop, module_engine
 from ..engines.inspect import mlp_spec
 from ..engines.layerwise import why_no_formulas
@@ -86,7 +88,7 @@ class ImplicitMAML(InnerLoopAlgorithm):
         if not torch.is_grad_enabled() or not fast:
             return weighted(judged(self.loss, self._predicted(slow | fast, query_x), query_y), weights)
         given = (support_x, support_y, query_x, query_y, weights)
-        if any(tensor is not None and tensor.requires_grad for tensor in given):
+        if any(part is not None and requires_grad(part) for part in given):
             raise ValueError("batch: inputs, targets and weights that require gradients get none from implicit MAML")
         fast = {name: w.requires_grad_() for name, w in fast.items()}
         leaves = list(fast.values())
@@ -115,7 +117,7 @@ class ImplicitMAML(InnerLoopAlgorithm):
     @torch.no_grad()
     def _solve(self, start: Mapping[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Weights `[T, *shape]` after gradient descent on the regularised support loss from `start` `[*shape]`."""
-        fast = {name: w.unsqueeze(0).repeat(x.shape[0], *[1] * w.dim()) for name, w in start.items()}
+        fast = {name: w.unsqueeze(0).repeat(len(first(x)), *[1] * w.dim()) for name, w in start.items()}
         weights = start  # shared in the first step: one dense product for all tasks
         for _ in range(self.inner_steps if start else 0):
             gradients = gradient_of_tasks(self.model, self.loss, weights, x, y)
@@ -131,13 +133,18 @@ class ImplicitMAML(InnerLoopAlgorithm):
             return list(mlp_gradients(mlp_spec(self.model), self.loss, slow | fast, list(fast), x, y).values())
         shared = {name: p for name, p in slow.items() if name not in fast}
 
-        def task_loss(fast, buffers, x, y):
-            return self.loss.one_task(engine.call(self.model, {**fast, **shared, **buffers}, (x,)), y)
+        (rows, inputs), (labels, targets) = flatten(x), flatten(y)
+
+        def task_loss(fast, buffers, rows, labels):
+            args, kwargs = arguments(unflatten(inputs, rows))
+            prediction = engine.call(self.model, {**fast, **shared, **buffers}, args, kwargs)
+            return self.loss.one_task(prediction, unflatten(targets, labels))
 
         # the gradient is taken outside of vmap: the tasks do not meet, and plain autograd is exact to second order
         engine = module_engine(self.model, self._inner()._replace(first_order=False), x, y)
         with engine.exact():
-            losses = engine.mapped(task_loss, (0, 0, 0, 0))(fast, buffers_per_task(self.model, len(x)), x, y)
+            buffers = buffers_per_task(self.model, len(rows[0]))
+            losses = engine.mapped(task_loss, (0, 0, 0, 0))(fast, buffers, rows, labels)
             wanted = list(fast.values())
             return list(torch.autograd.grad(losses.sum(), wanted, create_graph=True, materialize_grads=True))
 

@@ -13,7 +13,7 @@ from ..engines import Engine, InnerLoop, choose, explain
 from ..engines.fused import FusedEngine
 from ..engines.inspect import inspected
 from ..engines.select import check_name
-from ._arguments import check_batch, check_number, check_weights
+from ._arguments import check_number, check_weights
 from ._direct import DirectGradient, direct_gradient
 from ._inner_loop import InnerLoopAlgorithm
 from .output import MetaOutput, detached, judged, weighted
@@ -87,7 +87,7 @@ class MAML(InnerLoopAlgorithm):
         if not self._in_chunks(batch) and plain_call(batch) and not any(t.requires_grad for t in batch):
             direct = self._direct  # another thread may leave its own there meanwhile
             if direct is None or not direct.holds(self.model, inner, batch):
-                check_batch(batch)
+                self._check_batch(batch)
                 with inspected(self.model):
                     direct = direct_gradient(self.engine, self.model, inner, batch, "model.")
                 self._direct = direct
@@ -103,6 +103,8 @@ class MAML(InnerLoopAlgorithm):
     def explain(self, batch: TaskBatch) -> str:
         """Which engine serves this batch and why the others do not, as readable text. Runs nothing, but for one task
         where it has to be seen whether `torch.func` can follow the model."""
+        if self._lazy:
+            self._initialise(batch[0])
         return explain(self.engine, self.model, self._inner(batch[1], batch[3]), batch[0], batch[1])
 
     def extra_repr(self) -> str:

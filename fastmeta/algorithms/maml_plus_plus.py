@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..engines import InnerLoop, module_engine
+from fastmeta._trees import first
+
+from ..engines import InnerLoop, check_prediction, module_engine
 from ..engines.fused_loop import FusedLoop
 from ..engines.layerwise import LayerwiseEngine
 from ..engines.vmap import buffers_per_task
 from ._arguments import check_count, check_number, check_tasks
 from ._fused import fused_loop
+from ._lazy import check_initialised
 from ._rated_loop import RatedInnerLoop
 from ._rates import Rates, stepped
 from .fast_weights import FastWeights
@@ -165,6 +168,7 @@ class MAMLPlusPlus(RatedInnerLoop):
         first_rate = check_number("inner_lr", inner_lr)
         if first_rate == 0:
             raise ValueError("inner_lr must not be 0: the rates are multiples of it")
+        check_initialised(model, "MAMLPlusPlus")
         if batch_norm_per_step:
             model = _replace_batch_norms(model, inner_steps)
         super().__init__(model, inner_steps=inner_steps, first_order=first_order, loss=loss, task_chunk=task_chunk)
@@ -264,7 +268,7 @@ class MAMLPlusPlus(RatedInnerLoop):
                 continue
             logits = predict(self.model, fast, query_x) if predict else self._logits(fast, query_x, step)
             if shares is not None:
-                self.loss.check(logits.shape, query_y, "query_y")
+                check_prediction(self.loss, logits, query_y, "query_y")
                 value = shares[step] * self.loss.per_task(logits, query_y)
                 total = value if total is None else total + value
         if logits is None:
@@ -276,7 +280,7 @@ class MAMLPlusPlus(RatedInnerLoop):
         slow = dict(self.model.named_parameters())
         fast, engine = {name: slow[name] for name in rates}, module_engine(self.model, inner, x, y)
         for step in range(inner.steps):
-            buffers = self._fresh_buffers(x.shape[0], step)
+            buffers = self._fresh_buffers(len(first(x)), step)
             gradients = engine.gradients(self.model, inner, fast, buffers, x, y)
             self._remember(buffers)
             fast = stepped(fast, gradients, rates, step)
@@ -284,7 +288,7 @@ class MAMLPlusPlus(RatedInnerLoop):
 
     def _logits(self, fast: Mapping[str, Tensor], x: Tensor, step: int, *, remember: bool = True) -> Tensor:
         """Predictions `[T, B, C]` of weights `[T, *shape]`, with the slow weights where there are none."""
-        buffers = self._fresh_buffers(x.shape[0], max(step, 0))
+        buffers = self._fresh_buffers(len(first(x)), max(step, 0))
         logits = module_engine(self.model, self._inner(), x).predictions(self.model, fast, buffers, x)
         if remember:
             self._remember(buffers)

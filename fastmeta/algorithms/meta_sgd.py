@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._arguments import check_number
+from ._lazy import check_initialised
 from ._rated_loop import RatedInnerLoop
 from ._rates import Rates
 
@@ -50,6 +51,7 @@ class MetaSGD(RatedInnerLoop):
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
         task_chunk: int | None = None,
     ):
+        check_initialised(model, "MetaSGD")
         super().__init__(model, inner_steps=inner_steps, first_order=first_order, loss=loss, task_chunk=task_chunk)
         if not isinstance(initial_rates, (tuple, list)) or len(initial_rates) != 2:
             raise TypeError(f"initial_rates must be a pair (low, high), got {initial_rates!r}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta import functional
+from fastmeta._trees import cat, first
 from fastmeta.dispatch.backends import METRICS
 from fastmeta.functional import checks
 
@@ -105,8 +106,8 @@ class ModulatedProtoNet(EmbeddingLearner):
         """Mean cross entropy of the query sets, in train mode with that of the metric space; each network runs once."""
         mask = both_masks(batch) if self._check_batch(batch) else None
         ways, classes = self._classes(*batch)
-        x = torch.cat([batch.support_x, batch.query_x], 1)
-        sizes = [batch.support_x.shape[1], batch.query_x.shape[1]]
+        x = cat([batch.support_x, batch.query_x], 1)
+        sizes = [first(part).shape[1] for part in (batch.support_x, batch.query_x)]
         embeddings = self._encode(x, mask)
         support, query = embeddings.split(sizes, 1)
         means = _class_means(support, batch.support_y, ways, classes)
@@ -130,7 +131,7 @@ class ModulatedProtoNet(EmbeddingLearner):
         return torch.cat([embeddings, near @ means], 2)
 
     def _modulated(self, x: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:
-        return by_rows(self.base, "base", "features [B, F]", x, condition, mask=mask)
+        return by_rows(self.base, "base", "features [B, F]", x, mask=mask, condition=condition)
 
 
 def _class_means(features: Tensor, labels: Tensor, ways: int | None, classes: Classes | None) -> Tensor:

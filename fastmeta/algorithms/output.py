@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastmeta._trees import tree_map
+
+from ..engines import check_prediction
+
 if TYPE_CHECKING:
     from ..engines import Loss
 
@@ -18,7 +22,8 @@ class MetaOutput(NamedTuple):
     differentiable scalar: call `.backward()` on it.
     `task_loss` `[T]` holds the tasks' own losses, `accuracy` `[T]` their query accuracy (None for
     regression), `logits` `[T, Q, C]` the query predictions (None where a fused loss never forms them). In rows that
-    `query_mask` leaves out logits are 0.
+    `query_mask` leaves out logits are 0. Where the model returns several tensors, `logits` holds them as it returns
+    them, with `T` in front of each one's sizes, and there is no accuracy.
 
     Column c of the logits is class c; -inf where a learner on embeddings has a task that is without. `classes` int64
     `[T, C]` is there where they are not, for labels that are negative or above 8191: the label that each column stands
@@ -58,9 +63,10 @@ def judged(
 ) -> MetaOutput:
     """The result of predictions `[T, Q, C]`; `task_loss` `[T]` and its mean where they are known already."""
     if task_loss is None:
-        loss.check(logits.shape, query_y, "query_y")
+        check_prediction(loss, logits, query_y, "query_y")
         task_loss = loss.per_task(logits, query_y)
-    if query_y.dtype == torch.int64 and query_y.shape == logits.shape[:-1]:
+    several = not (isinstance(logits, Tensor) and isinstance(query_y, Tensor))
+    if not several and query_y.dtype == torch.int64 and query_y.shape == logits.shape[:-1]:
         return classified(task_loss, logits, query_y, mean=mean)
     return over_tasks(task_loss, logits=logits, mean=mean)
 
@@ -74,4 +80,4 @@ def weighted(output: MetaOutput, weights: Tensor | None) -> MetaOutput:
 
 def detached(output: MetaOutput) -> MetaOutput:
     """The same without a graph."""
-    return MetaOutput(*(None if field is None else field.detach() for field in output))
+    return MetaOutput(*(None if field is None else tree_map(Tensor.detach, field) for field in output))

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from fastmeta._trees import cat, first, split, tree_map
+
 from ..engines import InnerLoop
 from ._arguments import check_count, check_number
 from ._gradients import gradient_of_tasks
@@ -107,7 +109,8 @@ class Reptile(InnerLoopAlgorithm):
         """Train on every task; the loss's `backward` leaves the outer step as a gradient."""
         x, y = support_x, support_y
         if self.training and self.train_on == "all":
-            x, y = torch.cat([x, query_x], 1), torch.cat([y, query_y], 1)
+            x = cat([x, query_x], 1, "support_x and query_x")
+            y = cat([y, query_y], 1, "support_y and query_y")
         if torch.is_grad_enabled() and weights is not None and weights.requires_grad:
             raise ValueError("weights: those that require gradients get none from Reptile")
         slow, trained = detached_weights(self.model)
@@ -131,8 +134,8 @@ class Reptile(InnerLoopAlgorithm):
 
     def _one_by_one(self, slow: dict[str, Tensor], x: Tensor, y: Tensor, weights: Tensor | None):
         moved, fasts = dict(slow), []
-        for task in range(x.shape[0]):
-            fasts.append(self._train(moved, x[task : task + 1], y[task : task + 1]))
+        for task, (task_x, task_y) in enumerate(zip(split(x, 1), split(y, 1), strict=True)):
+            fasts.append(self._train(moved, task_x, task_y))
             rate = self.serial_rate if weights is None else self.serial_rate * float(weights[task])
             moved = {name: w.lerp(fasts[-1][name][0], rate) for name, w in moved.items()}
         return {name: torch.cat([fast[name] for fast in fasts]) for name in slow}, moved
@@ -140,11 +143,12 @@ class Reptile(InnerLoopAlgorithm):
     @torch.no_grad()
     def _train(self, start: Mapping[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Weights `[T, *shape]` after `inner_steps` steps from `start` `[*shape]`."""
-        tasks = x.shape[0]
+        like = first(x)
+        tasks = len(like)
         names = list(start)
         fast = [start[name].unsqueeze(0).repeat(tasks, *[1] * start[name].dim()) for name in names]
         squares = [torch.zeros_like(w) for w in fast] if self.optimizer == "adam" else []
-        order = self._order(tasks, x.shape[1], x.device)
+        order = self._order(tasks, like.shape[1], like.device)
         weights: Mapping[str, Tensor] = start
         for step in range(self.inner_steps if names else 0):
             batch = (x, y) if order is None else (_take(x, order[step]), _take(y, order[step]))
@@ -179,4 +183,4 @@ class Reptile(InnerLoopAlgorithm):
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """Rows `[T, B, ...]` of `x` `[T, N, ...]` by `index` `[T, B]`."""
-    return x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), index]
+    return tree_map(lambda leaf: leaf[torch.arange(len(leaf), device=leaf.device).unsqueeze(1), index], x)

@@ -2,7 +2,7 @@
 
 from ._base import Engine, InnerLoop
 from ._exact import gradients_per_task, twice_differentiable
-from ._losses import Loss, as_loss
+from ._losses import Loss, as_loss, check_one_tensor, check_prediction, loss_of_task
 from .select import ENGINES, choose, explain, module_engine
 
 __all__ = [
@@ -11,9 +11,12 @@ __all__ = [
     "InnerLoop",
     "Loss",
     "as_loss",
+    "check_one_tensor",
+    "check_prediction",
     "choose",
     "explain",
     "gradients_per_task",
+    "loss_of_task",
     "module_engine",
     "twice_differentiable",
 ]

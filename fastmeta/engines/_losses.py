@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastmeta._trees import described, flatten, unbind, unflatten
 from fastmeta.dispatch.labels import label_range
 
 from ._exact import gradients_per_task, outside_inference_mode
@@ -25,6 +26,7 @@ class RowLoss:
     """
 
     in_kernels: str | None = None  # its name in the fused inner loops
+    takes_trees = False  # whether predictions and targets may be several tensors
 
     def kernel_targets(self, target: Tensor) -> Tensor:
         return target
@@ -127,8 +129,11 @@ class CustomLoss:
     one task after the other where it cannot be mapped: with masks of the data's size, say.
 
     One that the fused inner loops know too has an attribute `in_kernels`, its name there, and a method `kernel_targets`
-    that turns all tasks' targets `[T, B, ...]` into theirs.
+    that turns all tasks' targets `[T, B, ...]` into theirs. Predictions and targets of several tensors are handed to it
+    as the model and the batch have them, those of one task.
     """
+
+    takes_trees = True
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]):
         self.one_task = function
@@ -145,15 +150,25 @@ class CustomLoss:
     def per_task(self, prediction: Tensor, target: Tensor) -> Tensor:
         if self.mappable:
             try:
-                return torch.func.vmap(self.one_task, randomness="different")(prediction, target)
+                function, leaves = self._of_leaves(prediction, target)
+                return torch.func.vmap(function, randomness="different")(*leaves)
             except Exception:  # what is wrong with the loss itself, plain torch says in its own words
                 losses = self._one_by_one(prediction, target)
                 self.mappable = False
                 return losses
         return self._one_by_one(prediction, target)
 
+    def _of_leaves(self, prediction: Tensor, target: Tensor) -> tuple[Callable, tuple[list[Tensor], list[Tensor]]]:
+        """The loss as a function of lists of tensors, of one task each, and the lists of all tasks'."""
+        (found, predictions), (rows, targets) = flatten(prediction), flatten(target)
+
+        def one_task(found: list[Tensor], rows: list[Tensor]) -> Tensor:
+            return self.one_task(unflatten(predictions, found), unflatten(targets, rows))
+
+        return one_task, (found, rows)
+
     def _one_by_one(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return torch.stack([self.one_task(p, t) for p, t in zip(prediction, target, strict=True)])
+        return torch.stack([self.one_task(p, t) for p, t in zip(unbind(prediction), unbind(target), strict=True)])
 
     def constant(self, target: Tensor, prediction: Tensor) -> Tensor:
         return target
@@ -161,7 +176,8 @@ class CustomLoss:
     def gradient(self, prediction: Tensor, constant: Tensor) -> Tensor:
         if self.mappable:
             try:
-                return gradients_per_task(self.one_task, second_order=torch.is_grad_enabled())(prediction, constant)
+                function, leaves = self._of_leaves(prediction, constant)
+                return gradients_per_task(function, second_order=torch.is_grad_enabled())(*leaves)[0]
             except Exception:
                 if torch._C._are_functorch_transforms_active():
                     raise
@@ -181,6 +197,38 @@ def _plain_gradient(losses: Callable[[Tensor, Tensor], Tensor], prediction: Tens
 
 
 Loss = CrossEntropy | ElementwiseLoss | CustomLoss
+
+
+def check_prediction(loss: Loss, prediction: Tensor, target: Tensor, name: str) -> None:
+    """Raise ValueError unless the loss takes such predictions `[T, B, ...]` and targets, which errors call `name`."""
+    check_one_tensor(loss, name, target)
+    if isinstance(prediction, Tensor):
+        loss.check(prediction.shape, target, name)
+    elif not loss.takes_trees:
+        raise ValueError(
+            f"loss {loss.name!r} takes one tensor, but the model returned {described(prediction)}: give a loss "
+            "(prediction, target) -> scalar that takes of it what it needs"
+        )
+
+
+def check_one_tensor(loss: Loss, name: str, target: Tensor) -> None:
+    """Raise ValueError for targets of several tensors, unless the loss is one of the user's own."""
+    if not isinstance(target, Tensor) and not loss.takes_trees:
+        raise ValueError(
+            f"{name}: loss {loss.name!r} takes one tensor, got {described(target)}: give a loss "
+            "(prediction, target) -> scalar that takes of them what it needs"
+        )
+
+
+def loss_of_task(loss: Loss, prediction: Tensor, target: Tensor, name: str) -> Tensor:
+    """The loss of one task's prediction `[B, ...]`, after `check_prediction`."""
+    if isinstance(prediction, Tensor) and isinstance(target, Tensor):
+        check_prediction(loss, prediction.unsqueeze(0), target.unsqueeze(0), name)
+    else:
+        check_prediction(loss, prediction, target, name)
+    return loss.one_task(prediction, target)
+
+
 _NAMED = {loss.name: loss for loss in (CrossEntropy, MeanSquaredError, BinaryCrossEntropy, Huber)}
 
 

@@ -21,6 +21,8 @@ from . import _activations
 from ._base import InnerLoop, Parameters
 from .inspect import MLPSpec, mlp_spec, parameters_of
 
+SEVERAL = "inputs are several tensors"
+
 
 class LayerwiseEngine:
     """Explicit formulas on per-task weights: MLPs with any loss."""
@@ -74,6 +76,8 @@ class LayerwiseEngine:
 
 def why_no_formulas(model: nn.Module, support_x: Tensor) -> str | None:
     """None if the model is an MLP that explicit formulas can serve on this input, else the reason."""
+    if not isinstance(support_x, Tensor):
+        return SEVERAL
     spec = mlp_spec(model)
     if isinstance(spec, str):
         return spec

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +27,15 @@ class LoopEngine(VmapEngine):
 
     name = "loop"
 
-    def call(self, model: nn.Module, weights: Parameters, args: tuple) -> Tensor:
-        return call_again(model, weights, args)
+    def call(self, model: nn.Module, weights: Parameters, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        return call_again(model, weights, args, kwargs)
 
     def mapped(self, function: Callable, in_dims: tuple) -> Callable:
         def run(*args):
-            if not len(args[-1]):
+            found = [function(*_of_task(args, in_dims, task)) for task in range(_tasks(args))]
+            if not found:
                 raise ValueError("there are no tasks, and what this model predicts is not known without one")
-            return torch.stack([function(*_of_task(args, in_dims, task)) for task in range(len(args[-1]))])
+            return _stacked(found)
 
         return run
 
@@ -43,12 +45,20 @@ class LoopEngine(VmapEngine):
     def gradients_per_task(self, function: Callable, in_dims: tuple, *, second_order: bool) -> Callable:
         @outside_inference_mode
         def run(*args):
-            found = [_gradient(function, _of_task(args, in_dims, task), second_order) for task in range(len(args[-1]))]
+            found = [_gradient(function, _of_task(args, in_dims, task), second_order) for task in range(_tasks(args))]
             if not found:
                 return pytree.tree_map(lambda w: w.new_zeros(0, *w.shape), args[0])
-            return pytree.tree_map(lambda *of_tasks: torch.stack(of_tasks), *found)
+            return _stacked(found)
 
         return run
+
+
+def _tasks(args: tuple) -> int:
+    return len(pytree.tree_leaves(args[-1])[0])
+
+
+def _stacked(found: list):
+    return pytree.tree_map(lambda *of_tasks: torch.stack(of_tasks), *found)
 
 
 def _of_task(args: tuple, in_dims: tuple, task: int) -> list:
@@ -56,6 +66,8 @@ def _of_task(args: tuple, in_dims: tuple, task: int) -> list:
 
 
 def _part(arg, dim: int | dict | None, task: int):
+    if isinstance(arg, list):
+        return [_part(value, dim, task) for value in arg]
     if isinstance(arg, dict):
         return {key: _part(value, dim[key] if isinstance(dim, dict) else dim, task) for key, value in arg.items()}
     return arg if dim is None else arg[task]

@@ -22,10 +22,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
+from fastmeta._trees import Outputs
+
 from ._base import InnerLoop, Parameters
 from ._exact import mappable, outside_inference_mode, twice_differentiable
 from ._linears import Answer, LowRank, Mapped
+from ._losses import check_prediction
 from ._trace import PathChanged, Trace, Use, forget, give_up, is_part, traced
+from .layerwise import SEVERAL
 from .vmap import VmapEngine, buffers_per_task
 
 # Low rank pays while the rows that have changed a layer are at most this many times its width: measured even on a CPU.
@@ -44,6 +48,8 @@ class LowRankModuleEngine:
         """As in `Engine`. The first call for a model and a size of support set runs `forward` once, on one task."""
         if torch.compiler.is_compiling():
             return "torch.compile cannot follow how the module's linear layers are found"
+        if not isinstance(support_x, Tensor):
+            return SEVERAL
         if torch.is_autocast_enabled(support_x.device.type):
             return "autocast is on, which would round the fast weights"
         if support_x.shape[0] == 0:
@@ -132,7 +138,7 @@ def _adapt(
     def loss(leaves: tuple[list[Tensor], dict[str, Tensor]]):
         probes, fast = leaves
         prediction, inputs = _run(model, layers, fast, support_x, found.uses, probes)
-        inner.loss.check(prediction.shape, support_y, "support_y")
+        check_prediction(inner.loss, prediction, support_y, "support_y")
         # Everything backward is linear in this, so the step size goes in once, here.
         return inner.loss.per_task(prediction, support_y).sum() * -inner.lr, inputs
 
@@ -166,12 +172,14 @@ def _run(
 ) -> tuple[Tensor, list[Tensor]]:
     """Predictions `[T, B, C]`, and with `uses` what each use of a layer was given, `[T, rows, I]`."""
 
+    outputs = Outputs()
+
     def one_task(fast, mapped, buffers, x):
         with Answer(layers, uses, mapped) as answer:
             prediction = functional_call(model, (fast, buffers), (x,))
         if uses is not None and len(answer.inputs) != len(uses):
             raise PathChanged
-        return prediction, answer.inputs
+        return outputs.taken(prediction), answer.inputs
 
     mapped = Mapped(
         {name: layer.blocks for name, layer in layers.items()},
@@ -181,7 +189,8 @@ def _run(
     # The query set needs one derivative only; but of attention, the plain form is also the one that vmap does not run
     # task by task.
     with mappable() if uses is None else twice_differentiable():
-        return vmap(one_task, randomness="different")(fast, mapped, buffers_per_task(model, x.shape[0]), x)
+        found, inputs = vmap(one_task, randomness="different")(fast, mapped, buffers_per_task(model, x.shape[0]), x)
+    return outputs.put_back(found), inputs
 
 
 def _gradient(function: Callable, leaves, second_order: bool):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastmeta import values
+from fastmeta._trees import first
 
 from ._base import Engine, InnerLoop
 from .fused import FusedEngine
@@ -73,7 +74,7 @@ def _why_not_mapped(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tenso
     if hooked is not None:
         return f"layer {hooked!r} has hooks, which would see torch.func's wrappers of all tasks"
     # measured on Conv4, T = 4, K = 1 and 5: 630 and 928 ms mapped, 318 and 758 one after the other
-    if inner.steps and not x.is_cuda:
+    if inner.steps and not first(x).is_cuda:
         for layer_name, layer in model.named_modules():
             if isinstance(layer, nn.modules.conv._ConvNd) and layer.weight.requires_grad:
                 return f"layer {layer_name!r} is a convolution: with weights of each task's own slower than a loop"
@@ -94,9 +95,10 @@ def explain(
     asked = [e for e in ENGINES.values() if e.name == name or _why_not_mapped(e, model, inner, support_x) is None]
     reasons = {e.name: e.why_not(model, inner, support_x) for e in asked}
     picked = name if name != "auto" else _automatic(model, inner, support_x, support_y)
+    tasks, rows = first(support_x).shape[:2]
     order = "first order" if inner.first_order else "exact second order"
     lines = [
-        f"{support_x.shape[0]} tasks, {support_x.shape[1]} support examples each, {inner.steps} inner steps, {order}",
+        f"{tasks} tasks, {rows} support examples each, {inner.steps} inner steps, {order}",
         f"asked for: {name}",
     ]
     for engine in ENGINES.values():

@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastmeta._trees import first, flatten, kind, split, tree_map
+
 from ._base import Engine, InnerLoop
 from ._exact import outside_inference_mode
 from .loop import LoopEngine
@@ -29,14 +31,14 @@ _known: WeakKeyDictionary[nn.Module, dict[tuple, str | None]] = WeakKeyDictionar
 def why_not_trusted(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> str | None:
     """None if `engine` does with `model` what plain autograd does, else why not; remembered by the module's layers and
     the kind of batch. Without targets `y` only predictions are tried. Warns once where they differ."""
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling() or not len(x):
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling() or not len(first(x)):
         return None
     found = _known.setdefault(model, {})
     key = _key(engine, model, inner, x, y)
     if key not in found:
         if len(found) >= _MOST:
             found.clear()
-        found[key] = reason = _tried(engine, model, inner, x[:1], None if y is None else y[:1])
+        found[key] = reason = _tried(engine, model, inner, split(x, 1)[0], None if y is None else split(y, 1)[0])
         if reason is not None:
             warnings.warn(
                 f"tasks run one after the other (engine 'loop'), since engine {engine.name!r} cannot follow the model: "
@@ -50,14 +52,14 @@ def _key(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tenso
     layers = tuple((layer, layer.training) for layer in model.modules() if layer is not model)
     adapted = tuple(p.requires_grad for p in model.parameters())
     of_model = (engine.name, model.training, layers, adapted, inner.loss, inner.first_order, min(inner.steps, 1))
-    of_targets = None if y is None else (y.shape[1:], y.dtype)
-    return (*of_model, x.shape[1:], of_targets, x.dtype, x.device, torch.is_grad_enabled())
+    return (*of_model, kind(x), None if y is None else kind(y), torch.is_grad_enabled())
 
 
 @outside_inference_mode
 def _tried(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> str | None:
     inner = inner._replace(steps=min(inner.steps, 1), lr=0.1)  # a rate at which a missing term shows
-    devices = [x.device] if x.is_cuda else []
+    device = first(x).device
+    devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):  # random layers must not find other numbers because of this
             plain = _values(_LOOP, model, inner, x, y)
@@ -73,24 +75,30 @@ def _tried(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Ten
     if _agree(mapped, plain):
         return None
     with torch.random.fork_rng(devices):
-        torch.rand(1, device=x.device)
+        torch.rand(1, device=device)
         if not _agree(_values(_LOOP, model, inner, x, y), plain):
             return None  # random: nothing to compare
     return "its gradients are not those of plain autograd"
 
 
 def _values(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> list[Tensor]:
-    """The loss on the same rows after a step, or predictions where there are no targets; and its gradients."""
-    x = x.detach()
+    """Predictions of the same rows after a step, and the gradients of their loss, or of themselves where there are no
+    targets."""
+    x = tree_map(Tensor.detach, x)
     if y is None:
-        value = engine.predict(model, dict(model.named_parameters()), x)
+        predictions = engine.predict(model, dict(model.named_parameters()), x)
+        values = found = [leaf for leaf in flatten(predictions)[0] if leaf.is_floating_point()]
     else:
-        value = inner.loss.per_task(engine.query(model, inner, x, y.detach(), x), y.detach())
+        y = tree_map(Tensor.detach, y)
+        predictions = engine.query(model, inner, x, y, x)
+        found = [leaf for leaf in flatten(predictions)[0] if leaf.is_floating_point()]
+        values = [inner.loss.per_task(predictions, y)]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if not (value.requires_grad and parameters):
-        return [value.detach()]
-    found = torch.autograd.grad(value.square().sum(), parameters, allow_unused=True, materialize_grads=True)
-    return [value.detach(), *found]
+    values, found = [v for v in values if v.requires_grad], [leaf.detach() for leaf in (*found, *values)]
+    if values and parameters:
+        total = sum(value.square().sum() for value in values)
+        found += torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+    return found
 
 
 def _agree(values: list[Tensor], others: list[Tensor]) -> bool:

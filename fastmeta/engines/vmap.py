@@ -14,15 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from fastmeta import functional
+from fastmeta._trees import Outputs, arguments, first, flatten, unflatten
 
 from ._base import InnerLoop, Parameters, is_shared
 from ._exact import gradients_per_task, mappable, twice_differentiable
+from ._losses import loss_of_task
 
 
 class VmapEngine:
@@ -40,7 +43,7 @@ class VmapEngine:
         slow = dict(model.named_parameters())
         fast = {name: p for name, p in slow.items() if p.requires_grad}
         for _ in range(inner.steps):
-            buffers = buffers_per_task(model, support_x.shape[0])
+            buffers = buffers_per_task(model, len(first(support_x)))
             gradients = self.gradients(model, inner, fast, buffers, support_x, support_y)
             fast = functional.fast_weight_update(fast, gradients, inner.lr)
         return slow | fast
@@ -51,7 +54,7 @@ class VmapEngine:
         return self.predict(model, self.adapt(model, inner, support_x, support_y), query_x)
 
     def predict(self, model: nn.Module, weights: Parameters, x: Tensor) -> Tensor:
-        return self.predictions(model, weights, buffers_per_task(model, x.shape[0]), x)
+        return self.predictions(model, weights, buffers_per_task(model, len(first(x))), x)
 
     def predictions(self, model: nn.Module, weights: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
         """Predictions `[T, B, C]` for `x` `[T, B, ...]` under `weights` by name, `[T, *shape]` or shared by the tasks,
@@ -59,11 +62,14 @@ class VmapEngine:
         own."""
         slow = dict(model.named_parameters())
         weights = slow | dict(weights)
+        rows, inputs = flatten(x)
+        outputs = Outputs()
 
-        def task_predict(weights, buffers, x):
-            return self.call(model, {**weights, **buffers}, (x,))
+        def task_predict(weights, buffers, rows):
+            args, kwargs = arguments(unflatten(inputs, rows))
+            return outputs.taken(self.call(model, {**weights, **buffers}, args, kwargs))
 
-        return self.mapped(task_predict, (_axes(weights, slow), 0, 0))(weights, dict(buffers), x)
+        return outputs.put_back(self.mapped(task_predict, (_axes(weights, slow), 0, 0))(weights, dict(buffers), rows))
 
     def gradients(
         self, model: nn.Module, inner: InnerLoop, fast: Parameters, buffers: Parameters, x: Tensor, y: Tensor
@@ -73,23 +79,25 @@ class VmapEngine:
         slow = dict(model.named_parameters())
         shared = {name: w for name, w in slow.items() if name not in fast}
 
-        def task_loss(fast, shared, buffers, x, y):
-            prediction = self.call(model, {**fast, **shared, **buffers}, (x,))
-            inner.loss.check((1, *prediction.shape), y.unsqueeze(0), "support_y")
-            return inner.loss.one_task(prediction, y)
+        (rows, inputs), (labels, targets) = flatten(x), flatten(y)
+
+        def task_loss(fast, shared, buffers, rows, labels):
+            args, kwargs = arguments(unflatten(inputs, rows))
+            prediction = self.call(model, {**fast, **shared, **buffers}, args, kwargs)
+            return loss_of_task(inner.loss, prediction, unflatten(targets, labels), "support_y")
 
         second_order = torch.is_grad_enabled() and not inner.first_order
         axes = (_axes(fast, slow), None, 0, 0, 0)
         gradients = self.gradients_per_task(task_loss, axes, second_order=second_order)
-        return gradients(dict(fast), shared, dict(buffers), x, y)
+        return gradients(dict(fast), shared, dict(buffers), rows, labels)
 
-    def call(self, model: nn.Module, weights: Parameters, args: tuple) -> Tensor:
-        """What `model(*args)` gives with `weights`, its parameters and buffers by name, in one task."""
-        return functional_call(model, weights, args)
+    def call(self, model: nn.Module, weights: Parameters, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """What `model(*args, **kwargs)` gives with `weights`, its parameters and buffers by name, in one task."""
+        return functional_call(model, weights, args, kwargs)
 
     def mapped(self, function: Callable, in_dims: tuple) -> Callable:
         """`function` of one task for all of them: arguments have a leading `T` where `in_dims` says 0 (of a dict, for
-        each name), and are shared where it says None."""
+        each name), and are shared where it says None. The last one holds the tasks: a tensor, or a list of them."""
         run = vmap(function, in_dims=in_dims, randomness="different")
 
         def written_out(*args):

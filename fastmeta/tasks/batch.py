@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .._trees import first, tree_map
+
 
 class TaskBatch(tuple):
     """`T` tasks: inputs `[T, S, ...]` and `[T, Q, ...]`, targets int64 labels `[T, S]` or values `[T, S, O]`.
@@ -74,8 +76,8 @@ class TaskBatch(tuple):
 
     @property
     def num_tasks(self) -> int:
-        return self.support_x.shape[0]
+        return len(first(self.support_x))
 
     def to(self, *args, **kwargs) -> TaskBatch:
         """Move every tensor, as `Tensor.to` with a device."""
-        return TaskBatch(*(None if part is None else part.to(*args, **kwargs) for part in self))
+        return TaskBatch(*(tree_map(lambda tensor: tensor.to(*args, **kwargs), part) for part in self))
