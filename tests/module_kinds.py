@@ -201,10 +201,11 @@ def tasks(kind: str, seed: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def run(net: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Tensor:
     """One task's predictions; what `forward` writes into buffers is dropped, and nothing is checkpointed."""
     buffers = {name: b.clone() for name, b in net.named_buffers()}
+    args, kwargs = ((), x) if isinstance(x, dict) else (tuple(x) if type(x) in (tuple, list) else (x,), {})
     if not isinstance(net, Checkpointed):
-        return functional_call(net, (weights, buffers), (x,))
+        return functional_call(net, (weights, buffers), args, kwargs)
     net.saving = False
-    predictions = functional_call(net, (weights, buffers), (x,))
+    predictions = functional_call(net, (weights, buffers), args, kwargs)
     net.saving = True
     return predictions
 
@@ -224,12 +225,14 @@ def adapted(net, x, y, *, lr, steps, first_order=False, loss=F.cross_entropy, ad
     return weights
 
 
-def plain(net, batch, *, loss=F.cross_entropy, **options):
-    """Task losses `[T]`, predictions `[T, Q, C]` and the meta-gradient by name, one task at a time."""
+def plain(net, batch, *, loss=F.cross_entropy, seen=lambda prediction: prediction, **options):
+    """Task losses `[T]`, what is `seen` of the predictions `[T, Q, C]`, and the meta-gradient by name, one task at a
+    time."""
     losses, predictions = [], []
     for sx, sy, qx, qy in zip(*batch, strict=True):
-        predictions.append(run(net, adapted(net, sx, sy, loss=loss, **options), qx))
-        losses.append(loss(predictions[-1], qy))
+        prediction = run(net, adapted(net, sx, sy, loss=loss, **options), qx)
+        predictions.append(seen(prediction))
+        losses.append(loss(prediction, qy))
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(torch.stack(losses).mean(), list(named.values()), allow_unused=True)
     gradients = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
