@@ -70,7 +70,7 @@ def first(tree: Any) -> Tensor:
 
 
 def requires_grad(tree: Any) -> bool:
-    return any(leaf.requires_grad for leaf in ([tree] if isinstance(tree, Tensor) else flatten(tree)[0]))
+    return tree.requires_grad if isinstance(tree, Tensor) else any(leaf.requires_grad for leaf in flatten(tree)[0])
 
 
 def split(tree: Any, size: int) -> list[Any]:

@@ -223,7 +223,7 @@ def check_one_tensor(loss: Loss, name: str, target: Tensor) -> None:
 def loss_of_task(loss: Loss, prediction: Tensor, target: Tensor, name: str) -> Tensor:
     """The loss of one task's prediction `[B, ...]`, after `check_prediction`."""
     if isinstance(prediction, Tensor) and isinstance(target, Tensor):
-        check_prediction(loss, prediction.unsqueeze(0), target.unsqueeze(0), name)
+        loss.check((1, *prediction.shape), target.unsqueeze(0), name)
     else:
         check_prediction(loss, prediction, target, name)
     return loss.one_task(prediction, target)
