@@ -24,7 +24,7 @@ from fastmeta.algorithms import (
     MAMLPlusPlus,
     MatchingNetwork,
     MetaSGD,
-    ModulationCAML,
+    ModulatedProtoNet,
     ProtoNet,
     RelationMLP,
     RelationNetwork,
@@ -297,7 +297,7 @@ LEARNERS = {
     "matching": lambda make: MatchingNetwork(make()),
     "head": lambda make: GradientHead(make()),
     "relation": lambda make: RelationNetwork(make(), RelationMLP(5).double()),
-    "modulation": lambda make: ModulationCAML(make(), Base(make()).double()),
+    "modulation": lambda make: ModulatedProtoNet(make(), Base(make()).double()),
     "contrastive": lambda make: Contrastive(make(), nn.Linear(5, 3).double()).eval(),
 }
 
