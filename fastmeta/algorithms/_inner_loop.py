@@ -118,9 +118,11 @@ class InnerLoopAlgorithm(nn.Module):
         return choose("auto", self.model, inner, x)
 
     def _inner(self, *targets: Tensor, lr: float = 0.0) -> InnerLoop:
-        """`lr`: of engines, which have one rate for all weights."""
+        """`targets`: of the support rows, then of the query rows. `lr`: of engines, which have one rate for all
+        weights."""
         differentiable = torch.is_grad_enabled() and any(map(requires_grad, targets))
-        return InnerLoop(lr, self.inner_steps, self.first_order, self.loss, differentiable)
+        queries = first(targets[1]).shape[1] if len(targets) > 1 else 0
+        return InnerLoop(lr, self.inner_steps, self.first_order, self.loss, differentiable, queries)
 
     def _chunked(self, size: int, batch: TaskBatch | tuple, weights: Tensor | None) -> MetaOutput:
         return chunked_loss(self._tasks, batch, weights, size, [p for p in self.parameters() if p.requires_grad])

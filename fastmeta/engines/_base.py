@@ -26,6 +26,7 @@ class InnerLoop(NamedTuple):
     first_order: bool
     loss: Loss
     target_gradients: bool = False  # the targets themselves are to be differentiated with respect to
+    queries: int = 0  # query rows of a task, where there are some
 
 
 class Engine(Protocol):
