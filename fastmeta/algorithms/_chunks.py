@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmeta._trees import cat, first, requires_grad, split
 
-from ._known_gradients import with_gradients
+from ..functional.known_gradients import with_gradients
 from .output import MetaOutput, detached, over_tasks, weighted
 
 

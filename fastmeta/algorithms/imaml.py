@@ -13,10 +13,10 @@ from ..engines import InnerLoop, module_engine
 from ..engines.inspect import mlp_spec
 from ..engines.layerwise import why_no_formulas
 from ..engines.vmap import buffers_per_task
+from ..functional.known_gradients import with_gradients
 from ._arguments import check_count, check_number
 from ._gradients import gradient_of_tasks, mlp_gradients
 from ._inner_loop import InnerLoopAlgorithm, detached_weights
-from ._known_gradients import with_gradients
 from .output import MetaOutput, detached, judged, weighted
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from fastmeta._trees import cat, first, split, tree_map
 
 from ..engines import InnerLoop
+from ..functional.known_gradients import with_gradients
 from ._arguments import check_count, check_number
 from ._gradients import gradient_of_tasks
 from ._inner_loop import InnerLoopAlgorithm, detached_weights
-from ._known_gradients import with_gradients
 from .output import MetaOutput, judged, weighted
 
 OPTIMIZERS = ("sgd", "adam")

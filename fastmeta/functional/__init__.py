@@ -9,6 +9,7 @@ Sizes: T tasks, S support rows, Q query rows, N classes ("way"), D embedding wid
 
 from .embeddings import class_prototypes, contrastive_loss, pairwise_distance, prototypical_loss
 from .inner_loops import adapt_mlp, meta_loss_mlp
+from .meta_gradient import meta_gradient, meta_loss
 from .mlp import functional_mlp
 from .updates import fast_weight_update
 
@@ -18,6 +19,8 @@ __all__ = [
     "contrastive_loss",
     "fast_weight_update",
     "functional_mlp",
+    "meta_gradient",
+    "meta_loss",
     "meta_loss_mlp",
     "pairwise_distance",
     "prototypical_loss",
