@@ -166,7 +166,7 @@ def test_rates(kind, first_order, momentum):
     right = gradients(value, [*params.values(), *learned])
     found = meta_gradient(
         loss, loss, params, lr=lr, steps=STEPS, inner_args=(sx, sy), outer_args=(qx, qy),
-        momentum=momentum, first_order=first_order, every=3,
+        momentum=momentum, first_order=first_order, every=2,
     )  # fmt: skip
     close(list(found.gradient.values()), list(right[: len(params)]))
     of_lr = pytree.tree_leaves(found.lr_gradient)
