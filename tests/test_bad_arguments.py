@@ -57,6 +57,10 @@ class Case(NamedTuple):
     constants: dict[str, Any] = {}
 
 
+def squares(params):
+    return params["w"].square().sum()
+
+
 METRIC = choice("sqeuclidean", "euclidean", "cosine", "dot", "manhattan")
 CASES: dict[str, Case] = {}
 
@@ -125,6 +129,10 @@ case("fast_weight_update of one", functional.fast_weight_update, params=floats(4
      lr=rates(floats(4, D)))  # fmt: skip
 case("fast_weight_update with rates", functional.fast_weight_update, params=layers((4, D), (4,)),
      grads=layers((T, 4, D), (T, 4)), lr=rates(layers((4, D), (4,))))  # fmt: skip
+case("meta_gradient", functional.meta_gradient, {"params": {"w": torch.ones(2, 3, requires_grad=True)}},
+     inner_loss=function(lambda: squares, False), outer_loss=function(lambda: squares, False), lr=number(0.1),
+     steps=count(2, 0), momentum=number(0.1, 0), weight_decay=number(0.1, 0), first_order=flag(), every=count(1),
+     has_aux=flag(), preserve_rng_state=flag(True))  # fmt: skip
 case("use_backend", lambda name: fastmeta.use_backend(name).__enter__(), name=choice("reference"))
 case("check_labels", lambda enabled: fastmeta.check_labels(enabled), enabled=flag(True))
 

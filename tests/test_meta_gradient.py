@@ -11,7 +11,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
+from fastmeta import functional
 from fastmeta.functional import meta_gradient, meta_loss
 from fastmeta.testing import relative_error, tolerance
 
@@ -87,6 +89,33 @@ def test_any_module(kind):
     close({name: g for name, g in found.gradient.items() if g is not None}, right)
     assert all(params[name].requires_grad == (g is not None) for name, g in found.gradient.items())
     assert all(p.grad is None for p in params.values())
+
+
+def test_checkpointed_activations():
+    """They run again with the weights of their step; where they would not, it is an error, in the outer loss too."""
+    model, batch = module_kinds.make("checkpointed"), [t[:1] for t in module_kinds.tasks("checkpointed")]
+    _, _, right = module_kinds.plain(model, batch, lr=0.3, steps=3)
+    sx, sy, qx, qy = (t[0] for t in batch)
+    call = {"lr": 0.3, "steps": 3, "inner_args": (sx, sy), "outer_args": (qx, qy)}
+    params = dict(model.named_parameters())
+
+    def safe(params, x, y):
+        return F.cross_entropy(functional.functional_call(model, params, x), y)
+
+    def by_hand(params, x, y):  # the weights are at hand whenever it runs
+        names, weights = zip(*params.items(), strict=True)
+        model.saving = False
+        run = checkpoint(
+            lambda *weights: functional_call(model, dict(zip(names, weights, strict=True)), (x,)), *weights,
+            use_reentrant=False,
+        )  # fmt: skip
+        return F.cross_entropy(run, y)
+
+    close(meta_gradient(safe, safe, params, **call).gradient, right)
+    for losses in ((loss_of(model), safe), (safe, loss_of(model))):
+        with pytest.raises(RuntimeError, match="take fastmeta.functional.functional_call"):
+            meta_gradient(*losses, params, **call)
+    close(meta_gradient(by_hand, by_hand, params, **call).gradient, right)
 
 
 @pytest.mark.parametrize("first_order", [False, True])
@@ -544,7 +573,10 @@ WRONG = [
     ({"steps": 2.0}, TypeError, "steps must be an int, got float"),
     ({"every": 0}, ValueError, "every must be at least 1, got 0"),
     ({"momentum": -0.1}, ValueError, "momentum must be at least 0, got -0.1"),
-    ({"weight_decay": None}, TypeError, "weight_decay must be a float, got NoneType"),
+    ({"weight_decay": None}, TypeError, "weight_decay must be a number, got NoneType"),
+    ({"first_order": 1}, TypeError, "first_order must be True or False, got 1"),
+    ({"inner_loss": None}, TypeError, "inner_loss must be a function, got None"),
+    ({"lr": [float("nan")]}, ValueError, "lr must be finite, got nan"),
     ({"params": nn.Linear(1, 1)}, ValueError, "params must hold a floating tensor that requires a gradient, as dict("),
     ({"params": {"w": W.detach()}}, ValueError, "got dict of tensors that require none"),
     ({"lr": "0.1"}, ValueError, "lr must be a float, a tensor, or have the structure of params"),

@@ -7,7 +7,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from fastmeta import MAML
-from fastmeta.engines._run_again import call_again
+from fastmeta.functional.run_again import call_again
 from fastmeta.tasks import TaskBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:tasks run one after the other:UserWarning")

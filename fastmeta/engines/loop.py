@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from ..functional.run_again import call_again
 from ._base import Parameters
 from ._exact import mappable, outside_inference_mode
-from ._run_again import call_again
 from .vmap import VmapEngine
 
 

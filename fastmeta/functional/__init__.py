@@ -11,6 +11,7 @@ from .embeddings import class_prototypes, contrastive_loss, pairwise_distance, p
 from .inner_loops import adapt_mlp, meta_loss_mlp
 from .meta_gradient import meta_gradient, meta_loss
 from .mlp import functional_mlp
+from .run_again import functional_call
 from .updates import fast_weight_update
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "class_prototypes",
     "contrastive_loss",
     "fast_weight_update",
+    "functional_call",
     "functional_mlp",
     "meta_gradient",
     "meta_loss",

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastmeta import values
+
 from . import checks
 from .known_gradients import with_gradients
 from .parameter_tree import ParameterTree, lr_gradient, rates_of_steps
@@ -67,7 +69,8 @@ def meta_gradient(
         inner_loss: `inner_loss(params, *inner_args)`, a floating tensor with one element: what step `k` descends; with
             `batches`, `inner_loss(params, *inner_args, *batches[k])`. It is plain PyTorch and may do all that autograd
             can differentiate twice. Since it is called again, it must give the same again: data are drawn and augmented
-            before; buffers that it writes, such as a batch norm's running statistics, are written twice.
+            before; buffers that it writes, such as a batch norm's running statistics, are written twice. A model that
+            checkpoints activations is called by `fastmeta.functional.functional_call`.
         outer_loss: `outer_loss(params, *outer_args)`, the same of the adapted parameters; called once.
         params: a tensor or any pytree of them, of any shapes. Floating tensors that require a gradient adapt; all else
             is handed to the losses as it is. A tensor in several places is one parameter. The parameters themselves,
@@ -104,7 +107,8 @@ def meta_gradient(
         ValueError: nothing in `params` adapts; an `lr` that does not fit; a loss with several elements, or which does
             not depend on the parameters that it is given.
         RuntimeError: `inner_loss` gave something else when it was called again; something that cannot be differentiated
-            twice (modules compiled by `torch.compile` cannot); under transforms of `torch.func`.
+            twice (modules compiled by `torch.compile` cannot); a part that is checkpointed under
+            `torch.func.functional_call`; under transforms of `torch.func`.
     """
     return _run(
         inner_loss, outer_loss, params, lr=lr, steps=steps, inner_args=inner_args, outer_args=outer_args,
@@ -165,7 +169,13 @@ def _run(
     """`meta_gradient`; without `sweep` only what lies ahead of the gradients, which are None."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("meta_gradient and meta_loss cannot run under transforms of torch.func: call them outside")
-    _check_numbers(steps, every, momentum=momentum, weight_decay=weight_decay)
+    values.function("inner_loss", inner_loss)
+    values.function("outer_loss", outer_loss)
+    values.count("steps", steps, 0)
+    values.count("every", every)
+    momentum, weight_decay = values.number("momentum", momentum, 0), values.number("weight_decay", weight_decay, 0)
+    for name, flag in (("first_order", first_order), ("has_aux", has_aux), ("preserve_rng_state", preserve_rng_state)):
+        values.flag(name, flag)
     _check_arguments(steps, inner_args, outer_args, batches)
     adapting = ParameterTree(params)
     aux = None
@@ -237,19 +247,6 @@ def _scalar(name: str, loss: Any) -> Tensor:
     if loss.numel() != 1:
         raise ValueError(f"{name} must return a tensor with one element, got shape {list(loss.shape)}")
     return loss.reshape(())
-
-
-def _check_numbers(steps: Any, every: Any, **at_least_0: Any) -> None:
-    for name, value, least in (("steps", steps, 0), ("every", every, 1)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    for name, value in at_least_0.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-        if not value >= 0:
-            raise ValueError(f"{name} must be at least 0, got {value}")
 
 
 def _check_arguments(steps: int, inner_args: Any, outer_args: Any, batches: Any) -> None:

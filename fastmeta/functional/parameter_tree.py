@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastmeta import values
+
 from . import checks
 
 
@@ -82,7 +84,7 @@ def rates_of_steps(lr: Any, steps: int, adapting: ParameterTree) -> list[list[fl
 def _rate_of_steps(name: str, rate: Any, weight: Tensor, steps: int, *, per_step: bool) -> list[float | Tensor]:
     """`per_step`: a tensor with several elements holds one for each step."""
     if isinstance(rate, (int, float)) and not isinstance(rate, bool):
-        return [float(rate)] * steps
+        return [values.number("lr", rate)] * steps
     if not isinstance(rate, Tensor):
         raise TypeError(f"lr must be or hold floats or tensors, got {type(rate).__name__} for {name}")
     checks.tensor_of_any_shape("lr", rate)

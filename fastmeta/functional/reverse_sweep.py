@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .run_again import RefuseStaleWeights
 from .second_order import twice_differentiable
 
 Weights = list[Tensor]
@@ -91,7 +92,8 @@ class InnerLoop:
     ) -> tuple[Tensor, Weights, list[Tensor | None]]:
         """An outer loss of adapted weights, and what `sweep` takes: its gradients for the weights and for `also`."""
         leaves = _leaves(weights)
-        value = loss(leaves)
+        with RefuseStaleWeights():
+            value = loss(leaves)
         found = _gradients("outer_loss", value, leaves, also)
         own = [torch.zeros_like(w) if g is None else g for w, g in zip(leaves, found, strict=False)]
         return value.detach(), own, list(found[len(leaves) :])
@@ -130,7 +132,8 @@ class InnerLoop:
     def _gradient(self, weights: Weights, step: int, *, create_graph: bool):
         """The inner loss, the leaves that it was given, and its gradients, None where it does not depend on one."""
         leaves = _leaves(weights)
-        loss = self.loss(leaves, step)
+        with RefuseStaleWeights():
+            loss = self.loss(leaves, step)
         gradients = _gradients("inner_loss", loss, leaves, (), create_graph=create_graph)
         torch.clear_autocast_cache()  # it would hold a copy of every step's weights
         return loss.detach(), leaves, gradients
