@@ -7,12 +7,12 @@ Two papers bear the name CAML. This is the one of 2019; that of 2024 is in `caml
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from weakref import WeakKeyDictionary
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastmeta import functional
+from fastmeta._trees import arguments, cat, first, named_leaves
 
 from ..engines import InnerLoop, module_engine
 from ..engines.vmap import buffers_per_task
@@ -46,9 +46,10 @@ class ConditionalCAML(InnerLoopAlgorithm):
             all rows of all tasks: its batch norms use the statistics of the whole task batch in train mode, and their
             running statistics in eval mode.
         model: the base network, from examples `[B, ...]` and conditions `[B, D]` to predictions `[B, C]`: `FiLMConv4`
-            with `outputs` for images, `FiLMMLP` for vectors, or your own. Batch norms see one task's rows, support and
-            query apart, as in `MAML`: build it with `track_running_stats=False`. Parameters with `requires_grad=False`
-            are neither adapted nor trained.
+            with `outputs` for images, `FiLMMLP` for vectors, or your own. Where an example is several tensors, the
+            condition comes last, or as the keyword argument `condition` where they are a dict. Batch norms see one
+            task's rows, support and query apart, as in `MAML`: build it with `track_running_stats=False`. Parameters
+            with `requires_grad=False` are neither adapted nor trained.
         adapts: which of the base network's parameters adapt, a callable from a name to a bool. None (default): all but
             those of its `FiLM` layers.
         inner_lr: step size in the inner loop, 0.1 by default.
@@ -114,8 +115,8 @@ class ConditionalCAML(InnerLoopAlgorithm):
     ) -> MetaOutput:
         batch = support_x, support_y, query_x, query_y
         conditions = self._embedded(support_x, query_x)
-        net, rows = self._conditioned(support_x, conditions[:, : support_x.shape[1]])
-        if self._in_turn(module_engine(net, self._inner(), rows, support_y), *batch, weights):
+        rows = _beside(support_x, conditions[:, : first(support_x).shape[1]])
+        if self._in_turn(module_engine(self.model, self._inner(), rows, support_y), *batch, weights):
             return self._in_parts(1, batch, conditions, weights)
         return self._from_conditions(*batch, conditions, weights)
 
@@ -137,7 +138,7 @@ class ConditionalCAML(InnerLoopAlgorithm):
         weights: Tensor | None,
     ) -> MetaOutput:
         """`forward` from the conditions `[T, S + Q, D]` on."""
-        support, query = conditions.split([support_x.shape[1], query_x.shape[1]], 1)
+        support, query = conditions.split([first(support_x).shape[1], first(query_x).shape[1]], 1)
         fast = self._steps(self._inner(support_y, query_y), support_x, support, support_y)
         output = judged(self.loss, self._logits(fast, query_x, query), query_y)
         if self.training and self.metric_weight:
@@ -149,60 +150,31 @@ class ConditionalCAML(InnerLoopAlgorithm):
 
     def _embedded(self, *parts: Tensor) -> Tensor:
         """The conditions `[T, B, D]` of the rows of all parts `[T, B_i, ...]`, one part behind the other."""
-        if len({part.shape[2:] for part in parts}) > 1:
-            shapes = " and ".join(str(tuple(part.shape)) for part in parts)
-            raise ValueError(f"support_x and query_x must agree in example shape, got {shapes}")
-        return by_rows(self.encoder, "encoder", "embeddings [B, D]", torch.cat(parts, 1))
+        shapes = [[leaf.shape[2:] for _, leaf in named_leaves(part, "x")] for part in parts]
+        if shapes[1:] != shapes[:-1]:
+            found = " and ".join(str(tuple(first(part).shape)) for part in parts)
+            raise ValueError(f"support_x and query_x must agree in example shape, got {found}")
+        return by_rows(self.encoder, "encoder", "embeddings [B, D]", cat(parts, 1, "support_x and query_x"))
 
     def _steps(self, inner: InnerLoop, x: Tensor, conditions: Tensor, y: Tensor) -> dict[str, Tensor]:
         """The weights that adapt after the inner loop, `[T, *shape]`."""
-        net, rows = self._conditioned(x, conditions)
-        engine, slow, names = module_engine(net, inner, rows, y), dict(net.named_parameters()), self.adapting
-        fast = {net.name_of(name): slow[net.name_of(name)] for name in names}
+        rows = _beside(x, conditions)
+        engine, slow = module_engine(self.model, inner, rows, y), dict(self.model.named_parameters())
+        fast = {name: slow[name] for name in self.adapting}
         for _ in range(inner.steps):
-            gradients = engine.gradients(net, inner, fast, buffers_per_task(net, len(rows)), rows, y)
+            buffers = buffers_per_task(self.model, len(conditions))
+            gradients = engine.gradients(self.model, inner, fast, buffers, rows, y)
             fast = functional.fast_weight_update(fast, gradients, self.inner_lr)
-        return dict(zip(names, fast.values(), strict=True))
+        return fast
 
     def _logits(self, weights: Mapping[str, Tensor], x: Tensor, conditions: Tensor) -> Tensor:
-        net, rows = self._conditioned(x, conditions)
-        inner = self._inner()
+        rows, inner = _beside(x, conditions), self._inner()
         if not adapted_convolutions(self.model, weights):  # what the tasks share is mapped as without any step
             inner = inner._replace(steps=0)
-        engine = module_engine(net, inner, rows)
-        return engine.predict(net, {net.name_of(name): w for name, w in weights.items()}, rows)
-
-    def _conditioned(self, x: Tensor, conditions: Tensor) -> tuple[_Conditioned, Tensor]:
-        """The base network as engines see one, and its rows."""
-        known = _conditioned.setdefault(self, {})
-        key = (x.shape[2:], conditions.shape[2], (x.dtype, conditions.dtype))
-        if key not in known or known[key].model is not self.model:  # kept, so that it is tried once
-            if len(known) >= _MOST:
-                known.clear()
-            known[key] = _Conditioned(self.model, *key)
-        net = known[key]
-        net.training = self.model.training  # its layers keep their own modes
-        examples = x.reshape(*x.shape[:2], x.shape[2:].numel())
-        holds_both = x.dtype if x.dtype == conditions.dtype else torch.float64  # tokens too, exactly
-        return net, torch.cat([examples.to(holds_both), conditions.to(holds_both)], 2)
+        return module_engine(self.model, inner, rows).predict(self.model, weights, rows)
 
 
-class _Conditioned(nn.Module):
-    """The base network of one input: a row holds an example and, behind it, its condition."""
-
-    def __init__(self, model: nn.Module, shape: torch.Size, width: int, dtypes: tuple[torch.dtype, torch.dtype]):
-        super().__init__()
-        self.model, self.shape, self.width, self.dtypes = model, shape, width, dtypes
-
-    def forward(self, rows: Tensor) -> Tensor:
-        x = rows[:, : -self.width].reshape(len(rows), *self.shape)
-        condition = rows[:, -self.width :]
-        return self.model(x.to(self.dtypes[0]), condition.to(self.dtypes[1]))
-
-    def name_of(self, name: str) -> str:
-        """The name here of a parameter of the model's."""
-        return f"model.{name}"
-
-
-_MOST = 16  # sizes of examples may vary without end
-_conditioned: WeakKeyDictionary[ConditionalCAML, dict[tuple, _Conditioned]] = WeakKeyDictionary()
+def _beside(x: Tensor, conditions: Tensor) -> Any:
+    """The base network's inputs."""
+    args, kwargs = arguments(x, condition=conditions)
+    return kwargs or args

@@ -181,6 +181,28 @@ def test_numbers_reach_the_base_network_as_they_are():
     assert algorithm(batch._replace(query_x=query_x[:, :0], query_y=batch.query_y[:, :0])).logits.shape == (3, 0, 3)
 
 
+def test_examples_of_several_tensors():
+    """Positional, and by name: the condition comes last, or by its name."""
+
+    class Sum(nn.Linear):
+        def forward(self, a, b):
+            return super().forward(a + b.sum(2))
+
+    class Pair(FiLMMLP):
+        def forward(self, a, b, condition):
+            return super().forward(a + b.sum(2), condition)
+
+    torch.manual_seed(0)
+    algorithm, batch = ConditionalCAML(Sum(5, 4).double(), Pair(4, [5, 8, 3]).double(), inner_steps=2), batch_for("mlp")
+    parts = [(x / 2, torch.stack([x / 4, x / 4], 3)) for x in (batch.support_x, batch.query_x)]
+    alike = ConditionalCAML(nn.Linear(5, 4).double(), FiLMMLP(4, [5, 8, 3]).double(), inner_steps=2)
+    alike.load_state_dict(algorithm.state_dict())
+    expected = alike(batch).task_loss
+    for support_x, query_x in (parts, [{"a": a, "b": b} for a, b in parts]):
+        output = algorithm(batch._replace(support_x=support_x, query_x=query_x))
+        torch.testing.assert_close(output.task_loss, expected)
+
+
 def test_another_base_network_is_seen():
     algorithm, batch = build("mlp", inner_steps=1), batch_for("mlp")
     algorithm(batch)
