@@ -255,3 +255,43 @@ def with_context(net, batch, *, lr, steps, size=2):
     found = torch.autograd.grad(torch.stack(losses).mean(), list(named.values()), allow_unused=True)
     gradients = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
     return torch.stack(losses).detach(), gradients
+
+
+def implicit(net, batch, *, lr, steps, regularization, cg_steps):
+    """Task losses and the gradient of implicit MAML, after so many steps of conjugate gradients."""
+    named = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
+    names, start = list(named), list(named.values())
+    losses, solutions = [], []
+
+    def gradient(weights, x, y, **options):
+        fast = dict(net.named_parameters()) | dict(zip(names, weights, strict=True))
+        with sdpa_kernel(SDPBackend.MATH):
+            value = F.cross_entropy(run(net, fast, x), y)
+        return value, torch.autograd.grad(value, weights, materialize_grads=True, **options)
+
+    for sx, sy, qx, qy in zip(*batch, strict=True):
+        weights = [w.clone().requires_grad_() for w in start]
+        for _ in range(steps):
+            found = gradient(weights, sx, sy)[1]
+            moved = [w - lr * (g + regularization * (w - w0)) for w, g, w0 in zip(weights, found, start, strict=True)]
+            weights = [w.detach().requires_grad_() for w in moved]
+        value, right = gradient(weights, qx, qy)
+        losses.append(value.detach())
+        support = torch.cat([g.flatten() for g in gradient(weights, sx, sy, create_graph=True)[1]])
+
+        def product(vector, support=support, weights=weights):
+            along = torch.autograd.grad(support, weights, vector, retain_graph=True, materialize_grads=True)
+            return vector + torch.cat([part.flatten() for part in along]) / regularization
+
+        solution = torch.zeros_like(support.detach())
+        residual = direction = torch.cat([g.flatten() for g in right])
+        for _ in range(cg_steps):
+            along = product(direction)
+            length = residual.dot(residual) / direction.dot(along)
+            solution, before = solution + length * direction, residual.dot(residual)
+            residual = residual - length * along
+            direction = residual + residual.dot(residual) / before * direction
+        solutions.append(solution)
+    parts = torch.stack(solutions).mean(0).split([w.numel() for w in start])
+    gradients = {name: part.view_as(named[name]) for name, part in zip(names, parts, strict=True)}
+    return torch.stack(losses), gradients

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from module_kinds import KINDS, adapted, make, plain, tasks, with_context
+from module_kinds import KINDS, adapted, implicit, make, plain, tasks, with_context
 
 from fastmeta.algorithms import ANIL, CAVIA, MAML, ImplicitMAML, MAMLPlusPlus, MetaSGD, Reptile
 from fastmeta.tasks import TaskBatch
@@ -49,39 +49,76 @@ def last_layer(net):
 
 
 ALGORITHMS = {
-    "anil": lambda net: ANIL(net, adapts=last_layer(net), inner_lr=0.3, inner_steps=2),
-    "metasgd": lambda net: MetaSGD(net, initial_rates=(0.3, 0.3), inner_steps=2),
-    "maml++": lambda net: MAMLPlusPlus(
-        net, inner_lr=0.3, inner_steps=2, multi_step_iterations=0, batch_norm_per_step=False, adapt_norms=True
+    "anil": lambda net, **o: ANIL(net, adapts=last_layer(net), inner_lr=0.3, **o),
+    "metasgd": lambda net, first_order, **o: _in_order(MetaSGD(net, initial_rates=(0.3, 0.3), **o), first_order),
+    "maml++": lambda net, inner_steps, **o: _of_steps(
+        MAMLPlusPlus(
+            net, inner_lr=0.3, inner_steps=3, multi_step_iterations=0, batch_norm_per_step=False, adapt_norms=True, **o
+        ),
+        inner_steps,
     ),
-    "imaml": lambda net: ImplicitMAML(net, inner_lr=0.1, inner_steps=2),
-    "reptile": lambda net: Reptile(net, inner_lr=0.3, inner_steps=2, optimizer="sgd", batch_size=None),
 }
+
+
+def _in_order(learner, first_order):
+    learner.first_order = first_order
+    return learner
+
+
+def _of_steps(learner, steps):
+    learner.inner_steps = steps
+    return learner
+
+
+def gradients_of(net, loss):
+    named = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(named, found, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_other_inner_loops(name, kind):
     net, batch = make(kind), TaskBatch(*tasks(kind))
-    learner = ALGORITHMS[name](net)
-    out = learner(batch)
-    named = {n: p for n, p in net.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(out.loss, list(named.values()), allow_unused=True, materialize_grads=True)
-    with torch.no_grad():
-        predictions = learner.predict(learner.adapt(batch.support_x, batch.support_y), batch.query_x)
-    if name in ("anil", "metasgd", "maml++"):
-        adapts = last_layer(net) if name == "anil" else lambda _: True
-        losses, right, gradients = plain(net, batch, lr=0.3, steps=2, adapts=adapts)
+    adapts = last_layer(net) if name == "anil" else lambda _: True
+    for training, steps, first_order in [(True, 1, False), (False, 3, False), (True, 3, True), (False, 0, False)]:
+        net.train(training)
+        learner = ALGORITHMS[name](net, inner_steps=steps, first_order=first_order)
+        losses, right, gradients = plain(net, batch, lr=0.3, steps=steps, first_order=first_order, adapts=adapts)
+        out = learner.train(training)(batch)
         check(out.task_loss.detach(), losses)
-        check(predictions, right)
-        check(dict(zip(named, found, strict=True)), gradients)
-    elif name == "reptile":
-        x, y = torch.cat([batch.support_x, batch.query_x], 1), torch.cat([batch.support_y, batch.query_y], 1)
-        each = [adapted(net, *task, lr=0.3, steps=2, first_order=True) for task in zip(x, y, strict=True)]
-        right = {n: p.detach() - torch.stack([w[n] for w in each]).mean(0).detach() for n, p in named.items()}
-        check(dict(zip(named, found, strict=True)), right)
-    else:
-        assert all(g.isfinite().all() for g in found) and any(g.any() for g in found)
+        check(gradients_of(net, out.loss), gradients)
+        with torch.no_grad():
+            check(learner.predict(learner.adapt(batch.support_x, batch.support_y), batch.query_x), right)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reptile(kind):
+    net, batch = make(kind), TaskBatch(*tasks(kind))
+    x, y = torch.cat([batch.support_x, batch.query_x], 1), torch.cat([batch.support_y, batch.query_y], 1)
+    for steps in (0, 1, 3):
+        out = Reptile(net, inner_lr=0.3, inner_steps=steps, optimizer="sgd", batch_size=None)(batch)
+        each = [adapted(net, *task, lr=0.3, steps=steps, first_order=True) for task in zip(x, y, strict=True)]
+        named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
+        check(
+            gradients_of(net, out.loss),
+            {n: p.detach() - torch.stack([w[n] for w in each]).mean(0).detach() for n, p in named},
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_implicit_maml(kind):
+    """The inner descent and the conjugate gradients, one task at a time."""
+    net, batch = make(kind), TaskBatch(*tasks(kind))
+    for training, steps in [(True, 0), (True, 3), (False, 1)]:
+        net.train(training)
+        learner = ImplicitMAML(net, inner_lr=0.1, inner_steps=steps, cg_steps=4).train(training)
+        out = learner(batch)
+        losses, gradients = implicit(net, batch, lr=0.1, steps=steps, regularization=2.0, cg_steps=4)
+        check(out.task_loss.detach(), losses)
+        check(gradients_of(net, out.loss), gradients)
+        with torch.no_grad():
+            predictions = learner.predict(learner.adapt(batch.support_x, batch.support_y), batch.query_x)
         check(predictions, out.logits.detach())
 
 
