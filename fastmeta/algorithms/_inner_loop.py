@@ -122,7 +122,13 @@ class InnerLoopAlgorithm(nn.Module):
         weights."""
         differentiable = torch.is_grad_enabled() and any(map(requires_grad, targets))
         queries = first(targets[1]).shape[1] if len(targets) > 1 else 0
-        return InnerLoop(lr, self.inner_steps, self.first_order, self.loss, differentiable, queries)
+        loss = self.loss.for_targets(*targets)
+        return InnerLoop(lr, self.inner_steps, self.first_order, loss, differentiable, queries)
+
+    def _trained_by_loss(self) -> list[nn.Parameter]:
+        """The parameters of a loss that has some."""
+        module = getattr(self, "loss_module", None)
+        return [] if module is None else [p for p in module.parameters() if p.requires_grad]
 
     def _chunked(self, size: int, batch: TaskBatch | tuple, weights: Tensor | None) -> MetaOutput:
         return chunked_loss(self._tasks, batch, weights, size, [p for p in self.parameters() if p.requires_grad])

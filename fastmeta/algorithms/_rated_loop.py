@@ -51,10 +51,10 @@ class RatedInnerLoop(InnerLoopAlgorithm):
             if tail is self.model and self._in_turn(engine, *batch, weights):
                 return self._chunked(1, batch, weights)
             fast = step_by_step(tail, inner, rates, support_x, support_y)
-            return weighted(judged(self.loss, engine.predict(tail, fast, query_x), query_y), weights)
+            return weighted(judged(inner.loss, engine.predict(tail, fast, query_x), query_y), weights)
         slow = dict(tail.named_parameters())
         (task_loss, logits), mean = loop.meta_loss(slow, support_x, support_y, query_x, query_y, weights)
-        return judged(self.loss, logits, query_y, task_loss, mean)
+        return judged(inner.loss, logits, query_y, task_loss, mean)
 
 
 def step_by_step(model: nn.Module, inner: InnerLoop, rates: Rates, x: Tensor, y: Tensor) -> dict[str, Tensor]:

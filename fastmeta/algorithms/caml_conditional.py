@@ -116,7 +116,7 @@ class ConditionalCAML(InnerLoopAlgorithm):
         batch = support_x, support_y, query_x, query_y
         conditions = self._embedded(support_x, query_x)
         rows = _beside(support_x, conditions[:, : first(support_x).shape[1]])
-        if self._in_turn(module_engine(self.model, self._inner(), rows, support_y), *batch, weights):
+        if self._in_turn(module_engine(self.model, self._inner(support_y, query_y), rows, support_y), *batch, weights):
             return self._in_parts(1, batch, conditions, weights)
         return self._from_conditions(*batch, conditions, weights)
 
@@ -139,8 +139,9 @@ class ConditionalCAML(InnerLoopAlgorithm):
     ) -> MetaOutput:
         """`forward` from the conditions `[T, S + Q, D]` on."""
         support, query = conditions.split([first(support_x).shape[1], first(query_x).shape[1]], 1)
-        fast = self._steps(self._inner(support_y, query_y), support_x, support, support_y)
-        output = judged(self.loss, self._logits(fast, query_x, query), query_y)
+        inner = self._inner(support_y, query_y)
+        fast = self._steps(inner, support_x, support, support_y)
+        output = judged(inner.loss, self._logits(fast, query_x, query), query_y)
         if self.training and self.metric_weight:
             classes = output.logits.shape[-1]
             metric_loss, _ = functional.prototypical_loss(support, support_y, query, query_y, classes)

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from fastmeta._trees import Outputs, arguments, first, flatten, unflatten
 
-from ..engines import InnerLoop, loss_of_task, module_engine
+from ..engines import loss_of_task, module_engine
 from ..engines.inspect import mlp_spec
 from ..engines.layerwise import forward, layers, why_no_formulas
 from ..engines.vmap import VmapEngine, buffers_per_task
@@ -122,7 +122,8 @@ class CAVIA(InnerLoopAlgorithm):
             batch = support_x, support_y, query_x, query_y
             if self._in_turn(engine, *batch, weights):
                 return self._chunked(1, batch, weights)
-        output = judged(self.loss, self.predict(self.adapt(support_x, support_y), query_x), query_y)
+        loss = self._inner(support_y, query_y).loss
+        output = judged(loss, self.predict(self.adapt(support_x, support_y), query_x), query_y)
         return weighted(output, weights)
 
     def _joined(self, x: Tensor, context: Tensor) -> Tensor:
@@ -155,12 +156,13 @@ class CAVIA(InnerLoopAlgorithm):
 
     def _context_gradient(self, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         """The function from contexts `[T, P]` to the gradient of each task's support loss `[T, P]`."""
+        loss = self._inner(y).loss
         if self._is_mlp(x):
             spec = mlp_spec(self.model)
             weights, biases = layers(spec, dict(self.model.named_parameters()))
 
             def formula(context: Tensor) -> Tensor:
-                _, deltas = layer_gradients(spec, self.loss, weights, biases, self._joined(x, context), y)
+                _, deltas = layer_gradients(spec, loss, weights, biases, self._joined(x, context), y)
                 return deltas[0].sum(1) @ weights[0][:, x.shape[2] :]
 
             return formula
@@ -169,7 +171,7 @@ class CAVIA(InnerLoopAlgorithm):
 
         def task_loss(context, weights, buffers, rows, labels):
             prediction = self._task(engine, context, weights, buffers, unflatten(inputs, rows))
-            return loss_of_task(self.loss, prediction, unflatten(targets, labels), "support_y")
+            return loss_of_task(loss, prediction, unflatten(targets, labels), "support_y")
 
         weights, engine = dict(self.model.named_parameters()), self._module_engine(x, y)
 
@@ -184,7 +186,7 @@ class CAVIA(InnerLoopAlgorithm):
     def _module_engine(self, x: Tensor, y: Tensor | None = None) -> VmapEngine:
         if self not in _with_contexts:
             _with_contexts[self] = _WithContext(self.model, self.context_size, self.concatenate)
-        inner = InnerLoop(0.0, 1, self.first_order, self.loss)
+        inner = self._inner(*(() if y is None else (y,)))._replace(steps=1)
         return module_engine(_with_contexts[self].like(x), inner, x, y)
 
     def _call(self, x: Tensor) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastmeta._trees import arguments, first, flatten, requires_grad, unflatten
 
-from ..engines import InnerLoop, module_engine
+from ..engines import InnerLoop, Loss, module_engine
 from ..engines.inspect import mlp_spec
 from ..engines.layerwise import why_no_formulas
 from ..engines.vmap import buffers_per_task
@@ -78,59 +78,72 @@ class ImplicitMAML(InnerLoopAlgorithm):
 
     def _adapted(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
         slow, trained = detached_weights(self.model)
-        return slow | self._solve(trained, support_x, support_y)
+        return slow | self._solve(inner.loss, trained, support_x, support_y)
 
     def _tasks(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, weights: Tensor | None
     ) -> MetaOutput:
         slow, trained = detached_weights(self.model)
-        fast = self._solve(trained, support_x, support_y)
+        loss = self._inner(support_y, query_y).loss
+        fast = self._solve(loss, trained, support_x, support_y)
         if not torch.is_grad_enabled() or not fast:
-            return weighted(judged(self.loss, self._predicted(slow | fast, query_x), query_y), weights)
+            return weighted(judged(loss, self._predicted(slow | fast, query_x), query_y), weights)
         given = (support_x, support_y, query_x, query_y, weights)
         if any(part is not None and requires_grad(part) for part in given):
             raise ValueError("batch: inputs, targets and weights that require gradients get none from implicit MAML")
         fast = {name: w.requires_grad_() for name, w in fast.items()}
         leaves = list(fast.values())
-        output = weighted(judged(self.loss, self._predicted(slow | fast, query_x), query_y), weights)
+        output = weighted(judged(loss, self._predicted(slow | fast, query_x), query_y), weights)
         of_tasks = output.task_loss if weights is None else weights.detach() * output.task_loss
-        right = torch.autograd.grad(of_tasks.sum(), leaves, materialize_grads=True)
-        support_gradients = self._gradients(slow, fast, support_x, support_y)
+        of_loss = self._trained_by_loss()
+        found = torch.autograd.grad(of_tasks.sum(), [*leaves, *of_loss], materialize_grads=True)
+        right, direct = found[: len(leaves)], found[len(leaves) :]
+        damped = self.regularization + self.cg_damping
+        support_gradients = self._gradients(loss, slow, fast, support_x, support_y)
 
-        def times_matrix(vector: Tensor) -> Tensor:
+        def derivative(vector: Tensor, at: list[Tensor]) -> Sequence[Tensor]:
+            """Of the support gradients' products with `vector` `[T, P]`, summed over tasks."""
             parts = [part.view_as(w) for part, w in zip(vector.split(sizes, 1), leaves, strict=True)]
             live = [(g, part) for g, part in zip(support_gradients, parts, strict=True) if g.requires_grad]
             if not live:  # the support loss is linear in the weights
-                return vector
+                return [torch.zeros_like(t) for t in at]
             found, along = zip(*live, strict=True)
-            products = torch.autograd.grad(found, leaves, along, retain_graph=True, materialize_grads=True)
-            return vector + _flat(products) / (self.regularization + self.cg_damping)
+            return torch.autograd.grad(found, at, along, retain_graph=True, materialize_grads=True)
+
+        def times_matrix(vector: Tensor) -> Tensor:
+            return vector + _flat(derivative(vector, leaves)) / damped
 
         sizes = [w[0].numel() if len(w) else 0 for w in leaves]
         solution = conjugate_gradients(times_matrix, _flat(right), self.cg_steps)
         means = solution.mean(0).split(sizes)
         named = dict(self.model.named_parameters())
         gradients = [mean.view_as(named[name]) for name, mean in zip(fast, means, strict=True)]
+        if of_loss:  # the minimum moves with these by -(H + regularization I)^-1 d grad L_support
+            through_minimum = derivative(solution / -damped, of_loss)
+            gradients += [(g + m) / len(solution) for g, m in zip(direct, through_minimum, strict=True)]
         output = detached(output)
-        return output._replace(loss=with_gradients(output.loss, gradients, [named[name] for name in fast]))
+        parameters = [*(named[name] for name in fast), *of_loss]
+        return output._replace(loss=with_gradients(output.loss, gradients, parameters))
 
     @torch.no_grad()
-    def _solve(self, start: Mapping[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def _solve(self, loss: Loss, start: Mapping[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Weights `[T, *shape]` after gradient descent on the regularised support loss from `start` `[*shape]`."""
         fast = {name: w.unsqueeze(0).repeat(len(first(x)), *[1] * w.dim()) for name, w in start.items()}
         weights = start  # shared in the first step: one dense product for all tasks
         for _ in range(self.inner_steps if start else 0):
-            gradients = gradient_of_tasks(self.model, self.loss, weights, x, y)
+            gradients = gradient_of_tasks(self.model, loss, weights, x, y)
             for name, w in fast.items():
                 w.lerp_(start[name].expand_as(w), self.inner_lr * self.regularization)
                 w.sub_(gradients[name], alpha=self.inner_lr)
             weights = fast
         return fast
 
-    def _gradients(self, slow: dict[str, Tensor], fast: dict[str, Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
+    def _gradients(
+        self, loss: Loss, slow: dict[str, Tensor], fast: dict[str, Tensor], x: Tensor, y: Tensor
+    ) -> list[Tensor]:
         """Support gradients `[T, *shape]` at `fast`, to be differentiated again."""
         if why_no_formulas(self.model, x) is None:
-            return list(mlp_gradients(mlp_spec(self.model), self.loss, slow | fast, list(fast), x, y).values())
+            return list(mlp_gradients(mlp_spec(self.model), loss, slow | fast, list(fast), x, y).values())
         shared = {name: p for name, p in slow.items() if name not in fast}
 
         (rows, inputs), (labels, targets) = flatten(x), flatten(y)
@@ -138,10 +151,10 @@ class ImplicitMAML(InnerLoopAlgorithm):
         def task_loss(fast, buffers, rows, labels):
             args, kwargs = arguments(unflatten(inputs, rows))
             prediction = engine.call(self.model, {**fast, **shared, **buffers}, args, kwargs)
-            return self.loss.one_task(prediction, unflatten(targets, labels))
+            return loss.one_task(prediction, unflatten(targets, labels))
 
         # the gradient is taken outside of vmap: the tasks do not meet, and plain autograd is exact to second order
-        engine = module_engine(self.model, self._inner()._replace(first_order=False), x, y)
+        engine = module_engine(self.model, self._inner(y)._replace(first_order=False), x, y)
         with engine.exact():
             buffers = buffers_per_task(self.model, len(rows[0]))
             losses = engine.mapped(task_loss, (0, 0, 0, 0))(fast, buffers, rows, labels)

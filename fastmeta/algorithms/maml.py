@@ -122,12 +122,12 @@ class MAML(InnerLoopAlgorithm):
             if isinstance(engine, FusedEngine):
                 loop, slow = engine.loop(self.model, inner)
                 (task_loss, logits), mean = loop.meta_loss(slow, support_x, support_y, query_x, query_y, weights)
-                return judged(self.loss, logits, query_y, task_loss, mean)
+                return judged(inner.loss, logits, query_y, task_loss, mean)
             batch = support_x, support_y, query_x, query_y
             if self._in_turn(engine, *batch, weights):
                 return self._chunked(1, batch, weights)
             logits = engine.query(self.model, inner, support_x, support_y, query_x)
-            return weighted(judged(self.loss, logits, query_y), weights)
+            return weighted(judged(inner.loss, logits, query_y), weights)
 
     def _engine(self, inner: InnerLoop, x: Tensor, y: Tensor | None = None) -> Engine:
         return choose(self.engine, self.model, inner, x, y)

@@ -268,12 +268,12 @@ class MAMLPlusPlus(RatedInnerLoop):
                 continue
             logits = predict(self.model, fast, query_x) if predict else self._logits(fast, query_x, step)
             if shares is not None:
-                check_prediction(self.loss, logits, query_y, "query_y")
-                value = shares[step] * self.loss.per_task(logits, query_y)
+                check_prediction(inner.loss, logits, query_y, "query_y")
+                value = shares[step] * inner.loss.per_task(logits, query_y)
                 total = value if total is None else total + value
         if logits is None:
             logits = self._logits({}, query_x, 0)
-        return weighted(judged(self.loss, logits, query_y, total), weights)
+        return weighted(judged(inner.loss, logits, query_y, total), weights)
 
     def _walk(self, inner: InnerLoop, rates: Rates, x: Tensor, y: Tensor) -> Iterator[dict[str, Tensor]]:
         """The weights that adapt after each inner step, on any module."""

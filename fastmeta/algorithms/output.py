@@ -46,15 +46,22 @@ def over_tasks(
 
 
 def over_rows(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Means `[T]` over the tasks' own rows of `values` `[T, B]`, which `mask` `[T, B]` tells."""
-    return values.mean(1) if mask is None else values.masked_fill(~mask, 0).sum(1) / mask.sum(1)
+    """Means `[T]` over the tasks' own rows of `values` `[T, B, ...]`, which `mask` of that shape tells; NaN of none."""
+    values = values.flatten(1)
+    return values.mean(1) if mask is None else values.masked_fill(~mask.flatten(1), 0).sum(1) / mask.flatten(1).sum(1)
 
 
 def classified(
-    task_loss: Tensor, logits: Tensor, labels: Tensor, mask: Tensor | None = None, *, mean: Tensor | None = None
+    task_loss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None = None,
+    *,
+    class_dim: int = -1,
+    mean: Tensor | None = None,
 ) -> MetaOutput:
     """The result of logits `[T, Q, N]`, whose losses are known, and labels `[T, Q]`; of the rows in `mask` `[T, Q]`."""
-    accuracy = over_rows((logits.argmax(-1) == labels).to(task_loss.dtype), mask)
+    accuracy = over_rows((logits.argmax(class_dim) == labels).to(task_loss.dtype), mask)
     return over_tasks(task_loss, accuracy, logits, mean=mean)
 
 
@@ -65,9 +72,11 @@ def judged(
     if task_loss is None:
         check_prediction(loss, logits, query_y, "query_y")
         task_loss = loss.per_task(logits, query_y)
-    several = not (isinstance(logits, Tensor) and isinstance(query_y, Tensor))
-    if not several and query_y.dtype == torch.int64 and query_y.shape == logits.shape[:-1]:
-        return classified(task_loss, logits, query_y, mean=mean)
+    if isinstance(logits, Tensor) and isinstance(query_y, Tensor) and query_y.dtype == torch.int64:
+        at = loss.class_dim % logits.dim()
+        if query_y.shape == (*logits.shape[:at], *logits.shape[at + 1 :]):
+            counted = loss.counted(query_y, logits.shape[at])
+            return classified(task_loss, logits, query_y, counted, class_dim=at, mean=mean)
     return over_tasks(task_loss, logits=logits, mean=mean)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastmeta._trees import cat, first, split, tree_map
 
-from ..engines import InnerLoop
+from ..engines import InnerLoop, Loss
 from ..functional.known_gradients import with_gradients
 from ._arguments import check_count, check_number
 from ._gradients import gradient_of_tasks
@@ -80,6 +80,7 @@ class Reptile(InnerLoopAlgorithm):
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
     ):
         super().__init__(model, inner_steps=inner_steps, loss=loss, first_order=True)
+        self._refuse_loss_parameters()
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {OPTIMIZERS}, got {optimizer!r}")
         if train_on not in ROWS:
@@ -99,9 +100,16 @@ class Reptile(InnerLoopAlgorithm):
             f"loss={self.loss.name!r}"
         )
 
+    def _refuse_loss_parameters(self) -> None:
+        if self._trained_by_loss():
+            raise ValueError(
+                "loss has parameters that require gradients, and Reptile has none for them: its outer step is the way "
+                "that the weights went; freeze them, or take an algorithm with a meta-gradient, such as MAML"
+            )
+
     def _adapted(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
         slow, trained = detached_weights(self.model)
-        return slow | self._train(trained, support_x, support_y)
+        return slow | self._train(inner.loss, trained, support_x, support_y)
 
     def _tasks(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, weights: Tensor | None
@@ -113,35 +121,37 @@ class Reptile(InnerLoopAlgorithm):
             y = cat([y, query_y], 1, "support_y and query_y")
         if torch.is_grad_enabled() and weights is not None and weights.requires_grad:
             raise ValueError("weights: those that require gradients get none from Reptile")
+        self._refuse_loss_parameters()
         slow, trained = detached_weights(self.model)
+        loss = self._inner(support_y, query_y).loss
         with torch.no_grad():
             run = self._one_by_one if self.serial else self._at_once
-            fast, moved = run(trained, x, y, weights)
-            output = weighted(judged(self.loss, self._predicted(slow | fast, query_x), query_y), weights)
+            fast, moved = run(loss, trained, x, y, weights)
+            output = weighted(judged(loss, self._predicted(slow | fast, query_x), query_y), weights)
         if not torch.is_grad_enabled() or not trained:
             return output
         named = dict(self.model.named_parameters())
         gradients = [trained[name] - w for name, w in moved.items()]
         return output._replace(loss=with_gradients(output.loss, gradients, [named[name] for name in moved]))
 
-    def _at_once(self, slow: dict[str, Tensor], x: Tensor, y: Tensor, weights: Tensor | None):
+    def _at_once(self, loss: Loss, slow: dict[str, Tensor], x: Tensor, y: Tensor, weights: Tensor | None):
         """Fast weights `[T, *shape]`, and where the slow weights are to go: each task pulls as its weight says."""
-        fast = self._train(slow, x, y)
+        fast = self._train(loss, slow, x, y)
         if weights is None:
             return fast, {name: w.mean(0) for name, w in fast.items()}
         shares = weights / len(weights)
         return fast, {n: slow[n] + torch.tensordot(shares.to(w.dtype), w - slow[n], 1) for n, w in fast.items()}
 
-    def _one_by_one(self, slow: dict[str, Tensor], x: Tensor, y: Tensor, weights: Tensor | None):
+    def _one_by_one(self, loss: Loss, slow: dict[str, Tensor], x: Tensor, y: Tensor, weights: Tensor | None):
         moved, fasts = dict(slow), []
         for task, (task_x, task_y) in enumerate(zip(split(x, 1), split(y, 1), strict=True)):
-            fasts.append(self._train(moved, task_x, task_y))
+            fasts.append(self._train(loss, moved, task_x, task_y))
             rate = self.serial_rate if weights is None else self.serial_rate * float(weights[task])
             moved = {name: w.lerp(fasts[-1][name][0], rate) for name, w in moved.items()}
         return {name: torch.cat([fast[name] for fast in fasts]) for name in slow}, moved
 
     @torch.no_grad()
-    def _train(self, start: Mapping[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def _train(self, loss: Loss, start: Mapping[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Weights `[T, *shape]` after `inner_steps` steps from `start` `[*shape]`."""
         like = first(x)
         tasks = len(like)
@@ -152,7 +162,7 @@ class Reptile(InnerLoopAlgorithm):
         weights: Mapping[str, Tensor] = start
         for step in range(self.inner_steps if names else 0):
             batch = (x, y) if order is None else (_take(x, order[step]), _take(y, order[step]))
-            gradients = gradient_of_tasks(self.model, self.loss, weights, *batch)
+            gradients = gradient_of_tasks(self.model, loss, weights, *batch)
             gradients = [gradients[name] for name in names]
             if self.optimizer == "sgd":
                 torch._foreach_add_(fast, gradients, alpha=-self.inner_lr)

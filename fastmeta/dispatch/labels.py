@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastmeta import values
 
+IGNORED = -100  # what torch's losses ignore by default
+IGNORING = "loss=torch.nn.CrossEntropyLoss() ignores rows so labelled"
 _check_labels = os.environ.get("FASTMETA_CHECK_LABELS", "1") != "0"
 
 
@@ -30,13 +32,17 @@ def readable(value: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
-def label_range(name: str, value: Tensor, num_classes: int) -> None:
-    """Labels lie in [0, num_classes). Reads the data: called below the dispatcher, where there are real tensors."""
+def label_range(name: str, value: Tensor, num_classes: int, *, ignored: int | None = None, advice: str = "") -> None:
+    """Labels lie in [0, num_classes), or are `ignored`. Reads the data: called below the dispatcher, where there are
+    real tensors. advice: for who comes with torch's label for rows to be ignored."""
     if value.numel() == 0:
         return
     if value.is_cuda and (not _check_labels or torch.cuda.is_current_stream_capturing()):
         return
+    if ignored is not None:
+        value = value.masked_fill(value == ignored, 0)
     low, high = (int(bound) for bound in torch.aminmax(value))
     if low < 0 or high >= num_classes:
         wrong = low if low < 0 else high
-        raise ValueError(f"{name} must lie in [0, num_classes) = [0, {num_classes}), got {wrong}")
+        more = f"; {advice}" if wrong == IGNORED and advice else ""
+        raise ValueError(f"{name} must lie in [0, num_classes) = [0, {num_classes}), got {wrong}{more}")

@@ -1,8 +1,9 @@
 """Engines run whole inner loops; see `_base.py` for the contract and `select.py` for the choice."""
 
+from ._as_loss import as_loss
 from ._base import Engine, InnerLoop
 from ._exact import gradients_per_task, twice_differentiable
-from ._losses import Loss, as_loss, check_one_tensor, check_prediction, loss_of_task
+from ._losses import Loss, check_one_tensor, check_prediction, loss_of_task
 from .select import ENGINES, choose, explain, module_engine
 
 __all__ = [

@@ -30,7 +30,7 @@ class FusedEngine(LayerwiseEngine):
             return reason
         spec = mlp_spec(model)
         if inner.loss.in_kernels is None:
-            return f"the kernels have no loss {inner.loss.name!r}"
+            return inner.loss.why_not_in_kernels
         if spec.activations[-1] != "identity":
             return f"its last layer is followed by {spec.activations[-1]}"
         if len(set(spec.activations[:-1])) > 1:

@@ -74,6 +74,7 @@ class FusedLoop(NamedTuple):
             "lr": self.lr,
             "steps": self.inner.steps,
             "loss": self.inner.loss.in_kernels,
+            "huber_delta": self.inner.loss.huber_delta,
             "activation": hidden,
             "first_order": self.inner.first_order,
         }

@@ -95,6 +95,7 @@ def explain(
     order = "first order" if inner.first_order else "exact second order"
     lines = [
         f"{tasks} tasks, {rows} support examples each, {inner.steps} inner steps, {order}",
+        f"loss {inner.loss.name!r}: {inner.loss.served}",
         f"asked for: {name}",
     ]
     for engine in ENGINES.values():

@@ -182,11 +182,11 @@ def meta_loss_mlp(
 
 
 def mean_meta_loss_mlp(support_x, support_y, query_x, query_y, weights, biases, *, lr, steps, loss, activation,
-                       first_order, task_weights=None) -> tuple[MetaLoss, Tensor]:  # fmt: skip
+                       first_order, huber_delta=1.0, task_weights=None) -> tuple[MetaLoss, Tensor]:  # fmt: skip
     """`meta_loss_mlp`, its losses without weights, and their weighted mean: what to differentiate, as kernels find its
     gradient too."""
     return _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation,
-                                   first_order, task_weights)  # fmt: skip
+                                   first_order, task_weights, huber_delta=huber_delta)  # fmt: skip
 
 
 def _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation,
@@ -210,11 +210,11 @@ def _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, bia
 
 
 def dense_arguments(support_x, support_y, query_x, query_y, weights, biases, *, lr, steps, loss, activation,
-                    first_order) -> tuple | None:  # fmt: skip
+                    first_order, huber_delta=1.0) -> tuple | None:  # fmt: skip
     """What `mean_meta_loss_mlp` of the same gives the op; None where the first layer's products are not the op's."""
     loop = _Loop(support_x, support_y, (query_x, query_y, None), weights, biases, lr, steps, loss, activation, 0.0, 0.0,
-                 None, None, "auto", first_order, 1.0)  # fmt: skip
-    return None if loop.lowrank else loop.meta_loss_arguments(loss, activation, 1.0, 0.0, 0.0, first_order)
+                 None, None, "auto", first_order, huber_delta)  # fmt: skip
+    return None if loop.lowrank else loop.meta_loss_arguments(loss, activation, huber_delta, 0.0, 0.0, first_order)
 
 
 class _Loop:

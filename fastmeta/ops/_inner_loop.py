@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmeta.dispatch.backends import ACTIVATIONS, LOSSES
-from fastmeta.dispatch.labels import label_range
+from fastmeta.dispatch.labels import IGNORING, label_range
 from fastmeta.dispatch.spec import Make, Sample
 from fastmeta.ops.functional_mlp import FUNCTIONS
 
@@ -186,7 +186,8 @@ def meta_loss(
 def check_labels(name: str, loss: str, labels: Tensor, last_weights: list[Tensor], given: Tensor) -> None:
     """Refuse labels that are no output of the net."""
     if loss == "cross_entropy":
-        label_range(name, labels, last_weights[-1].shape[1] if last_weights else given.shape[2])
+        num_classes = last_weights[-1].shape[1] if last_weights else given.shape[2]
+        label_range(name, labels, num_classes, advice=IGNORING)
 
 
 # inputs for tests ---------------------------------------------------------------------------------------------------

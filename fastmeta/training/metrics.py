@@ -80,13 +80,14 @@ class CalibrationError:
         self._sums: Tensor | None = None  # [3, bins]: queries, confidence, hits
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Of logits `[T, Q, N]` and labels int64 `[T, Q]`."""
+        """Of logits `[T, Q, N]` and labels int64 `[T, Q]`; one that is no class is not counted."""
         confidence, predicted = logits.detach().double().softmax(-1).max(-1)
         confidence, hits = confidence.flatten(), (predicted == labels).double().flatten()
+        counted = ((labels >= 0) & (labels < logits.shape[-1])).double().flatten()
         # bins open to the left: a confidence of 1 belongs to the last
         bin = (confidence * self.bins).ceil().long().clamp(1, self.bins) - 1
         sums = confidence.new_zeros(3, self.bins)
-        sums.index_add_(1, bin, torch.stack([torch.ones_like(confidence), confidence, hits]))
+        sums.index_add_(1, bin, torch.stack([counted, counted * confidence, hits]))
         self._sums = sums if self._sums is None else self._sums + sums
 
     def read(self) -> float | None:
