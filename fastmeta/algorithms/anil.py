@@ -34,8 +34,7 @@ class ANIL(RatedInnerLoop):
         inner_lr: step size in the inner loop, 0.1 by default.
         inner_steps: `K >= 0`, 5 by default. May be set anew between calls.
         first_order: drop the second derivatives.
-        loss: `"cross_entropy"`, `"mse"`, `"binary_cross_entropy"` (of logits), `"huber"`, or a callable
-            `(prediction, target) -> scalar` for one task.
+        loss: as in `MAML`.
         task_chunk: at most this many tasks at a time, to bound memory; as in `MAML`.
 
     Raises:

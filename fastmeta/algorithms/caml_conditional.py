@@ -58,8 +58,7 @@ class ConditionalCAML(InnerLoopAlgorithm):
             mode alone; 0 by default. With more, targets are labels int64 in `[0, C)`, and a class without support rows
             has its mean at zero.
         first_order: drop the second derivatives.
-        loss: `"cross_entropy"`, `"mse"`, `"binary_cross_entropy"` (of logits), `"huber"`, or a callable
-            `(prediction, target) -> scalar` for one task.
+        loss: as in `MAML`.
         task_chunk: at most this many tasks at a time in the inner loop, to bound memory; as in `MAML`. The encoder runs
             for all tasks at once all the same.
 

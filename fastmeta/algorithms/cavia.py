@@ -49,8 +49,7 @@ class CAVIA(InnerLoopAlgorithm):
         inner_steps: `K >= 0`, 1 by default; the paper has 1 for regression, 2 for images. May be set anew between
             calls.
         first_order: drop the second derivatives.
-        loss: `"cross_entropy"`, `"mse"`, `"binary_cross_entropy"` (of logits), `"huber"`, or a callable
-            `(prediction, target) -> scalar` for one task.
+        loss: as in `MAML`.
         task_chunk: at most this many tasks at a time, to bound memory; as in `MAML`.
 
     Multi-layer perceptrons run as batched formulas, other modules under `torch.func`.

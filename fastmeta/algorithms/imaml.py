@@ -45,8 +45,7 @@ class ImplicitMAML(InnerLoopAlgorithm):
         inner_steps: `K >= 0`, 16 by default. May be set anew between calls.
         cg_steps: at least 1, 5 by default, as in the paper.
         cg_damping: added to `regularization` in the linear system; 0 by default.
-        loss: `"cross_entropy"`, `"mse"`, `"binary_cross_entropy"` (of logits), `"huber"`, or a callable
-            `(prediction, target) -> scalar` for one task.
+        loss: as in `MAML`.
 
     Raises:
         TypeError, ValueError: arguments out of range; inputs and targets that do not fit together, inputs that require

@@ -40,8 +40,11 @@ class MAML(InnerLoopAlgorithm):
         inner_steps: `K >= 0`; 0 is ordinary training on the query sets. May be set anew between calls.
         first_order: drop the second derivatives.
         loss: `"cross_entropy"` (labels int64 `[T, B]`); `"mse"`, `"binary_cross_entropy"` (of logits) or `"huber"`
-            (square below 1), with targets `[T, B, O]`; or a callable `(prediction, target) -> scalar` for one task. One
-            that is an `nn.Module` is the learner's, its parameters are trained.
+            (square below 1), with targets `[T, B, O]`; or any callable `(prediction, target) -> scalar` for one task.
+            `torch.nn`'s `CrossEntropyLoss` with all its settings (weights, smoothing, rows ignored, which accuracy
+            leaves out too, probabilities as targets), `MSELoss`, `L1Loss`, `SmoothL1Loss`, `HuberLoss` and
+            `BCEWithLogitsLoss`, and their functions, run in the fast engines. A loss that is an `nn.Module` is the
+            learner's, its parameters are trained.
         engine: `"auto"`, or one by name (`explain` lists them). An engine asked for by name that cannot serve
             the model raises ValueError. `"auto"` tries what maps the model over tasks once against plain autograd;
             where they differ tasks run one after the other (`"loop"`), with a warning that names the layer.

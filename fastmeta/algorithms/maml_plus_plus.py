@@ -139,8 +139,7 @@ class MAMLPlusPlus(RatedInnerLoop):
         batch_norm_per_step: True by default; nothing happens to a model without batch norms.
         adapt_norms: whether scales and shifts of norms adapt; False by default, as the authors' code. They are trained.
         first_order: never take second derivatives.
-        loss: `"cross_entropy"`, `"mse"`, `"binary_cross_entropy"` (of logits), `"huber"`, or a callable
-            `(prediction, target) -> scalar` for one task.
+        loss: as in `MAML`.
         task_chunk: at most this many tasks at a time, to bound memory; as in `MAML`.
 
     Multi-layer perceptrons run in the fused inner loops, other modules under `torch.func`.

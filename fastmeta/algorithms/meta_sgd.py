@@ -31,8 +31,7 @@ class MetaSGD(RatedInnerLoop):
         initial_rates: the rates start uniform in this range, the paper's `(0.005, 0.1)` by default.
         inner_steps: `K >= 0`, 1 by default as in the paper. May be set anew between calls.
         first_order: drop the second derivatives; the rates' own gradient stays.
-        loss: `"cross_entropy"`, `"mse"`, `"binary_cross_entropy"` (of logits), `"huber"`, or a callable
-            `(prediction, target) -> scalar` for one task.
+        loss: as in `MAML`.
         task_chunk: at most this many tasks at a time, to bound memory; as in `MAML`.
 
     Multi-layer perceptrons run in the fused inner loops, other modules under `torch.func`.

@@ -56,8 +56,7 @@ class Reptile(InnerLoopAlgorithm):
             accuracy reported in train mode are those of rows that were trained on.
         serial: one task after another; False by default.
         serial_rate: `epsilon` of the serial version, 0.1 by default. May be set anew between calls.
-        loss: `"cross_entropy"`, `"mse"`, `"binary_cross_entropy"` (of logits), `"huber"`, or a callable
-            `(prediction, target) -> scalar` for one task.
+        loss: as in `MAML`, but parameters of its own must be frozen.
 
     Minibatches are drawn by torch's global random state of the device in train mode; in eval mode they are the same
     at every call, and the same for all tasks.
