@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastmeta import functional
 from fastmeta.functional import meta_gradient, meta_loss
+from fastmeta.functional.reverse_sweep import InnerLoop
 from fastmeta.testing import relative_error, tolerance
 
 STEPS = 4
@@ -139,6 +140,28 @@ def test_steps_and_spacings(steps, every, first_order):
     close(found.params, {name: w.detach() for name, w in weights.items()})
     close(list(found.inner_losses), losses)
     assert not first_order or steps == 0 or not torch.equal(found.gradient["0.weight"], 0 * of_params[0])
+
+
+def test_tasks_at_once():
+    """What an engine may do: weights `[T, ...]`, the sum of the tasks' losses, and a rate for each task."""
+    g = torch.Generator().manual_seed(0)
+    sx, sy, qx, qy = (torch.randn(3, rows, 2, generator=g, dtype=torch.float64) for rows in (5, 5, 8, 8))
+    slow, rate = torch.randn(2, 2, generator=g, dtype=torch.float64), randomly(3, 1, 1)
+
+    def loss(w, x, y):
+        return (torch.tanh(x @ w.mT) - y).square().mean((-2, -1))
+
+    loop = InnerLoop(lambda weights, step: loss(weights[0], sx, sy).sum(), [[rate]] * 3, every=2)
+    adapted = loop.adapt([slow.expand(3, 2, 2)])
+    value, adjoint, of_also = loop.outer_gradient(lambda weights: loss(weights[0], qx, qy).sum(), adapted, [])
+    swept = loop.sweep(adjoint, [], of_also)
+    for task in range(3):
+        w, lr = slow.clone().requires_grad_(), rate[task, 0, 0].detach().requires_grad_()
+        alone = meta_gradient(
+            loss, loss, w, lr=lr, steps=3, inner_args=(sx[task], sy[task]), outer_args=(qx[task], qy[task])
+        )
+        close(swept.gradients[0][task], alone.gradient)
+        close(swept.rate_gradients[0][1][task].reshape(()), alone.lr_gradient)
 
 
 # rates ----------------------------------------------------------------------------------------------------------------
