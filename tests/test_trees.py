@@ -121,7 +121,7 @@ class Net(nn.Module):
 
     def forward(self, *args, **kwargs):
         x, mask = self.unpack(*args, **kwargs)
-        h = torch.tanh(self.first(x * mask))
+        h = torch.tanh(self.first(x * mask + 0.3 * mask))
         return self.pack(self.out(h), h)
 
 
@@ -134,7 +134,7 @@ class Flat(nn.Module):
 
     def forward(self, both, *context):
         x, mask = both.chunk(2, -1)
-        h = torch.tanh(self.first(x * mask))
+        h = torch.tanh(self.first(x * mask + 0.3 * mask))
         return self.out(h + context[0].mean() if context else h)
 
 
@@ -262,7 +262,7 @@ def test_cavia(given):
         def forward(self, *args, **kwargs):
             context = kwargs.pop("context") if kwargs else args[-1]
             x, mask = self.unpack(*args[: -1 if args else None], **kwargs)
-            h = torch.tanh(self.first(x * mask))
+            h = torch.tanh(self.first(x * mask + 0.3 * mask))
             return self.pack(self.out(h + context.mean()), h)
 
     nets = [make(of=Flat), make(given, "dict", of=WithContext)]
@@ -297,7 +297,7 @@ LEARNERS = {
     "matching": lambda make: MatchingNetwork(make()),
     "head": lambda make: GradientHead(make()),
     "relation": lambda make: RelationNetwork(make(), RelationMLP(5).double()),
-    "modulation": lambda make: ModulatedProtoNet(make(), Base(make()).double()),
+    "modulated": lambda make: ModulatedProtoNet(make(), Base(make()).double()),
     "contrastive": lambda make: Contrastive(make(), nn.Linear(5, 3).double()).eval(),
 }
 
@@ -323,6 +323,26 @@ def test_embedding_learners(name):
         check(tree.train()(batch).loss, flat.train()(both).loss)
         with pytest.raises(ValueError, match="two views"):
             tree(batches(given)[0])
+
+
+def masked(batch):
+    """The same with padding rows in it, as many in two tasks and fewer in the third."""
+    support, query = torch.ones(TASKS, SUPPORT, dtype=torch.bool), torch.ones(TASKS, QUERY, dtype=torch.bool)
+    support[:2, 4], support[2, 5], query[1, 2:] = False, False, False
+    return batch._replace(support_mask=support, query_mask=query)
+
+
+@pytest.mark.parametrize("name", ["protonet", "matching", "modulated"])
+def test_masks_of_embedding_learners(name):
+    torch.manual_seed(0)
+    right = LEARNERS[name](lambda: Flat(5).double())(masked(flat_batch()))
+    torch.manual_seed(0)
+    tree = LEARNERS[name](lambda: Net("dict", "tensor", 5).double())
+    batch = masked(batches("dict")[0])
+    check(tree(batch).task_loss, right.task_loss)
+    with torch.no_grad():
+        state = tree.adapt(*batch[:2], batch.support_mask)
+        check(tree.predict(state, batch.query_x, batch.query_mask), tree.eval()(batch).logits)
 
 
 @pytest.mark.parametrize("engine", ["layerwise", "lowrank", "vmap", "loop"])
