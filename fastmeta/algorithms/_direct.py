@@ -5,6 +5,7 @@ For a few small tasks the way through an `nn.Module` and autograd takes longer t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,6 +88,8 @@ def direct_gradient(
 ) -> DirectGradient | None:
     """`DirectGradient`, made inside `inspected(model)`; None where the op alone is not all of it. prefix: of the names
     of gradients, before those in the model."""
+    if isinstance(inner.lr, Mapping):  # rates may be trained, which needs more of the op's gradients
+        return None
     chosen = choose(engine, model, inner, batch.support_x)
     if not isinstance(chosen, FusedEngine) or not all(p.requires_grad for p in parameters_of(model).values()):
         return None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastmeta._trees import arguments, first, requires_grad, split, unbind
 
-from ..engines import Engine, InnerLoop, as_loss, check_one_tensor, choose
+from ..engines import PLAIN, Engine, InnerLoop, Rates, Rule, as_loss, check_one_tensor, choose
 from ._arguments import check_batch, check_count, check_pair, check_size, check_tasks, check_weights
 from ._chunks import chunked_loss
 from ._lazy import initialise, lazy_layer
@@ -26,6 +26,8 @@ class InnerLoopAlgorithm(nn.Module):
 
     A subclass says what the loop makes of support sets in `_adapted`, and in `_tasks` what comes of whole tasks.
     """
+
+    rule: Rule = PLAIN  # what the loop's steps are besides a rate times a gradient
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class InnerLoopAlgorithm(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"inner_steps={self.inner_steps}, first_order={self.first_order}, loss={self.loss.name!r}, "
-            f"task_chunk={self.task_chunk}"
+            f"task_chunk={self.task_chunk}" + (f", {self.rule}" if self.rule != PLAIN else "")
         )
 
     def _check_pair(self, support_x: Tensor, support_y: Tensor) -> None:
@@ -117,13 +119,12 @@ class InnerLoopAlgorithm(nn.Module):
     def _engine(self, inner: InnerLoop, x: Tensor) -> Engine:
         return choose("auto", self.model, inner, x)
 
-    def _inner(self, *targets: Tensor, lr: float = 0.0) -> InnerLoop:
-        """`targets`: of the support rows, then of the query rows. `lr`: of engines, which have one rate for all
-        weights."""
+    def _inner(self, *targets: Tensor, lr: float | Rates = 0.0) -> InnerLoop:
+        """`targets`: of the support rows, then of the query rows."""
         differentiable = torch.is_grad_enabled() and any(map(requires_grad, targets))
         queries = first(targets[1]).shape[1] if len(targets) > 1 else 0
         loss = self.loss.for_targets(*targets)
-        return InnerLoop(lr, self.inner_steps, self.first_order, loss, differentiable, queries)
+        return InnerLoop(lr, self.inner_steps, self.first_order, loss, differentiable, queries, self.rule)
 
     def _trained_by_loss(self) -> list[nn.Parameter]:
         """The parameters of a loss that has some."""

@@ -1,4 +1,4 @@
-"""What algorithms share whose inner loop has rates of its own, by parameter name (see `_rates.py`).
+"""What algorithms share whose inner loop has rates of its own, by parameter name (see `fastmeta/engines/_steps.py`).
 
 A multi-layer perceptron runs in the fused inner loops (`fastmeta.functional.meta_loss_mlp`); anything else runs step by
 step, under `torch.func` where that can follow it. Where an `nn.Sequential` begins with layers that do not adapt, these
@@ -9,59 +9,67 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastmeta._trees import first, tree_map
+from fastmeta._trees import tree_map
 
-from ..engines import InnerLoop, module_engine
-from ..engines.vmap import buffers_per_task
+from ..engines import ENGINES, Engine, InnerLoop, Rates, module_engine
 from ._encoder import encoded
-from ._fused import fused_loop
 from ._inner_loop import InnerLoopAlgorithm
-from ._rates import Rates, stepped
 from .output import MetaOutput, judged, weighted
 
 
 class RatedInnerLoop(InnerLoopAlgorithm):
     """An inner loop of gradient steps, with the rates that a subclass says in `_rates`."""
 
-    def _rates(self) -> Rates:
+    def _rates(self, support_x: Tensor) -> Rates:
         raise NotImplementedError
 
     def _adapted(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
-        rates = self._rates()
-        tail, (support_x,) = encoded(self.model, rates, support_x)
+        inner = inner._replace(lr=self._rates(support_x))
+        tail, (support_x,) = encoded(self.model, inner.lr, support_x)
         if inner.first_order:
             support_x = tree_map(Tensor.detach, support_x)
-        loop = fused_loop(tail, inner, rates, support_x)
-        if loop is None:
-            return step_by_step(tail, inner, rates, support_x, support_y)
-        fast = loop.adapted(dict(tail.named_parameters()), support_x, support_y)
-        return {name: fast[name] for name in rates if name in fast}  # a head that is not in use does not change
+        return engine_for_rates(tail, inner, support_x, support_y).adapt(tail, inner, support_x, support_y)
 
     def _tasks(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, weights: Tensor | None
     ) -> MetaOutput:
-        inner, rates = self._inner(support_y, query_y), self._rates()
-        tail, (support_x, query_x) = encoded(self.model, rates, support_x, query_x)
+        inner = self._inner(support_y, query_y)._replace(lr=self._rates(support_x))
+        tail, (support_x, query_x) = encoded(self.model, inner.lr, support_x, query_x)
         if inner.first_order:  # support rows reach the query loss through inner gradients alone
             support_x = tree_map(Tensor.detach, support_x)
-        loop = fused_loop(tail, inner, rates, support_x)
-        if loop is None:
-            engine = module_engine(tail, inner, support_x, support_y)
-            batch = support_x, support_y, query_x, query_y
-            if tail is self.model and self._in_turn(engine, *batch, weights):
-                return self._chunked(1, batch, weights)
-            fast = step_by_step(tail, inner, rates, support_x, support_y)
-            return weighted(judged(inner.loss, engine.predict(tail, fast, query_x), query_y), weights)
-        slow = dict(tail.named_parameters())
-        (task_loss, logits), mean = loop.meta_loss(slow, support_x, support_y, query_x, query_y, weights)
-        return judged(inner.loss, logits, query_y, task_loss, mean)
+        engine = engine_for_rates(tail, inner, support_x, support_y)
+        if engine is ENGINES["fused"]:
+            loop, slow = engine.loop(tail, inner)
+            (task_loss, logits), mean = loop.meta_loss(slow, support_x, support_y, query_x, query_y, weights)
+            return judged(inner.loss, logits, query_y, task_loss, mean)
+        batch = support_x, support_y, query_x, query_y
+        if tail is self.model and self._in_turn(engine, *batch, weights):
+            return self._chunked(1, batch, weights)
+        logits = engine.query(tail, inner, support_x, support_y, query_x)
+        return weighted(judged(inner.loss, logits, query_y), weights)
 
 
-def step_by_step(model: nn.Module, inner: InnerLoop, rates: Rates, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The weights that adapt after the inner loop, `[T, *shape]`, on any module."""
-    slow = dict(model.named_parameters())
-    fast, engine = {name: slow[name] for name in rates}, module_engine(model, inner, x, y)
-    for step in range(inner.steps):
-        gradients = engine.gradients(model, inner, fast, buffers_per_task(model, len(first(x))), x, y)
-        fast = stepped(fast, gradients, rates, step)
-    return fast
+class LearnedRates(RatedInnerLoop):
+    """One whose rates are trained: `rates` holds them by `_key` of the parameters' names, of frozen ones too."""
+
+    rates: nn.ParameterDict
+
+    @staticmethod
+    def _key(name: str) -> str:
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # frozen parameters had no rates once: where a saved state has none, they stay what they are
+        used = {self._key(name) for name, p in self.model.named_parameters() if p.requires_grad}
+        for key, rate in self.rates.items():
+            if key not in used:
+                state_dict.setdefault(f"{prefix}rates.{key}", rate.detach())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def engine_for_rates(model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor) -> Engine:
+    """The kernels where they serve the model and its rates, formulas where the model has them, or what runs it."""
+    for name in ("fused", "layerwise"):
+        if ENGINES[name].why_not(model, inner, x) is None:
+            return ENGINES[name]
+    return module_engine(model, inner, x, y)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection, Mapping
 
+import torch
 from torch import Tensor, nn
 
-from ._arguments import check_number
+from fastmeta._trees import first, tree_map
+
+from ..engines import Rates
+from ..engines.last_layer import last_constructed, last_layer
+from ._inner_lr import InnerLR, as_inner_lr, as_rule, described, rates_of
 from ._rated_loop import RatedInnerLoop
-from ._rates import Rates
 
 HEAD_OR_BODY = ("head", "body")
 
@@ -29,17 +34,21 @@ class ANIL(RatedInnerLoop):
             and query apart, as in `MAML`; those in such first layers that have running statistics see the whole task
             batch in train mode and use the statistics in eval mode. Parameters with `requires_grad=False` are neither
             adapted nor trained.
-        adapts: `"head"` (default): the last module that has parameters; `"body"`: all others; or a callable that
-            takes a parameter's name and says whether it adapts.
-        inner_lr: step size in the inner loop, 0.1 by default.
+        adapts: `"head"` (default): the layer that `forward` uses last of those that have parameters, looked for anew in
+            each call; `"body"`: all others; or a callable that takes a parameter's name and says whether it adapts. A
+            parameter that the head shares with another layer is the head's, and adapts for both. Where a chain of
+            layers does not say which is last, the model runs once more on one task's support rows, without its hooks
+            and with nothing that it writes kept.
+        inner_lr: step size in the inner loop, 0.1 by default; per step or layer as in `MAML`.
         inner_steps: `K >= 0`, 5 by default. May be set anew between calls.
+        learn_inner_lr, momentum, weight_decay, clip_norm, clip_value: of the inner steps, as in `MAML`.
         first_order: drop the second derivatives.
         loss: as in `MAML`.
         task_chunk: at most this many tasks at a time, to bound memory; as in `MAML`.
 
     Raises:
-        TypeError, ValueError: arguments out of range, no parameter that adapts; inputs and targets that do not fit
-            together.
+        TypeError, ValueError: arguments out of range, no parameter that adapts (of those that require gradients, when
+            it is called); inputs and targets that do not fit together.
     """
 
     def __init__(
@@ -47,8 +56,13 @@ class ANIL(RatedInnerLoop):
         model: nn.Module,
         *,
         adapts: str | Callable[[str], bool] = "head",
-        inner_lr: float = 0.1,
+        inner_lr: InnerLR = 0.1,
         inner_steps: int = 5,
+        learn_inner_lr: bool = False,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
         first_order: bool = False,
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
         task_chunk: int | None = None,
@@ -56,31 +70,62 @@ class ANIL(RatedInnerLoop):
         super().__init__(model, inner_steps=inner_steps, first_order=first_order, loss=loss, task_chunk=task_chunk)
         if not callable(adapts) and adapts not in HEAD_OR_BODY:
             raise ValueError(f"adapts must be one of {HEAD_OR_BODY} or a callable(name) -> bool, got {adapts!r}")
-        self.inner_lr = check_number("inner_lr", inner_lr)
+        self.inner_lr = as_inner_lr(model, inner_lr, learn_inner_lr, inner_steps)
+        self.rule = as_rule(momentum, weight_decay, clip_norm, clip_value)
         self.adapts = adapts
-        if not self.adapting:
+        self._seen_last: tuple[str, ...] | None = None  # the head of the last batch
+        if not self._picked(self._head()):
             names = ", ".join(name for name, _ in model.named_parameters())
-            raise ValueError(f"adapts picks none of the parameters that require gradients: {names}")
+            raise ValueError(f"adapts picks none of the parameters: {names}")
 
     @property
     def adapting(self) -> list[str]:
-        """Names of the parameters that adapt."""
-        named = dict(self.model.named_parameters())
-        if callable(self.adapts):
-            return [name for name, p in named.items() if p.requires_grad and self.adapts(name)]
-        head = next(reversed(named), "").rpartition(".")[0]
-        wanted = self.adapts == "head"
-        return [name for name, p in named.items() if p.requires_grad and (name.rpartition(".")[0] == head) == wanted]
+        """Names of the parameters that adapt. Where that takes a run of the model: those of the last batch, or, before
+        any, by the layer that was constructed last."""
+        return self._requiring_gradients(self._picked(self._head()))
 
-    def _rates(self) -> Rates:
+    def _picked(self, head: Collection[str]) -> list[str]:
+        names = [name for name, _ in self.model.named_parameters()]
+        if callable(self.adapts):
+            return [name for name in names if self.adapts(name)]
+        return [name for name in names if (name in head) == (self.adapts == "head")]
+
+    def _requiring_gradients(self, names: list[str]) -> list[str]:
+        named = dict(self.model.named_parameters())
+        return [name for name in names if named[name].requires_grad]
+
+    def _head(self, support_x: Tensor | None = None) -> Collection[str]:
+        if callable(self.adapts):
+            return ()
+        if support_x is not None and len(first(support_x)) and not torch.compiler.is_compiling():
+            found = last_layer(self.model, tree_map(lambda leaf: leaf[0], support_x))
+            if isinstance(found, str):
+                warnings.warn(
+                    f"adapts={self.adapts!r}: which layer is used last cannot be seen ({found}), and the one that was "
+                    "constructed last is taken; adapts can be a callable(name) -> bool",
+                    stacklevel=2,
+                )
+                found = last_constructed(self.model)
+            self._seen_last = found
+            return found
+        found = last_layer(self.model)
+        if not isinstance(found, str):
+            return found
+        known = self._seen_last is not None and set(self._seen_last) <= {n for n, _ in self.model.named_parameters()}
+        return self._seen_last if known else last_constructed(self.model)
+
+    def _rates(self, support_x: Tensor) -> Rates:
         slow = dict(self.model.named_parameters())
-        names = self.adapting
-        rate = slow[names[0]].new_full((1,), self.inner_lr)
-        return dict.fromkeys(names, rate)
+        picked = self._picked(self._head(support_x))
+        names = self._requiring_gradients(picked)
+        if not names:
+            raise ValueError(f"adapts picks none of the parameters that require gradients: {', '.join(picked)} do not")
+        rates = rates_of(self.inner_lr, names)
+        return rates if isinstance(rates, Mapping) else dict.fromkeys(names, slow[names[0]].new_full((1,), rates))
 
     def extra_repr(self) -> str:
         adapts = self.adapts if isinstance(self.adapts, str) else ", ".join(self.adapting)
-        return f"adapts={adapts!r}, inner_lr={self.inner_lr}, {super().extra_repr()}"
+        return f"adapts={adapts!r}, inner_lr={described(self.inner_lr)}, {super().extra_repr()}"
 
 
 class BOIL(ANIL):

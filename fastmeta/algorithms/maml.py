@@ -13,9 +13,10 @@ from ..engines import Engine, InnerLoop, choose, explain
 from ..engines.fused import FusedEngine
 from ..engines.inspect import inspected
 from ..engines.select import check_name
-from ._arguments import check_number, check_weights
+from ._arguments import check_weights
 from ._direct import DirectGradient, direct_gradient
 from ._inner_loop import InnerLoopAlgorithm
+from ._inner_lr import InnerLR, as_inner_lr, as_rule, described, rates_of
 from .output import MetaOutput, detached, judged, weighted
 
 if TYPE_CHECKING:
@@ -36,7 +37,18 @@ class MAML(InnerLoopAlgorithm):
     Args:
         model: any module from examples `[B, ...]` to predictions `[B, C]`; used as it is, and its parameters
             are the slow weights. Parameters with `requires_grad=False` are neither adapted nor trained.
-        inner_lr: step size in the inner loop, 0.01 by default.
+        inner_lr: step size in the inner loop, at least 0; 0.01 by default. A float, a tensor `[]` or `[K]` (per step;
+            later ones have the last one's), or a dict of such by layer or parameter: `{"": 0.01, "head": 0.1}`. The
+            longest name that a parameter's begins with counts, and `""` is the whole model; each parameter that adapts
+            needs a rate.
+        learn_inner_lr: whether these rates are trained, too: each is a parameter of the learner, and may become
+            negative. False by default.
+        momentum: `m <- momentum * m + gradient` in the inner steps, from 0, as in `torch.optim.SGD`; default 0.
+        weight_decay: adds `weight_decay * w` to the inner gradient; default 0. Parameters that the loss does not depend
+            on do not decay.
+        clip_norm: largest norm of the inner gradient of one task over all parameters that adapt, as
+            `torch.nn.utils.clip_grad_norm_` has it, before the decay; the derivative goes through. Default None.
+        clip_value: largest size of each number of it, before `clip_norm`; default None.
         inner_steps: `K >= 0`; 0 is ordinary training on the query sets. May be set anew between calls.
         first_order: drop the second derivatives.
         loss: `"cross_entropy"` (labels int64 `[T, B]`); `"mse"`, `"binary_cross_entropy"` (of logits) or `"huber"`
@@ -63,8 +75,13 @@ class MAML(InnerLoopAlgorithm):
         self,
         model: nn.Module,
         *,
-        inner_lr: float = 0.01,
+        inner_lr: InnerLR = 0.01,
         inner_steps: int = 1,
+        learn_inner_lr: bool = False,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
         first_order: bool = False,
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
         engine: str = "auto",
@@ -72,7 +89,9 @@ class MAML(InnerLoopAlgorithm):
     ):
         check_name(engine)
         super().__init__(model, inner_steps=inner_steps, loss=loss, first_order=first_order, task_chunk=task_chunk)
-        self.inner_lr = check_number("inner_lr", inner_lr)
+        self.inner_lr = as_inner_lr(model, inner_lr, learn_inner_lr, inner_steps)
+        self.rule = as_rule(momentum, weight_decay, clip_norm, clip_value)
+        rates_of(self.inner_lr, self._adapting())  # raises for what has no rate
         self.engine = engine
         self._direct: DirectGradient | None = None  # the last one, for the next call
 
@@ -111,7 +130,7 @@ class MAML(InnerLoopAlgorithm):
         return explain(self.engine, self.model, self._inner(batch[1], batch[3]), batch[0], batch[1])
 
     def extra_repr(self) -> str:
-        return f"engine={self.engine!r}, inner_lr={self.inner_lr}, {super().extra_repr()}"
+        return f"engine={self.engine!r}, inner_lr={described(self.inner_lr)}, {super().extra_repr()}"
 
     def _adapted(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
         return self._engine(inner, support_x, support_y).adapt(self.model, inner, support_x, support_y)
@@ -139,4 +158,8 @@ class MAML(InnerLoopAlgorithm):
         return self.__dict__ | {"_direct": None}  # a copy has memory of its own
 
     def _inner(self, *targets: Tensor) -> InnerLoop:
-        return super()._inner(*targets, lr=self.inner_lr)
+        lr = self.inner_lr
+        return super()._inner(*targets, lr=lr if isinstance(lr, float) else rates_of(lr, self._adapting()))
+
+    def _adapting(self) -> list[str]:
+        return [name for name, p in self.model.named_parameters() if p.requires_grad]

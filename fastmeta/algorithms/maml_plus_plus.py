@@ -10,15 +10,11 @@ from torch import Tensor, nn
 
 from fastmeta._trees import first
 
-from ..engines import InnerLoop, check_prediction, module_engine
-from ..engines.fused_loop import FusedLoop
-from ..engines.layerwise import LayerwiseEngine
+from ..engines import ENGINES, InnerLoop, Rates, Steps, check_prediction, module_engine
 from ..engines.vmap import buffers_per_task
 from ._arguments import check_count, check_number, check_tasks
-from ._fused import fused_loop
 from ._lazy import check_initialised
-from ._rated_loop import RatedInnerLoop
-from ._rates import Rates, stepped
+from ._rated_loop import LearnedRates
 from .fast_weights import FastWeights
 from .output import MetaOutput, judged, weighted
 
@@ -104,7 +100,7 @@ class BatchNormPerStep(nn.Module):
         return f"{self.num_features}, steps={self.steps}, momentum={self.momentum}, eps={self.eps}"
 
 
-class MAMLPlusPlus(RatedInnerLoop):
+class MAMLPlusPlus(LearnedRates):
     """MAML++ (Antoniou, Edwards, Storkey 2019, "How to train your MAML", section 4). Each part is a switch:
 
     * *Per-layer per-step rates* (`learned_rates`): a rate for each layer and inner step, trained with the weights.
@@ -124,7 +120,8 @@ class MAMLPlusPlus(RatedInnerLoop):
     `rates` holds the rates as multiples of `inner_lr`, `[K]` under `layer/<name>` for each layer, with `/` for `.` in
     its name. So an outer optimiser moves them by the same fraction whatever `inner_lr` is: trained as they are, rates
     of 0.01 are thrown about by an Adam that suits the weights, until five inner steps diverge. Inner steps beyond the
-    `K` of construction have the last one's rates and statistics. Iterations are counted in `forward` in train mode
+    `K` of construction have the last one's rates and statistics. A frozen layer's rates are neither used nor trained
+    until it is unfrozen, and a saved state without them loads. Iterations are counted in `forward` in train mode
     with gradients on, and the count is part of the `state_dict`. While the multi-step loss lasts, `task_loss` holds
     the weighted sums, so that `loss` is still its mean; accuracy is that of the last step.
 
@@ -177,8 +174,8 @@ class MAMLPlusPlus(RatedInnerLoop):
         self.adapt_norms = adapt_norms
         self.iteration = 0
         self.rates = nn.ParameterDict()
-        for name, p in self._adapting():
-            key = _key(name)
+        for name, p in self._with_rates():
+            key = self._key(name)
             if key not in self.rates:
                 self.rates[key] = nn.Parameter(p.new_ones(inner_steps), requires_grad=learned_rates)
 
@@ -223,16 +220,23 @@ class MAMLPlusPlus(RatedInnerLoop):
     def _trains(self) -> bool:
         return self.training and torch.is_grad_enabled()
 
-    def _adapting(self) -> list[tuple[str, nn.Parameter]]:
+    @staticmethod
+    def _key(name: str) -> str:
+        """What a parameter's layer is called in `rates`: never like an attribute of the dict, as `values` would be."""
+        return "layer/" + name.rpartition(".")[0].replace(".", "/")
+
+    def _with_rates(self) -> list[tuple[str, nn.Parameter]]:
+        """What adapts, but for what is frozen: that has rates, too, for when it is so no more."""
         norms = (BatchNormPerStep, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
         fixed = set()
         if not self.adapt_norms:
             fixed = {id(p) for module in self.model.modules() if isinstance(module, norms) for p in module.parameters()}
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in fixed]
+        return [(name, p) for name, p in self.model.named_parameters() if id(p) not in fixed]
 
-    def _rates(self) -> Rates:
+    def _rates(self, support_x: Tensor) -> Rates:
         rates = {key: self.inner_lr * multiple for key, multiple in self.rates.items()}
-        return {name: rates[_key(name)] for name, _ in self._adapting() if _key(name) in rates}
+        keys = {n: self._key(n) for n, p in self._with_rates() if p.requires_grad}
+        return {name: rates[key] for name, key in keys.items() if key in rates}
 
     def _inner(self, *targets: Tensor) -> InnerLoop:
         inner = super()._inner(*targets)
@@ -240,26 +244,25 @@ class MAMLPlusPlus(RatedInnerLoop):
         return inner._replace(first_order=inner.first_order or early)
 
     def _adapted(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
-        rates = self._rates()
-        if fused_loop(self.model, inner, rates, support_x) is not None:
+        inner = inner._replace(lr=self._rates(support_x))
+        if ENGINES["fused"].why_not(self.model, inner, support_x) is None:
             return super()._adapted(inner, support_x, support_y)
         fast: dict[str, Tensor] = {}
-        for fast in self._walk(inner, rates, support_x, support_y):  # noqa: B007
+        for fast in self._walk(inner, support_x, support_y):  # noqa: B007
             pass
         return fast
 
     def _tasks(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, weights: Tensor | None
     ) -> MetaOutput:
-        inner, rates, shares = self._inner(support_y, query_y), self._rates(), self.step_weights()
-        loop = fused_loop(self.model, inner, rates, support_x)
-        if loop is not None:
+        inner, shares = self._inner(support_y, query_y)._replace(lr=self._rates(support_x)), self.step_weights()
+        if ENGINES["fused"].why_not(self.model, inner, support_x) is None:
             if shares is None:
                 return super()._tasks(support_x, support_y, query_x, query_y, weights)
-            walk = _fused_walk(loop, self.model, support_x, support_y)
-            predict = LayerwiseEngine().predict
+            walk = _fused_walk(self.model, inner, support_x, support_y)
+            predict = ENGINES["layerwise"].predict
         else:
-            walk = self._walk(inner, rates, support_x, support_y)
+            walk = self._walk(inner, support_x, support_y)
             predict = None
         total, logits = None, None
         for step, fast in enumerate(walk):
@@ -274,15 +277,15 @@ class MAMLPlusPlus(RatedInnerLoop):
             logits = self._logits({}, query_x, 0)
         return weighted(judged(inner.loss, logits, query_y, total), weights)
 
-    def _walk(self, inner: InnerLoop, rates: Rates, x: Tensor, y: Tensor) -> Iterator[dict[str, Tensor]]:
+    def _walk(self, inner: InnerLoop, x: Tensor, y: Tensor) -> Iterator[dict[str, Tensor]]:
         """The weights that adapt after each inner step, on any module."""
-        slow = dict(self.model.named_parameters())
-        fast, engine = {name: slow[name] for name in rates}, module_engine(self.model, inner, x, y)
+        slow, steps = dict(self.model.named_parameters()), Steps(inner.lr, inner.rule)
+        fast, engine = {name: slow[name] for name in inner.lr}, module_engine(self.model, inner, x, y)
         for step in range(inner.steps):
             buffers = self._fresh_buffers(len(first(x)), step)
             gradients = engine.gradients(self.model, inner, fast, buffers, x, y)
             self._remember(buffers)
-            fast = stepped(fast, gradients, rates, step)
+            fast = steps.take(fast, gradients)
             yield fast
 
     def _logits(self, fast: Mapping[str, Tensor], x: Tensor, step: int, *, remember: bool = True) -> Tensor:
@@ -311,19 +314,13 @@ class MAMLPlusPlus(RatedInnerLoop):
                     buffer.copy_(buffers[f"{prefix}.{name}" if prefix else name].mean(0))
 
 
-def _fused_walk(loop: FusedLoop, model: nn.Module, x: Tensor, y: Tensor) -> Iterator[dict[str, Tensor]]:
+def _fused_walk(model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor) -> Iterator[dict[str, Tensor]]:
     """All weights after each inner step of a multi-layer perceptron."""
-    weights: Mapping[str, Tensor] = dict(model.named_parameters())
-    one_step = loop.inner._replace(steps=1)
-    for step in range(loop.inner.steps):
+    loop, weights = ENGINES["fused"].loop(model, inner)
+    for step in range(inner.steps):
         lr = loop.lr[:, step : step + 1] if isinstance(loop.lr, Tensor) else loop.lr
-        weights = FusedLoop(loop.spec, one_step, lr).adapted(weights, x, y)
+        weights = loop._replace(inner=inner._replace(steps=1), lr=lr).adapted(weights, x, y)
         yield weights
-
-
-def _key(name: str) -> str:
-    """What a parameter's layer is called in `rates`: never like an attribute of the dict, as `values` would be."""
-    return "layer/" + name.rpartition(".")[0].replace(".", "/")
 
 
 def _replace_batch_norms(model: nn.Module, steps: int) -> nn.Module:

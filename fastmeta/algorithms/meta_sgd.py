@@ -7,13 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..engines import Rates
 from ._arguments import check_number
+from ._inner_lr import as_rule
 from ._lazy import check_initialised
-from ._rated_loop import RatedInnerLoop
-from ._rates import Rates
+from ._rated_loop import LearnedRates
 
 
-class MetaSGD(RatedInnerLoop):
+class MetaSGD(LearnedRates):
     """Meta-SGD (Li, Zhou, Chen, Li 2017, "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning", equation 2
     and algorithm 1).
 
@@ -23,13 +24,15 @@ class MetaSGD(RatedInnerLoop):
     inner step if asked for, all with the same rates; the paper's one.
 
     `rates` holds the rates, a parameter for each of the model's, with `/` for `.` in its name; an optimiser over
-    `parameters()` trains them too.
+    `parameters()` trains them too. Those of a frozen parameter are neither used nor trained until it is unfrozen. A
+    saved state that has none of a frozen parameter loads all the same.
 
     Args:
         model: any module from examples `[B, ...]` to predictions `[B, C]`. Parameters with `requires_grad=False` are
             neither adapted nor trained.
         initial_rates: the rates start uniform in this range, the paper's `(0.005, 0.1)` by default.
         inner_steps: `K >= 0`, 1 by default as in the paper. May be set anew between calls.
+        momentum, weight_decay, clip_norm, clip_value: of the inner steps, as in `MAML`.
         first_order: drop the second derivatives; the rates' own gradient stays.
         loss: as in `MAML`.
         task_chunk: at most this many tasks at a time, to bound memory; as in `MAML`.
@@ -46,12 +49,17 @@ class MetaSGD(RatedInnerLoop):
         *,
         initial_rates: tuple[float, float] = (0.005, 0.1),
         inner_steps: int = 1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
         first_order: bool = False,
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
         task_chunk: int | None = None,
     ):
         check_initialised(model, "MetaSGD")
         super().__init__(model, inner_steps=inner_steps, first_order=first_order, loss=loss, task_chunk=task_chunk)
+        self.rule = as_rule(momentum, weight_decay, clip_norm, clip_value)
         if not isinstance(initial_rates, (tuple, list)) or len(initial_rates) != 2:
             raise TypeError(f"initial_rates must be a pair (low, high), got {initial_rates!r}")
         low, high = (check_number("initial_rates", rate) for rate in initial_rates)
@@ -59,13 +67,14 @@ class MetaSGD(RatedInnerLoop):
             raise ValueError(f"initial_rates must be a range, got {low} to {high}")
         self.rates = nn.ParameterDict(
             {
-                name.replace(".", "/"): nn.Parameter(torch.empty_like(p).uniform_(low, high))
+                self._key(name): nn.Parameter(torch.empty_like(p).uniform_(low, high))
                 for name, p in model.named_parameters()
-                if p.requires_grad
             }
         )
 
-    def _rates(self) -> Rates:
-        slow = dict(self.model.named_parameters())
-        named = {key.replace("/", "."): rate for key, rate in self.rates.items()}
-        return {name: rate.unsqueeze(0) for name, rate in named.items() if slow[name].requires_grad}
+    def _rates(self, support_x: Tensor) -> Rates:
+        return {n: self.rates[self._key(n)].unsqueeze(0) for n, p in self.model.named_parameters() if p.requires_grad}
+
+    @staticmethod
+    def _key(name: str) -> str:
+        return name.replace(".", "/")

@@ -4,6 +4,7 @@ from ._as_loss import as_loss
 from ._base import Engine, InnerLoop
 from ._exact import gradients_per_task, twice_differentiable
 from ._losses import Loss, check_one_tensor, check_prediction, loss_of_task
+from ._steps import PLAIN, Rates, Rule, Steps
 from .select import ENGINES, choose, explain, module_engine
 
 __all__ = [
@@ -11,6 +12,10 @@ __all__ = [
     "Engine",
     "InnerLoop",
     "Loss",
+    "PLAIN",
+    "Rates",
+    "Rule",
+    "Steps",
     "as_loss",
     "check_one_tensor",
     "check_prediction",

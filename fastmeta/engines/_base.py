@@ -14,19 +14,21 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from ._losses import Loss
+from ._steps import PLAIN, Rates, Rule
 
 Parameters = Mapping[str, Tensor]
 
 
 class InnerLoop(NamedTuple):
-    """What happens inside a task: `steps` times `w <- w - lr * gradient of loss(support)`."""
+    """What happens inside a task: `steps` times `w <- w - lr * gradient of loss(support)`, and what `rule` adds."""
 
-    lr: float
+    lr: float | Rates  # with rates by name what they name adapts, else whatever requires gradients
     steps: int
     first_order: bool
     loss: Loss
     target_gradients: bool = False  # the targets themselves are to be differentiated with respect to
     queries: int = 0  # query rows of a task, where there are some
+    rule: Rule = PLAIN
 
 
 class Engine(Protocol):

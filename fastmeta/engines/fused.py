@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor, nn
 
 from fastmeta.dispatch.backends import forced_backend, why_not
@@ -10,6 +13,7 @@ from fastmeta.functional.inner_loops import first_layer_cost
 from fastmeta.ops.meta_loss_mlp import SPEC
 
 from ._base import InnerLoop, Parameters
+from ._steps import Rates, adapting, rate_of_steps
 from .fused_loop import FusedLoop
 from .inspect import MLPSpec, mlp_spec, parameters_of
 from .layerwise import LayerwiseEngine, rows
@@ -39,6 +43,13 @@ class FusedEngine(LayerwiseEngine):
             return "some of its layers have a bias and some have none"
         if inner.target_gradients:
             return "targets that require gradients have none in the kernels"
+        if inner.rule.clips:
+            return "the kernels do not clip gradients"
+        if isinstance(inner.lr, Mapping):
+            of_layer = _rates_of_layers(spec, inner.lr)
+            by_step = any(rate is not None and len(rate) != 1 for layer in of_layer for rate in layer)
+            if by_step and not _one_per_layer(of_layer):
+                return "rates that change from step to step are one for each layer in the kernels"
         return None
 
     def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
@@ -61,7 +72,7 @@ class FusedEngine(LayerwiseEngine):
     def adapt(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
         loop, slow = self.loop(model, inner)
         fast = loop.adapted(slow, support_x, support_y)
-        return slow | {name: w for name, w in fast.items() if slow[name].requires_grad}
+        return slow | {name: fast[name] for name in adapting(slow, inner.lr) if name in fast}
 
     def query(
         self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
@@ -77,23 +88,33 @@ class FusedEngine(LayerwiseEngine):
     def loop(self, model: nn.Module, inner: InnerLoop) -> tuple[FusedLoop, dict[str, nn.Parameter]]:
         """The loop as the kernels take it, and the slow weights that it starts from."""
         spec, slow = mlp_spec(model), parameters_of(model)
-        return FusedLoop(spec, inner, _rates(spec, slow, inner.lr)), slow
+        return FusedLoop(spec, inner, _kernel_rates(spec, slow, inner.lr, inner.steps)), slow
 
 
-def _rates(spec: MLPSpec, slow: Parameters, lr: float):
-    """The inner rate, 0 for what is frozen."""
-    frozen = [
-        tuple(not slow[name].requires_grad for name in names if name is not None)
-        for names in zip(spec.weights, spec.biases, strict=True)
-    ]
-    if not any(map(any, frozen)):
-        return lr
-    like = slow[spec.weights[0]]
-    if all(all(layer) or not any(layer) for layer in frozen):
-        # [L, 1]: a vector alone would mean the steps where there are as many of them as layers
-        return like.new_tensor([[0.0 if layer[0] else lr] for layer in frozen])
-    rates = [
-        [slow[name].new_full(slow[name].shape, lr if slow[name].requires_grad else 0.0) for name in names if name]
-        for names in (spec.weights, spec.biases)
-    ]
-    return rates[0], rates[1] or None
+def _kernel_rates(spec: MLPSpec, slow: Parameters, lr: float | Rates, steps: int):
+    """Rates as `adapt_mlp` takes them, 0 for what does not adapt: a float, a table `[L, K]`, or one per parameter."""
+    if not isinstance(lr, Mapping):
+        of_kernel = [slow[name] for name in (*spec.weights, *spec.biases) if name is not None]
+        if all(p.requires_grad for p in of_kernel):
+            return lr
+        lr = dict.fromkeys(adapting(slow, lr), of_kernel[0].new_full((1,), lr))
+    of_layer = _rates_of_layers(spec, lr)
+    if _one_per_layer(of_layer):
+        none = slow[spec.weights[0]].new_zeros(steps)
+        return torch.stack([none if rate is None else rate_of_steps(rate, steps).flatten() for rate, *_ in of_layer])
+
+    def per_element(names):
+        return [lr[name][0].expand(slow[name].shape) if name in lr else torch.zeros_like(slow[name]) for name in names]
+
+    return per_element(spec.weights), None if spec.biases[0] is None else per_element(spec.biases)
+
+
+def _rates_of_layers(spec: MLPSpec, rates: Rates) -> list[list[Tensor | None]]:
+    pairs = zip(spec.weights, spec.biases, strict=True)
+    return [[rates.get(name) for name in pair if name is not None] for pair in pairs]
+
+
+def _one_per_layer(of_layer: list[list[Tensor | None]]) -> bool:
+    return all(
+        rate is layer[0] and (rate is None or rate.numel() == len(rate)) for layer in of_layer for rate in layer
+    )

@@ -77,4 +77,6 @@ class FusedLoop(NamedTuple):
             "huber_delta": self.inner.loss.huber_delta,
             "activation": hidden,
             "first_order": self.inner.first_order,
+            "momentum": self.inner.rule.momentum,
+            "weight_decay": self.inner.rule.weight_decay,
         }

@@ -13,12 +13,15 @@ every product with them is one dense matrix product over all rows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _activations
 from ._base import InnerLoop, Parameters
+from ._steps import PLAIN, Steps, adapting
 from .inspect import MLPSpec, mlp_spec, parameters_of
 
 SEVERAL = "inputs are several tensors"
@@ -39,8 +42,11 @@ class LayerwiseEngine:
         spec = mlp_spec(model)
         slow = dict(model.named_parameters())
         weights, biases = layers(spec, slow)
-        adapt_weight = [w.requires_grad for w in weights]
-        adapt_bias = [b is not None and b.requires_grad for b in biases]
+        names = set(adapting(slow, inner.lr))
+        adapt_weight, adapt_bias = ([n in names for n in group] for group in (spec.weights, spec.biases))
+        # everything backward is linear in the loss's gradient: there the step size goes in once, if nothing else does
+        steps = Steps(inner.lr, inner.rule) if isinstance(inner.lr, Mapping) or inner.rule != PLAIN else None
+        factor = -inner.lr if steps is None else 1.0
         # a factor of the steps' gradients, which count as constants in first order
         x = rows(spec, support_x.detach() if inner.first_order else support_x)
         constant = None
@@ -50,9 +56,11 @@ class LayerwiseEngine:
                 if constant is None:
                     inner.loss.check(prediction.shape, support_y, "support_y")
                     constant = inner.loss.constant(support_y, prediction)
-                # Everything backward is linear in this gradient, so the step size goes in once, here.
-                gradient = inner.loss.gradient(prediction, constant) * -inner.lr
+                gradient = inner.loss.gradient(prediction, constant) * factor
                 deltas = backward(spec, weights, inputs, pre, prediction, gradient)
+            if steps is not None:
+                weights, biases = _taken(steps, spec, weights, biases, names, inputs, deltas)
+                continue
             for layer, (delta, a) in enumerate(zip(deltas, inputs, strict=True)):
                 if adapt_weight[layer]:
                     weights[layer] = torch.baddbmm(weights[layer], delta.mT, a)
@@ -72,6 +80,20 @@ class LayerwiseEngine:
     def predict(self, model: nn.Module, weights: Parameters, x: Tensor) -> Tensor:
         spec = mlp_spec(model)
         return forward(spec, *layers(spec, weights), rows(spec, x))[2]
+
+
+def _taken(
+    steps: Steps, spec: MLPSpec, weights: list[Tensor], biases: list, names: set[str], inputs, deltas
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Weights and biases after a step of any kind, for which the gradients themselves are formed."""
+    gradients = {}
+    for weight, bias, delta, a in zip(spec.weights, spec.biases, deltas, inputs, strict=True):
+        if weight in names:
+            gradients[weight] = torch.matmul(delta.mT, a)
+        if bias in names:
+            gradients[bias] = delta.sum(1)
+    named = dict(zip((*spec.weights, *spec.biases), (*weights, *biases), strict=True))
+    return layers(spec, named | steps.take({name: named[name] for name in gradients}, gradients))
 
 
 def why_no_formulas(model: nn.Module, support_x: Tensor) -> str | None:

@@ -18,12 +18,15 @@ layers' widths. The formulas below are for plain MLPs; any other module is serve
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _activations
 from ._base import Engine, InnerLoop, Parameters
+from ._steps import PLAIN
 from .inspect import MLPSpec, mlp_spec
 from .layerwise import LayerwiseEngine, rows, why_no_formulas
 from .lowrank_module import LowRankModuleEngine
@@ -35,6 +38,10 @@ class LowRankEngine:
     name = "lowrank"
 
     def why_not(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
+        if isinstance(inner.lr, Mapping):
+            return "its rows hold one rate, and rates of layers or steps were asked for"
+        if inner.rule != PLAIN:
+            return "its rows hold plain gradient steps, without momentum, weight decay or clipping"
         return _form(model, support_x).why_not(model, inner, support_x)
 
     def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:

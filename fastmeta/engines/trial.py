@@ -19,6 +19,7 @@ from fastmeta._trees import first, flatten, kind, split, tree_map
 
 from ._base import Engine, InnerLoop
 from ._exact import outside_inference_mode
+from ._steps import PLAIN
 from .loop import LoopEngine
 
 _LOOP = LoopEngine()
@@ -57,7 +58,8 @@ def _key(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tenso
 
 @outside_inference_mode
 def _tried(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> str | None:
-    inner = inner._replace(steps=min(inner.steps, 1), lr=0.1)  # a rate at which a missing term shows
+    # a rate at which a missing term shows; what becomes of a gradient is the same in every engine
+    inner = inner._replace(steps=min(inner.steps, 1), lr=0.1, rule=PLAIN)
     device = first(x).device
     devices = [device] if device.type == "cuda" else []
     try:

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from fastmeta import functional
-from fastmeta._trees import Outputs, arguments, first, flatten, unflatten
+from fastmeta._trees import Outputs, arguments, first, flatten, tree_map, unflatten
 
 from ._base import InnerLoop, Parameters, is_shared
-from ._exact import gradients_per_task, mappable, twice_differentiable
+from ._exact import gradients_per_task, mappable, outside_inference_mode, twice_differentiable
 from ._losses import loss_of_task
+from ._replica import replica
+from ._steps import Steps, adapting
 
 
 class VmapEngine:
@@ -41,11 +42,15 @@ class VmapEngine:
 
     def adapt(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
         slow = dict(model.named_parameters())
-        fast = {name: p for name, p in slow.items() if p.requires_grad}
+        names, steps = adapting(slow, inner.lr), Steps(inner.lr, inner.rule)
+        if inner.rule.weight_decay and inner.steps and len(first(support_x)):
+            used = in_use(model, inner, support_x, support_y)
+            names = [name for name in names if name in used]
+        fast = {name: slow[name] for name in names}
         for _ in range(inner.steps):
             buffers = buffers_per_task(model, len(first(support_x)))
             gradients = self.gradients(model, inner, fast, buffers, support_x, support_y)
-            fast = functional.fast_weight_update(fast, gradients, inner.lr)
+            fast = steps.take(fast, gradients)
         return slow | fast
 
     def query(
@@ -114,6 +119,27 @@ class VmapEngine:
         """As `mapped`, the gradient of `function` for its first argument, exact to the second order if that is
         wanted."""
         return gradients_per_task(function, in_dims, second_order=second_order)
+
+
+def in_use(model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor) -> set[str]:
+    """The parameters that the first task's loss depends on: `torch.optim.SGD` does not decay others, whose gradient is
+    None, where `torch.func` knows no difference from zero."""
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return {name for name, _ in model.named_parameters()}
+    return _in_use(model, inner, *(tree_map(lambda leaf: leaf[0], tree) for tree in (x, y)))
+
+
+@outside_inference_mode
+def _in_use(model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor) -> set[str]:
+    leaves = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+    # random layers must not find other numbers because of this
+    device = first(x).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        loss = loss_of_task(inner.loss, functional_call(replica(model), leaves, *arguments(x)), y, "support_y")
+        if not loss.requires_grad:
+            return set()
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {name for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
 
 
 def _axes(weights: Parameters, slow: Parameters) -> dict[str, int | None]:

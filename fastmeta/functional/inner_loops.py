@@ -81,9 +81,9 @@ def adapt_mlp(
             (below). Has no gradient.
         weights: one per layer, `[O, I]` shared by the tasks or `[T, O, I]`, as `nn.Linear.weight`.
         biases: one per layer, `[O]` or `[T, O]`; None for a net without.
-        lr: inner rate: a float; a tensor `[]`, `[L]` (per layer), `[K]` (per step, where K differs from L), `[L, K]` (1
-            for either repeats); or per element (Meta-SGD) a pair `(weight_rates, bias_rates)` of lists in the shapes of
-            weights and biases.
+        lr: inner rate: a float; a tensor `[]`, `[L]` (per layer), `[K]` (per step), `[L, K]` (1 for either repeats; so
+            written where K is L, where a vector could mean both); or per element (Meta-SGD) a pair
+            `(weight_rates, bias_rates)` of lists in the shapes of weights and biases.
         steps: K, 0 and up.
         loss: "cross_entropy", "mse", "binary_cross_entropy" (of logits) or "huber", means over rows and outputs; or
             "maximum_entropy".
@@ -182,11 +182,13 @@ def meta_loss_mlp(
 
 
 def mean_meta_loss_mlp(support_x, support_y, query_x, query_y, weights, biases, *, lr, steps, loss, activation,
-                       first_order, huber_delta=1.0, task_weights=None) -> tuple[MetaLoss, Tensor]:  # fmt: skip
+                       first_order, momentum=0.0, weight_decay=0.0, huber_delta=1.0, task_weights=None
+                       ) -> tuple[MetaLoss, Tensor]:  # fmt: skip
     """`meta_loss_mlp`, its losses without weights, and their weighted mean: what to differentiate, as kernels find its
     gradient too."""
     return _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation,
-                                   first_order, task_weights, huber_delta=huber_delta)  # fmt: skip
+                                   first_order, task_weights, momentum, weight_decay,
+                                   huber_delta=huber_delta)  # fmt: skip
 
 
 def _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation,
@@ -210,11 +212,13 @@ def _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, bia
 
 
 def dense_arguments(support_x, support_y, query_x, query_y, weights, biases, *, lr, steps, loss, activation,
-                    first_order, huber_delta=1.0) -> tuple | None:  # fmt: skip
+                    first_order, momentum, weight_decay, huber_delta) -> tuple | None:  # fmt: skip
     """What `mean_meta_loss_mlp` of the same gives the op; None where the first layer's products are not the op's."""
-    loop = _Loop(support_x, support_y, (query_x, query_y, None), weights, biases, lr, steps, loss, activation, 0.0, 0.0,
-                 None, None, "auto", first_order, huber_delta)  # fmt: skip
-    return None if loop.lowrank else loop.meta_loss_arguments(loss, activation, huber_delta, 0.0, 0.0, first_order)
+    loop = _Loop(support_x, support_y, (query_x, query_y, None), weights, biases, lr, steps, loss, activation, momentum,
+                 weight_decay, None, None, "auto", first_order, huber_delta)  # fmt: skip
+    if loop.lowrank:
+        return None
+    return loop.meta_loss_arguments(loss, activation, huber_delta, momentum, weight_decay, first_order)
 
 
 class _Loop:
@@ -349,6 +353,11 @@ class _Loop:
 
     def _rate_table(self, lr: Tensor) -> Tensor:
         layers, steps = len(self.weights), self.steps
+        if lr.dim() == 1 and 1 < layers == steps == lr.shape[0]:
+            raise ValueError(
+                f"lr of shape [{layers}] may be a rate per layer or per step, of which there are as many: give [L, 1] "
+                "or [1, K]"
+            )
         if lr.dim() == 1 and lr.shape[0] in (1, layers):
             lr = lr.unsqueeze(1)
         elif lr.dim() == 1 and lr.shape[0] == steps:

@@ -51,12 +51,12 @@ def test_protocol(net):
     assert_keeps_the_protocol(algorithm, class_batch(shape=shape))
 
 
-def test_frozen_parameters_stay_and_have_no_rate():
+def test_frozen_parameters_stay_and_their_rates_rest():
     model, batch = small_mlp(), class_batch()
     for p in model[1].parameters():
         p.requires_grad_(False)
     algorithm = MetaSGD(model, inner_steps=2)
-    assert sorted(algorithm.rates) == ["3/bias", "3/weight", "5/bias", "5/weight"]
+    assert sorted(algorithm.rates) == [f"{i}/{kind}" for i in (1, 3, 5) for kind in ("bias", "weight")]
     state = algorithm.adapt(batch.support_x, batch.support_y)
     assert state.shared == {"1.weight", "1.bias"}
     truth = plain_loop(model, batch, rate_of(algorithm), steps=2, adapts=lambda name: not name.startswith("1."))
