@@ -14,6 +14,7 @@ from fastmeta.algorithms import ANIL, BOIL, CAVIA, MAML, ImplicitMAML, MAMLPlusP
 from fastmeta.dispatch import native
 from fastmeta.engines import ENGINES
 from fastmeta.tasks import TaskBatch
+from fastmeta.training.metrics import CalibrationError
 
 T, S, Q, IN, C = 3, 5, 6, 4, 3
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -336,6 +337,16 @@ def test_accuracy_of_nothing():
     batch.query_y[1] = -100
     output = MAML(make_net(), loss=nn.CrossEntropyLoss(reduction="sum"))(batch)
     assert [math.isnan(a) for a in output.accuracy.tolist()] == [False, True, False] and output.task_loss[1] == 0
+
+
+def test_calibration_leaves_out_what_is_no_class():
+    batch, g = make_batch("ignored"), torch.Generator().manual_seed(0)
+    logits, counts = torch.randn(T, Q, C, generator=g), batch.query_y >= 0
+    whole, parts = CalibrationError(), CalibrationError()
+    whole.add(logits, batch.query_y)
+    for z, y, kept in zip(logits, batch.query_y, counts, strict=True):
+        parts.add(z[kept].unsqueeze(0), y[kept].unsqueeze(0))
+    assert whole.read() == pytest.approx(parts.read(), rel=1e-12)
 
 
 # every algorithm -----------------------------------------------------------------------------------------------------
