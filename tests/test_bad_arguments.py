@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 from wrong_values import (
+    NO_TENSORS,
     Argument,
     N,
     choice,
@@ -36,18 +37,24 @@ from wrong_values import (
     number,
     one_of,
     optional,
+    pair,
     partitions,
     path,
     rates,
     seed,
     sizes,
+    unread,
+    widened,
 )  # fmt: skip
 
 import fastmeta
 from fastmeta import algorithms, functional, irl, tasks, training
+from fastmeta.algorithms._embedding import EmbeddingLearner
 from fastmeta.nn import conv4, mlp
+from fastmeta.tasks import TaskBatch
 
 T, S, Q, D = 2, 6, 4, 5
+MODULES = ("encoder", "model")  # whose fault it may be as well that the two do not fit together
 HOME = str(Path(fastmeta.__file__).parent)
 
 
@@ -78,7 +85,7 @@ def problem_of(case: Case, name: str, label: str, value: Any, may_be_served: boo
             case.call(**given)
     except (TypeError, ValueError) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        names = [name, *case.arguments] if may_be_served else [name]
+        names = [name, *case.arguments, *MODULES] if may_be_served else [name]
         if type(error) not in (TypeError, ValueError, training.CheckpointError):
             return f"{name} = {label}: {type(error).__name__}"
         if not where.filename.startswith(HOME):
@@ -246,6 +253,142 @@ case("run_config", training.run_config, algorithm=choice("maml", "protonet"), da
      **SETTINGS)  # fmt: skip
 
 
+# -------------------------------------------------------------------------------------------------------- algorithms
+def net(outputs: int = N) -> nn.Module:
+    return nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, outputs))
+
+
+def convolutions(outputs: int = N) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, outputs))
+
+
+WAYS = {"ways": count(N, or_none=True)}
+LOSS = Argument(lambda: "cross_entropy", choice("cross_entropy").wrong, {"function": nn.functional.cross_entropy})
+INNER = {"inner_steps": count(2, 0), "loss": LOSS}
+TASK_CHUNK = {"first_order": flag(), "task_chunk": count(1, or_none=True)}
+RATE = {"inner_lr": number(0.1, 0)}
+RULE = {
+    "momentum": number(0.0, 0), "weight_decay": number(0.0, 0), "clip_norm": number(1.0, 0, open=True, or_none=True),
+    "clip_value": number(1.0, 0, open=True, or_none=True),
+}  # fmt: skip
+RULED = RULE | RATE | {"learn_inner_lr": flag()}
+# by name: how it is made, the module, and its other arguments
+LEARNERS = {
+    "MAML": (net, INNER | TASK_CHUNK | RULED | {
+        "engine": choice("auto", "fused", "lowrank", "layerwise", "vmap", "loop")}),
+    "ANIL": (net, INNER | TASK_CHUNK | RULED | {"adapts": choice("head", "body")}),
+    "BOIL": (net, INNER | TASK_CHUNK | RULED),
+    "MetaSGD": (net, INNER | TASK_CHUNK | RULE | {"initial_rates": pair()}),
+    "MAMLPlusPlus": (net, INNER | TASK_CHUNK | {
+        "inner_lr": number(0.1, 0, open=True), "inner_steps": count(2), "learned_rates": flag(True),
+        "multi_step_iterations": count(2, 0), "first_order_iterations": count(2, 0),
+        "batch_norm_per_step": flag(True), "adapt_norms": flag()}),
+    # the context joins the examples, which takes the wider of their dtypes
+    "CAVIA": (lambda: nn.Linear(D + 2, N), INNER | TASK_CHUNK | RATE | {
+        "context_size": count(2), "concatenate": flag(True)}),
+    "ImplicitMAML": (net, INNER | RATE | {"regularization": number(1.0, 0, open=True), "cg_steps": count(2),
+                                          "cg_damping": number(0.0, 0)}),
+    "Reptile": (net, INNER | RATE | {"optimizer": choice("adam", "sgd"), "batch_size": count(2, or_none=True),
+                                     "train_on": choice("all", "support"), "serial": flag(),
+                                     "serial_rate": number(0.1, 0)}),
+    "ProtoNet": (net, WAYS | {"metric": METRIC}),
+    "MatchingNetwork": (net, WAYS | {"scale": number(10.0, 0, open=True), "learn_scale": flag(True),
+                                     "full_context": flag(), "features": count(N, or_none=True), "steps": count(2)}),
+    "RelationNetwork": (net, WAYS | {"relation": module(lambda: algorithms.RelationMLP(N)),
+                                     "pool": choice("sum", "mean"), "loss": choice("mse", "cross_entropy")}),
+    "RidgeHead": (net, WAYS | {"loss": choice("cross_entropy"), "ridge": number(1.0, 0, open=True),
+                               "scale": number(1.0, or_none=True), "bias": number(0.0)}),
+    "GradientHead": (net, WAYS | {"inner_lr": number(1.0, 0, open=True), "inner_steps": count(1, 0),
+                                  "normalise": flag(True), "first_order": flag()}),
+    "Hypernetwork": (net, WAYS | {"features": count(N), "mode": choice("head", "full", "lowrank"),
+                                  "hidden": sizes(4), "activation": choice("relu", "tanh"), "set_width": count(4),
+                                  "rank": count(2)}),
+    "NearestNeighbour": (net, WAYS | {"rule": choice("mean", "nearest"),
+                                      "centre": choice("none", "support", tensor=True),
+                                      "normalise": flag(), "metric": METRIC}),
+    "Contrastive": (net, WAYS | {"projection": module(lambda: nn.Linear(N, 4), or_none=True),
+                                 "temperature": number(0.5, 0, open=True), "features": choice("encoder", "projection"),
+                                 "head": choice("mean", "ridge"), "centre": choice("none", "support"),
+                                 "ridge": number(1.0, 0, open=True), "fine_tune_steps": count(1, 0),
+                                 "fine_tune_lr": number(0.1, 0, open=True)}),
+    "InContextCAML": (net, WAYS | {"features": count(N), "max_ways": count(N), "code_width": count(5, N),
+                                   "layers": count(1), "heads": count(2), "feedforward": count(8)}),
+    "ConditionalCAML": (lambda: algorithms.FiLMMLP(N, [D, 4, N]), INNER | TASK_CHUNK | RATE | {
+        "encoder": module(net), "metric_weight": number(0.5, 0), "adapts": function(lambda: None)}),
+    "ModulatedProtoNet": (net, WAYS | {"base": module(lambda: algorithms.FiLMMLP(2 * N, [D, 4, 4])),
+                                    "metric_weight": number(0.5, 0), "metric": METRIC}),
+}  # fmt: skip
+
+
+def learner_of(name: str, make: Callable[[], nn.Module], arguments: dict[str, Argument], **more):
+    given = {key: argument.make() for key, argument in arguments.items()} | more
+    return getattr(algorithms, name)(**{module_of(name): make()}, **given).eval()
+
+
+def module_of(name: str) -> str:
+    return "model" if "inner_steps" in LEARNERS[name][1] and name != "GradientHead" else "encoder"
+
+
+def method_cases(name: str, learner: nn.Module, x: dict[str, Argument], y: dict[str, Argument]) -> None:
+    def batched(method):
+        return lambda support_x, support_y, query_x, query_y, **more: method(
+            TaskBatch(support_x, support_y, query_x, query_y), **more
+        )
+
+    batch = {"support_x": x["support_x"], "support_y": y["support_y"], "query_x": x["query_x"], "query_y": y["query_y"]}
+    # a learner says itself what it does with weights of another dtype than the losses'
+    weighted = rates(floats(T, or_none=True))
+    masked = isinstance(learner, EmbeddingLearner)
+    of_support, of_query = ({"support_mask": mask(T, S)}, {"query_mask": mask(T, Q)}) if masked else ({}, {})
+    case(f"{name}.forward", batched(learner), **batch, weights=weighted)
+    case(f"{name}.adapt", learner.adapt, support_x=batch["support_x"], support_y=batch["support_y"], **of_support)
+    state = learner.adapt(batch["support_x"].make(), batch["support_y"].make())
+    case(f"{name}.predict", learner.predict, state=one_of(lambda: state), query_x=batch["query_x"], **of_query)
+    if masked:
+        constants = {key: argument.make() for key, argument in batch.items()}
+        case(f"{name}.forward with masks", lambda **fields: learner(TaskBatch(**fields)), constants,
+             **of_support, **of_query)  # fmt: skip
+    whole = TaskBatch(*(argument.make() for argument in batch.values()))
+    wrong = {"three": whole[:3], "five": (*whole, None), "dict": dict(zip(batch, whole, strict=True))}
+    given = Argument(lambda: whole, dict(NO_TENSORS) | wrong, {"list": list(whole), "tuple": tuple(whole)})
+    case(f"{name}.forward of a batch", learner.forward, batch=given)
+    for method in ("gradients", "explain"):
+        if hasattr(learner, method):
+            more = {"weights": weighted} if method == "gradients" else {}
+            given_to = batch if method == "gradients" else {key: unread(argument) for key, argument in batch.items()}
+            case(f"{name}.{method}", batched(getattr(learner, method)), **given_to, **more)
+            case(f"{name}.{method} of a batch", getattr(learner, method), batch=given)
+
+
+X = {"support_x": floats(T, S, D, any_type=True), "query_x": floats(T, Q, D, any_type=True)}
+Y = {"support_y": labels(T, S), "query_y": labels(T, Q)}
+ANY = {"support_y": labels(T, S, any_label=True), "query_y": labels(T, Q, any_label=True)}  # of the support rows' own
+for name, (make, options) in LEARNERS.items():
+    first = module_of(name)
+    case(name, getattr(algorithms, name), **{first: module(make)}, **options)
+    examples = {key: widened(argument) for key, argument in X.items()} if name == "CAVIA" else X
+    method_cases(name, learner_of(name, make, options), examples, Y if first == "model" else ANY)
+IMAGES = {"support_x": floats(T, S, 1, 6, 6, any_type=True), "query_x": floats(T, Q, 1, 6, 6, any_type=True)}
+VALUES = {"support_y": widened(floats(T, S, N, any_type=True)), "query_y": widened(floats(T, Q, N, any_type=True))}
+for name, targets in (("MAML", Y), ("ANIL", Y), ("ProtoNet", ANY)):
+    method_cases(f"{name} on images", learner_of(name, convolutions, LEARNERS[name][1]), IMAGES, targets)
+for name in ("MAML", "CAVIA", "Reptile"):
+    make, options = LEARNERS[name]
+    examples = {key: widened(argument) for key, argument in X.items()} if name == "CAVIA" else X
+    method_cases(f"{name} on values", learner_of(name, make, options, loss="mse"), examples, VALUES)
+case("BatchNormPerStep", algorithms.maml_plus_plus.BatchNormPerStep, num_features=count(3), steps=count(2),
+     momentum=number(0.1, 0), eps=number(1e-5, 0), affine=flag(True), track_running_stats=flag(True))  # fmt: skip
+case("FiLM", algorithms.FiLM, condition=count(4), channels=count(3), hidden=count(3))
+case("FiLMConv4", algorithms.FiLMConv4, condition=count(4), in_channels=count(1), hidden=count(3))
+case("FiLMMLP", algorithms.FiLMMLP, condition=count(4), sizes=sizes(5, 4, 3))
+case("ContextFiLM", algorithms.ContextFiLM, context_size=count(4), channels=count(3))
+case("ContextFiLMConv4", algorithms.ContextFiLMConv4, outputs=count(4), context_size=count(3), in_channels=count(1),
+     hidden=count(3), image_size=count(28, 16), film_after=count(3))  # fmt: skip
+case("RelationMLP", algorithms.RelationMLP, features=count(4), hidden=count(3))
+case("RelationConv", algorithms.RelationConv, channels=count(4), hidden=count(3), linear=count(3), size=count(7, 4))
+case("relation_encoder", algorithms.relation_encoder, in_channels=count(1), hidden=count(3))
+
+
 @pytest.fixture(autouse=True)
 def few_glyphs(monkeypatch):
     """Drawing the whole alphabet takes seconds."""
@@ -262,3 +405,58 @@ def test_wrong_argument(label, name):
     problems += [problem_of(found, name, kind, value, True) for kind, value in argument.odd.items()]
     problems = [problem for problem in problems if problem is not None]
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_batch_may_be_a_list_of_its_fields(name):
+    make, options = LEARNERS[name]
+    learner = learner_of(name, make, options)
+    batch = TaskBatch(*((X | Y)[field].make() for field in ("support_x", "support_y", "query_x", "query_y")))
+    for method in ("forward", "gradients"):
+        if hasattr(learner, method):
+            torch.manual_seed(0)
+            wanted = getattr(learner, method)(batch)
+            for given in (list(batch), tuple(batch), (*batch, None, None)):
+                torch.manual_seed(0)
+                torch.testing.assert_close(getattr(learner, method)(given), wanted, rtol=0, atol=0)
+
+
+def test_a_model_of_another_dtype_is_named_with_its_examples():
+    """Plain torch would say that two matrices must have the same dtype."""
+    learner = algorithms.MAML(convolutions())
+    x, y = torch.rand(2, 3, 1, 6, 6, dtype=torch.float64), torch.zeros(2, 3).long()
+    for run in (lambda: learner((x, y, x, y)), lambda: learner.gradients((x, y, x, y)), lambda: learner.adapt(x, y)):
+        with pytest.raises(TypeError, match="support_x is float64, but model's parameters are float32: .*type"):
+            run()
+    with pytest.raises(TypeError, match="support_x is float64, but encoder's parameters are float32: .*type"):
+        algorithms.ProtoNet(convolutions())((x, y, x, y))
+
+
+class Broken(nn.Module):
+    """What fails here is the module's own."""
+
+    def forward(self, x):
+        raise RuntimeError("no flux")
+
+
+@pytest.mark.parametrize("make", [algorithms.ProtoNet, lambda model: algorithms.MAML(nn.Sequential(net(), model))])
+def test_an_error_of_the_module_itself_is_left_as_it_is(make):
+    x, y = torch.rand(2, 3, 5), torch.zeros(2, 3).long()
+    with pytest.raises(RuntimeError, match="^no flux$"):
+        make(Broken())((x, y, x, y))
+
+
+def test_looking_why_a_call_failed_changes_nothing():
+    """Statistics of a batch norm and the random state are as after the call itself."""
+    encoder = nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(4, 3))
+    learner = algorithms.ProtoNet(encoder)
+    x, y = torch.rand(2, 3, 5), torch.zeros(2, 3).long()
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError):
+        encoder(torch.cat([x, x], 1).flatten(0, 1))
+    mean, state = encoder[0].running_mean.clone(), torch.get_rng_state()
+    encoder[0].reset_running_stats()
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"support_x has rows of shape \[5\], which encoder does not take: mat1 and"):
+        learner((x, y, x, y))
+    assert torch.equal(encoder[0].running_mean, mean) and torch.equal(torch.get_rng_state(), state)

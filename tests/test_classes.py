@@ -248,7 +248,7 @@ def test_errors_name_the_task(name):
         ("support_mask", lambda mask: net.adapt(batch.support_x, batch.support_y, mask)),
         ("query_mask", lambda mask: net.predict(state, batch.query_x, mask)),
     ):
-        with pytest.raises(TypeError, match=f"{which} must be a bool tensor, got torch.float32"):
+        with pytest.raises(TypeError, match=f"{which} must be a bool tensor, got float32"):
             use(torch.ones(3, 6))
         with pytest.raises(ValueError, match=rf"{which} must have shape \[3, 6\]"):
             use(torch.ones(3, 5).bool())

@@ -62,11 +62,13 @@ def floats(*shape, alone: bool = False, or_none: bool = False, any_type: bool = 
     return Argument(lambda: right.clone(), wrong, odd)
 
 
-def labels(*shape) -> Argument:
+def labels(*shape, any_label: bool = False) -> Argument:
     right = (torch.arange(shape[-1]) % N).expand(shape).clone()
     wrong = dict(NO_TENSORS) | layouts(right) | {"float32": right.float(), "int32": right.int(), "bool": right > 0}
-    wrong |= {"float16": right.half(), "negative": right - 1, "too large": right + 7}
-    return Argument(lambda: right.clone(), wrong, shapes(right) | {"meta": wrong.pop("meta")})
+    wrong["float16"] = right.half()
+    odd = shapes(right) | {"meta": wrong.pop("meta")}
+    (odd if any_label else wrong).update({"negative": right - 1, "too large": right + 7})
+    return Argument(lambda: right.clone(), wrong, odd)
 
 
 def mask(*shape) -> Argument:
@@ -79,9 +81,24 @@ def mask(*shape) -> Argument:
 def rates(argument: Argument) -> Argument:
     """Rates may be plain numbers too, and have any of the floating dtypes."""
     fine = ("number", "list", "float16", "float64")
-    served = {label for label in argument.wrong if label in fine or label.removeprefix("[0] ") in fine}
+    return may(argument, {label for label in argument.wrong if label.removeprefix("[0] ") in fine})
+
+
+def may(argument: Argument, served: set[str]) -> Argument:
+    """The same, but that some of what is wrong elsewhere may be served here."""
     wrong = {label: value for label, value in argument.wrong.items() if label not in served}
-    return Argument(argument.make, wrong, argument.odd | {label: argument.wrong[label] for label in served})
+    return Argument(argument.make, wrong, argument.odd | {k: v for k, v in argument.wrong.items() if k in served})
+
+
+def widened(argument: Argument) -> Argument:
+    """Where torch takes the wider of two dtypes."""
+    return may(argument, {"float16", "float64"})
+
+
+def unread(argument: Argument) -> Argument:
+    """Where only the shape is looked at."""
+    values = {"float16", "float32", "float64", "int32", "bool", "complex", "negative", "too large"}
+    return may(argument, values)
 
 
 def layers(*parameters: tuple[int, ...], or_none: bool = False) -> Argument:
@@ -124,11 +141,13 @@ def flag(right: bool = False) -> Argument:
     return Argument(lambda: right, wrong, {"the other": not right})
 
 
-def choice(right: str, *others: str, or_none: bool = False) -> Argument:
+def choice(right: str, *others: str, or_none: bool = False, tensor: bool = False) -> Argument:
     wrong = {"None": None, "text": "text", "number": 3.5, "bool": True, "list": [right], "set": {right}}
     wrong |= {"capitals": right.upper(), "tensor": torch.ones(2), "numpy": np.ones(2)}
     if or_none:
         del wrong["None"]
+    if tensor:
+        del wrong["tensor"]
     return Argument(lambda: right, wrong, {other: other for other in others})
 
 
@@ -151,6 +170,13 @@ def sizes(*right: int, or_none: bool = False) -> Argument:
     wrong |= {"floats": [float(r) for r in right], "texts": ["3"] * len(right), "zeros": [0] * len(right)}
     wrong |= {"bools": [True] * len(right), "negative": [-1] * len(right), "None in it": [None] * len(right)}
     return Argument(lambda: list(right), wrong, {"tuple": right})
+
+
+def pair() -> Argument:
+    """A range of rates."""
+    wrong = {"None": None, "text": "text", "number": 0.1, "one": (0.1,), "three": (0.1, 0.2, 0.3), "NaN": (0.1, NAN)}
+    wrong |= {"texts": ("0.1", "0.2"), "inf": (0.1, INF), "reversed": (0.2, 0.1), "tensor": torch.ones(2)}
+    return Argument(lambda: (0.1, 0.2), wrong | {"bools": (False, True)}, {"list": [0.1, 0.2], "negative": (-0.1, 0.1)})
 
 
 def generator() -> Argument:

@@ -6,20 +6,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fastmeta import values
 from fastmeta._trees import first, named_leaves
 from fastmeta.functional import checks
+from fastmeta.values import count as check_count  # noqa: F401
+from fastmeta.values import number as check_number  # noqa: F401
 
 if TYPE_CHECKING:
     from ..tasks import TaskBatch
-
-
-def check_count(name: str, value: int, least: int) -> int:
-    """`value`, if it is an int of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
 
 
 def check_size(name: str, value: int | None, least: int = 1, *, or_none: bool = False) -> int | None:
@@ -31,37 +25,35 @@ def check_size(name: str, value: int | None, least: int = 1, *, or_none: bool = 
     return value
 
 
-def check_number(name: str, value: float, least: float = float("-inf"), *, open: bool = False) -> float:
-    """`value` as a float, if it is a finite number of at least `least`, or above it where the range is open."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not least <= value < float("inf") or (open and value == least):
-        raise ValueError(f"{name} must be {'above' if open else 'at least'} {least} and finite, got {value}")
-    return float(value)
-
-
 def check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
-    """Raise ValueError unless inputs and targets begin with the same tasks and examples, all tensors in them."""
+    """Raise TypeError or ValueError unless inputs and targets are dense and begin with the same tasks and examples, all
+    tensors in them."""
     if isinstance(x, Tensor) and isinstance(y, Tensor):
+        values.tensor(x_name, x)
+        values.tensor(y_name, y)
         _check_rows(x_name, x, y_name, y)
         return
     inputs = check_inputs(x_name, x)
-    targets = dict(named_leaves(y, y_name))
-    if not targets:
-        raise ValueError(f"{y_name} must hold a tensor [T, B, ...], got {y!r}")
-    for name, leaf in targets.items():
+    for name, leaf in _dense_leaves(y_name, y):
         _check_rows(*inputs, name, leaf)
 
 
 def check_inputs(name: str, x: Tensor) -> tuple[str, Tensor]:
-    """The name of the first tensor in inputs, and the tensor; ValueError unless all begin with the same tasks and
-    examples."""
-    leaves = list(named_leaves(x, name))
-    if not leaves:
-        raise ValueError(f"{name} must hold a tensor [T, B, ...], got {x!r}")
+    """The name of the first tensor in inputs, and the tensor; TypeError or ValueError unless all are dense and begin
+    with the same tasks and examples."""
+    leaves = _dense_leaves(name, x)
     for leaf_name, leaf in leaves:
         _check_rows(*leaves[0], leaf_name, leaf)
     return leaves[0]
+
+
+def _dense_leaves(name: str, tree) -> list[tuple[str, Tensor]]:
+    leaves = list(named_leaves(tree, name))
+    if not leaves:
+        raise ValueError(f"{name} must hold a tensor [T, B, ...], got {values.shown(tree)}")
+    for leaf_name, leaf in leaves:
+        values.tensor(leaf_name, leaf)
+    return leaves
 
 
 def _check_rows(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -80,6 +72,7 @@ def check_batch(batch: TaskBatch) -> None:
     support_x, query_x = first(support_x), first(query_x)
     if support_x.shape[0] != query_x.shape[0]:
         raise ValueError(f"support_x has {support_x.shape[0]} tasks, query_x has {query_x.shape[0]}")
+    checks.same_kind("support_x", support_x, query_x=query_x)
 
 
 def check_weights(weights: Tensor | None, batch: TaskBatch) -> None:
@@ -97,8 +90,11 @@ def check_width(features: Tensor, width: int) -> None:
 
 
 def check_tasks(query_x: Tensor, tasks: int) -> None:
-    """Raise ValueError unless there are queries of as many tasks as the state has."""
+    """Raise TypeError or ValueError unless there are queries of as many tasks as the state has."""
     if not isinstance(query_x, Tensor):
         _, query_x = check_inputs("query_x", query_x)
+    values.tensor("query_x", query_x)
+    if query_x.dim() < 2:
+        raise ValueError(f"query_x must have shape [T, Q, ...], got {list(query_x.shape)}")
     if query_x.shape[0] != tasks:
         raise ValueError(f"query_x has {query_x.shape[0]} tasks, state has {tasks}")

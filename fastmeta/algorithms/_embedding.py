@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastmeta import values
 from fastmeta._trees import arguments, cat, described, first, named_leaves, tree_map
 from fastmeta.functional import checks
 
+from ..batch import TaskBatch
 from ._arguments import check_inputs, check_size, check_tasks, check_weights
 from ._classes import Classes, classes_of, ordinary_ways
+from ._misfit import raise_misfit
 from ._rows import (
     Group,
     check_mask,
@@ -28,9 +31,6 @@ from ._rows import (
 )
 from ._targets import check_targets, cross_entropy
 from .output import MetaOutput, classified, over_tasks, weighted
-
-if TYPE_CHECKING:
-    from ..tasks import TaskBatch
 
 
 class TaskGroups(NamedTuple):
@@ -59,7 +59,7 @@ class EmbeddingLearner(nn.Module):
 
     def __init__(self, encoder: nn.Module, ways: int | None):
         super().__init__()
-        self.encoder = encoder
+        self.encoder = values.module("encoder", encoder)
         self.ways = check_size("ways", ways, or_none=True)
 
     def adapt(self, support_x: Tensor, support_y: Tensor, support_mask: Tensor | None = None) -> Any:
@@ -70,7 +70,7 @@ class EmbeddingLearner(nn.Module):
         """
         check_examples("support_x", support_x, support_mask, "support_mask")
         ways, classes = self._classes(support_x, support_y, support_mask=support_mask)
-        features = self._encode(support_x, support_mask)
+        features = self._encode_as("support_x", support_x, support_mask)
         if support_mask is None and classes is None:
             return self._fit(features, support_y, ways)
         y = support_y if classes is None else classes.support_y
@@ -90,9 +90,10 @@ class EmbeddingLearner(nn.Module):
         `state.classes.labels`.
         """
         check_examples("query_x", query_x, query_mask, "query_mask")
-        features = self._encode(query_x, query_mask)
-        if not isinstance(state, TaskGroups):
-            check_tasks(features, self._num_tasks(state))
+        tasks = None if isinstance(state, TaskGroups) else tasks_of(state, self._num_tasks)
+        features = self._encode_as("query_x", query_x, query_mask)
+        if tasks is not None:
+            check_tasks(features, tasks)
             logits = self._score_rows(state, features, query_mask)
             return logits if query_mask is None else logits.masked_fill(~query_mask.unsqueeze(2), 0)
         check_tasks(features, sum(len(group.tasks) for group in state.groups))
@@ -117,8 +118,15 @@ class EmbeddingLearner(nn.Module):
             ValueError: a task without support rows, or with more classes than `ways`; a query row of a class that has
                 no support row. TypeError: labels that are not int64, masks that are not bool.
         """
+        batch = TaskBatch.of(batch)
+        check_examples("support_x", batch[0])
+        check_examples("query_x", batch[2])
         check_weights(weights, batch)
-        return weighted(self._all_tasks(batch), weights)
+        try:
+            return weighted(self._all_tasks(batch), weights)
+        except Exception as error:
+            raise_misfit(error, "encoder", self.encoder, {"support_x": batch[0], "query_x": batch[2]})
+            raise
 
     def _all_tasks(self, batch: TaskBatch) -> MetaOutput:
         """`forward` from the examples on."""
@@ -170,7 +178,8 @@ class EmbeddingLearner(nn.Module):
     def _check_batch(self, batch: TaskBatch) -> bool:
         """Whether the batch has masks, after checks of its examples and masks."""
         support_x, query_x = batch.support_x, batch.query_x
-        check_examples("support_x", support_x)
+        values.tensor("support_y", batch.support_y)
+        values.tensor("query_y", batch.query_y)
         support, query = dict(named_leaves(support_x, "support_x")), dict(named_leaves(query_x, "query_x"))
         if len(support) != len(query):
             raise ValueError(f"support_x and query_x must hold the same tensors, got {[*support]} and {[*query]}")
@@ -180,6 +189,7 @@ class EmbeddingLearner(nn.Module):
                     f"{name} and {query_name} must agree in tasks and example shape, got {tuple(s.shape)} "
                     f"and {tuple(q.shape)}"
                 )
+            checks.same_kind(name, s, **{query_name: q})
         return check_masks(batch)
 
     def _num_tasks(self, state: Any) -> int:
@@ -210,6 +220,14 @@ class EmbeddingLearner(nn.Module):
                 return ways, None
         return None, classes_of(support_y, query_y, support_mask, query_mask, self.ways)
 
+    def _encode_as(self, name: str, x: Tensor, mask: Tensor | None) -> Tensor:
+        """`_encode` of the argument `name`."""
+        try:
+            return self._encode(x, mask)
+        except Exception as error:
+            raise_misfit(error, "encoder", self.encoder, {name: x})
+            raise
+
     def _encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Embeddings `[T, B, D]`; of rows that are padding, which the encoder does not see, zeros."""
         returns, dims = "embeddings [B, D]", (2,)
@@ -218,12 +236,22 @@ class EmbeddingLearner(nn.Module):
         return by_rows(self.encoder, "encoder", returns, x, dims=dims, mask=mask)
 
 
+def tasks_of(state: Any, count: Callable[[Any], int]) -> int:
+    """How many tasks a state is of; TypeError where it is none of this learner's."""
+    try:
+        return count(state)
+    except (TypeError, AttributeError, IndexError, KeyError):
+        raise TypeError(f"state must be what adapt returns, got {type(state).__name__}") from None
+
+
 def check_examples(name: str, x: Tensor, mask: Tensor | None = None, mask_name: str = "") -> None:
     """Raise unless `x` is `[T, B, ...]`, and `mask`, where there is one, bool `[T, B]`."""
-    if not isinstance(x, Tensor):
+    whole = isinstance(x, Tensor)
+    if not whole:
         name, x = check_inputs(name, x)
+    values.tensor(name, x)
     # what an nn.Embedding takes for an example, a number, has no dimensions of its own
-    elif x.dim() < 2 or (x.dim() == 2 and x.is_floating_point()):
+    if x.dim() < 2 or (whole and x.dim() == 2 and x.is_floating_point()):
         raise ValueError(f"{name} must have shape [T, B, ...], got {list(x.shape)}")
     check_mask(mask_name, mask, name, x)
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from fastmeta import values
 from fastmeta._trees import arguments, first, requires_grad, split, unbind
 
+from ..batch import TaskBatch
 from ..engines import PLAIN, Engine, InnerLoop, Rates, Rule, as_loss, check_one_tensor, choose
 from ._arguments import check_batch, check_count, check_pair, check_size, check_tasks, check_weights
 from ._chunks import chunked_loss
 from ._lazy import initialise, lazy_layer
+from ._misfit import raise_misfit
 from .fast_weights import FastWeights
 from .output import MetaOutput
-
-if TYPE_CHECKING:
-    from ..tasks import TaskBatch
 
 
 class InnerLoopAlgorithm(nn.Module):
@@ -39,11 +38,12 @@ class InnerLoopAlgorithm(nn.Module):
         task_chunk: int | None = None,
     ):
         super().__init__()
+        values.module("model", model)
         self.inner_steps = check_count("inner_steps", inner_steps, 0)
         self.task_chunk = check_size("task_chunk", task_chunk, or_none=True)
         self.model = model
         self._lazy = lazy_layer(model) is not None  # until the first call
-        self.first_order = first_order
+        self.first_order = values.flag("first_order", first_order)
         self.loss = as_loss(loss)
         if isinstance(loss, nn.Module):  # what it has of parameters and buffers is the learner's
             self.loss_module = loss
@@ -52,23 +52,47 @@ class InnerLoopAlgorithm(nn.Module):
         """Run the inner loop on support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`."""
         self._check_pair(support_x, support_y)
         slow = dict(self.model.named_parameters())
-        weights = slow | self._adapted(self._inner(support_y), support_x, support_y)
+        try:
+            weights = slow | self._adapted(self._inner(support_y), support_x, support_y)
+        except Exception as error:
+            self._raise_misfit(error, {"support_x": support_x}, {"support_y": support_y})
+            raise
         shared = frozenset(name for name, w in weights.items() if w.dim() == slow[name].dim())
         return FastWeights(weights, shared, len(first(support_x)))
 
     def predict(self, state: FastWeights, query_x: Tensor) -> Tensor:
         """Predictions `[T, Q, C]` of the adapted weights for `query_x` `[T, Q, ...]`."""
+        if not isinstance(state, FastWeights):
+            raise TypeError(f"state must be what adapt returns, FastWeights, got {type(state).__name__}")
         check_tasks(query_x, len(state))
-        return self._predicted(state.weights, query_x)
+        try:
+            return self._predicted(state.weights, query_x)
+        except Exception as error:
+            self._raise_misfit(error, {"query_x": query_x})
+            raise
 
     def forward(self, batch: TaskBatch, weights: Tensor | None = None) -> MetaOutput:
         """Adapt to every task's support set and judge on its query set. With `weights` `[T]` each task's loss counts
         that often in `loss`, which stays a mean over `T`; they may require gradients."""
+        batch = TaskBatch.of(batch)
         self._check_batch(batch)
         check_weights(weights, batch)
-        if self._in_chunks(batch):
-            return self._chunked(self.task_chunk, batch, weights)
-        return self._tasks(*batch, weights)
+        try:
+            if self._in_chunks(batch):
+                return self._chunked(self.task_chunk, batch, weights)
+            return self._tasks(*batch, weights)
+        except Exception as error:
+            self._raise_misfit_of_batch(error, batch)
+            raise
+
+    def _raise_misfit(self, error: Exception, examples: dict[str, Tensor], targets: dict | None = None) -> None:
+        """Raise what says better than `error` that the model does not take these examples, if that is so."""
+        raise_misfit(error, "model", self.model, examples, targets, self.loss)
+
+    def _raise_misfit_of_batch(self, error: Exception, batch: TaskBatch) -> None:
+        support_x, support_y, query_x, query_y = batch[:4]
+        examples = {"support_x": support_x, "query_x": query_x}
+        self._raise_misfit(error, examples, {"support_y": support_y, "query_y": query_y})
 
     def extra_repr(self) -> str:
         return (

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastmeta import values
 from fastmeta._trees import first
 from fastmeta.functional import checks
 
@@ -25,8 +26,9 @@ def check_mask(name: str, mask: Tensor | None, like_name: str, like: Tensor) -> 
     """Raise TypeError or ValueError unless `mask` is None or bool `[T, B]`, as the rows of `like` `[T, B, ...]`."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    values.tensor(name, mask, "a bool tensor")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor, got {values.dtype_of(mask)}")
     if mask.shape != like.shape[:2]:
         raise ValueError(
             f"{name} must have shape {list(like.shape[:2])} to match {like_name}, got {list(mask.shape)}"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from fastmeta import values
 from fastmeta._trees import first, tree_map
 
 from ..engines import Rates
@@ -67,9 +68,9 @@ class ANIL(RatedInnerLoop):
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
         task_chunk: int | None = None,
     ):
+        if not callable(adapts):
+            values.choice("adapts", adapts, HEAD_OR_BODY)
         super().__init__(model, inner_steps=inner_steps, first_order=first_order, loss=loss, task_chunk=task_chunk)
-        if not callable(adapts) and adapts not in HEAD_OR_BODY:
-            raise ValueError(f"adapts must be one of {HEAD_OR_BODY} or a callable(name) -> bool, got {adapts!r}")
         self.inner_lr = as_inner_lr(model, inner_lr, learn_inner_lr, inner_steps)
         self.rule = as_rule(momentum, weight_decay, clip_norm, clip_value)
         self.adapts = adapts

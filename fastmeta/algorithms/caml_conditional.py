@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastmeta import functional
+from fastmeta import functional, values
 from fastmeta._trees import arguments, cat, first, named_leaves
 
 from ..engines import InnerLoop, module_engine
@@ -20,6 +20,7 @@ from ._arguments import check_number
 from ._chunks import chunked_loss
 from ._embedding import by_rows
 from ._inner_loop import InnerLoopAlgorithm, adapted_convolutions
+from ._misfit import raise_misfit
 from .film import FiLM
 from .output import MetaOutput, judged, over_tasks, weighted
 
@@ -83,9 +84,9 @@ class ConditionalCAML(InnerLoopAlgorithm):
         super().__init__(model, inner_steps=inner_steps, first_order=first_order, loss=loss, task_chunk=task_chunk)
         if not (adapts is None or callable(adapts)):
             raise TypeError(f"adapts must be None or a callable(name) -> bool, got {adapts!r}")
-        self.inner_lr = check_number("inner_lr", inner_lr)
+        self.inner_lr = check_number("inner_lr", inner_lr, 0)
         self.metric_weight = check_number("metric_weight", metric_weight, 0.0)
-        self.encoder, self.adapts = encoder, adapts
+        self.encoder, self.adapts = values.module("encoder", encoder), adapts
         if not self.adapting:
             names = ", ".join(name for name, _ in model.named_parameters())
             raise ValueError(f"adapts picks none of the parameters that require gradients: {names}")
@@ -147,6 +148,9 @@ class ConditionalCAML(InnerLoopAlgorithm):
             task_loss = output.task_loss + self.metric_weight * metric_loss
             output = over_tasks(task_loss, output.accuracy, output.logits)
         return weighted(output, weights)
+
+    def _raise_misfit(self, error: Exception, examples: dict[str, Tensor], targets: dict | None = None) -> None:
+        raise_misfit(error, "encoder", self.encoder, examples, targets)
 
     def _embedded(self, *parts: Tensor) -> Tensor:
         """The conditions `[T, B, D]` of the rows of all parts `[T, B_i, ...]`, one part behind the other."""

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmeta import values
+
 from ._arguments import check_width
 from ._embedding import EmbeddingLearner
 
@@ -67,6 +69,9 @@ class InContextCAML(EmbeddingLearner):
         ways: int | None = None,
     ):
         super().__init__(encoder, ways)
+        for name, value in (("features", features), ("max_ways", max_ways), ("code_width", code_width),
+                            ("layers", layers), ("heads", heads), ("feedforward", feedforward)):  # fmt: skip
+            values.count(name, value)
         if code_width < max_ways:
             raise ValueError(f"code_width must be at least max_ways = {max_ways}, got {code_width}")
         width = features + code_width

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fastmeta import values
 from fastmeta._trees import Outputs, arguments, first, flatten, unflatten
 
 from ..engines import loss_of_task, module_engine
@@ -19,6 +20,7 @@ from ..engines.vmap import VmapEngine, buffers_per_task
 from ._arguments import check_count, check_number, check_tasks
 from ._gradients import layer_gradients
 from ._inner_loop import InnerLoopAlgorithm
+from ._misfit import raise_misfit
 from .output import MetaOutput, judged, weighted
 
 
@@ -73,12 +75,19 @@ class CAVIA(InnerLoopAlgorithm):
     ):
         super().__init__(model, inner_steps=inner_steps, loss=loss, first_order=first_order, task_chunk=task_chunk)
         self.context_size = check_count("context_size", context_size, 1)
-        self.inner_lr = check_number("inner_lr", inner_lr)
-        self.concatenate = concatenate
+        self.inner_lr = check_number("inner_lr", inner_lr, 0)
+        self.concatenate = values.flag("concatenate", concatenate)
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Context:
         """Context parameters of support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`."""
         self._check_pair(support_x, support_y)
+        try:
+            return self._adapted_context(support_x, support_y)
+        except Exception as error:
+            self._raise_misfit(error, {"support_x": support_x}, {"support_y": support_y})
+            raise
+
+    def _adapted_context(self, support_x: Tensor, support_y: Tensor) -> Context:
         gradient = self._context_gradient(support_x, support_y)
         rows = first(support_x)
         context = next(self.model.parameters(), rows).new_zeros(len(rows), self.context_size)
@@ -91,7 +100,20 @@ class CAVIA(InnerLoopAlgorithm):
 
     def predict(self, state: Context, query_x: Tensor) -> Tensor:
         """Predictions `[T, Q, C]` for `query_x` `[T, Q, ...]`."""
+        if not isinstance(state, Context):
+            raise TypeError(f"state must be what adapt returns, Context, got {type(state).__name__}")
         check_tasks(query_x, len(state.context))
+        try:
+            return self._predictions(state, query_x)
+        except Exception as error:
+            self._raise_misfit(error, {"query_x": query_x})
+            raise
+
+    def _raise_misfit(self, error: Exception, examples: dict[str, Tensor], targets: dict | None = None) -> None:
+        model = _WithContext(self.model, self.context_size, self.concatenate)
+        raise_misfit(error, "model", model, examples, targets, self.loss)
+
+    def _predictions(self, state: Context, query_x: Tensor) -> Tensor:
         if self._is_mlp(query_x):
             spec = mlp_spec(self.model)
             weights, biases = layers(spec, dict(self.model.named_parameters()))

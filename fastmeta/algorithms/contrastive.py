@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta import functional
+from fastmeta import functional, values
 from fastmeta._trees import cat, named_leaves
-from fastmeta.functional import checks
 
 from ._arguments import check_size
 from ._embedding import EmbeddingLearner, by_rows, check_examples
@@ -85,13 +84,12 @@ class Contrastive(EmbeddingLearner):
         ways: int | None = None,
     ):
         super().__init__(encoder, ways)
-        checks.choice("features", features, FEATURES)
-        checks.choice("head", head, HEADS)
-        checks.choice("centre", centre, CENTRES)
+        values.choice("features", features, FEATURES)
+        values.choice("head", head, HEADS)
+        values.choice("centre", centre, CENTRES)
         for name, value in (("temperature", temperature), ("ridge", ridge), ("fine_tune_lr", fine_tune_lr)):
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {value!r}")
-        self.projection = projection if projection is not None else nn.Identity()
+            values.number(name, value, 0, open=True)
+        self.projection = nn.Identity() if projection is None else values.module("projection", projection)
         self.features = features
         self.temperature, self.head, self.centre, self.ridge = float(temperature), head, centre, float(ridge)
         self.fine_tune_steps = check_size("fine_tune_steps", fine_tune_steps, 0)

@@ -11,6 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastmeta import values
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        values.count(name, value)
+
 
 def modulated(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     """`(1 + gamma) * x + beta`: 0 and 0 change nothing."""
@@ -26,6 +33,7 @@ class FiLM(nn.Module):
 
     def __init__(self, condition: int, channels: int, hidden: int = 32):
         super().__init__()
+        _check_counts(condition=condition, channels=channels, hidden=hidden)
         self.code = nn.Sequential(nn.Linear(condition, hidden), nn.ReLU(), nn.Linear(hidden, 2 * channels))
         with torch.no_grad():
             self.code[2].weight.mul_(0.1)  # begins near the network without modulation
@@ -60,8 +68,11 @@ class FiLMConv4(nn.Module):
         track_running_stats: bool = True,
     ):
         super().__init__()
-        if outputs is not None and image_size < 16:
-            raise ValueError(f"image_size must be at least 16: four poolings halve it, got {image_size}")
+        _check_counts(condition=condition, in_channels=in_channels, hidden=hidden)
+        values.flag("track_running_stats", track_running_stats)
+        if outputs is not None:
+            values.count("outputs", outputs)
+            values.count("image_size", image_size, 16)  # four poolings halve it
         widths = (in_channels, hidden, hidden, hidden)
         self.convolutions = nn.ModuleList(nn.Conv2d(channels, hidden, 3, padding=1) for channels in widths)
         # gamma and beta take the place of the norm's own scale and shift
@@ -86,8 +97,8 @@ class FiLMMLP(nn.Module):
 
     def __init__(self, condition: int, sizes):
         super().__init__()
-        if len(sizes) < 3:
-            raise ValueError(f"sizes must hold an input, hidden and output widths, got {list(sizes)}")
+        sizes = values.counts("sizes", sizes, 3)
+        values.count("condition", condition)
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
         self.films = nn.ModuleList(FiLM(condition, width) for width in sizes[1:-1])
 
@@ -109,6 +120,7 @@ class ContextFiLM(nn.Module):
 
     def __init__(self, context_size: int, channels: int):
         super().__init__()
+        _check_counts(context_size=context_size, channels=channels)
         self.modulation = nn.Linear(context_size, 2 * channels, bias=False)
 
     def forward(self, h: Tensor, context: Tensor) -> Tensor:
@@ -144,10 +156,10 @@ class ContextFiLMConv4(nn.Module):
         film_after: int = 3,
     ):
         super().__init__()
-        if film_after not in range(1, 5):
-            raise ValueError(f"film_after must be 1, 2, 3 or 4, got {film_after!r}")
-        if image_size < 16:
-            raise ValueError(f"image_size must be at least 16: four poolings halve it, got {image_size}")
+        _check_counts(outputs=outputs, context_size=context_size, in_channels=in_channels, hidden=hidden)
+        if values.count("film_after", film_after) > 4:
+            raise ValueError(f"film_after must be 1, 2, 3 or 4, got {film_after}")
+        values.count("image_size", image_size, 16)  # four poolings halve it
         widths = (in_channels, hidden, hidden, hidden)
         self.film_after = film_after
         self.convolutions = nn.ModuleList(nn.Conv2d(width, hidden, 3, padding=1) for width in widths)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta import functional
+from fastmeta import functional, values
 from fastmeta.functional.fast_weights import MLPFastWeights
 
 from ._arguments import check_count, check_number
@@ -54,7 +54,8 @@ class GradientHead(EmbeddingLearner):
         super().__init__(encoder, ways)
         self.inner_steps = check_count("inner_steps", inner_steps, 0)
         self.log_inner_lr = nn.Parameter(torch.tensor(check_number("inner_lr", inner_lr, 0.0, open=True)).log())
-        self.normalise, self.first_order = normalise, first_order
+        self.normalise = values.flag("normalise", normalise)
+        self.first_order = values.flag("first_order", first_order)
 
     def extra_repr(self) -> str:
         return f"inner_steps={self.inner_steps}, normalise={self.normalise}, first_order={self.first_order}"
@@ -78,6 +79,8 @@ class GradientHead(EmbeddingLearner):
         return functional.functional_mlp(features, state)
 
     def _num_tasks(self, state: MLPFastWeights) -> int:
+        if not isinstance(state, MLPFastWeights):
+            raise TypeError  # lists have a length too
         return len(state)
 
     def _tasks(self, support: Tensor, support_y: Tensor, query: Tensor, query_y: Tensor, ways: int) -> MetaOutput:

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmeta import functional
+from fastmeta import functional, values
 from fastmeta.dispatch.backends import ACTIVATIONS
-from fastmeta.functional import checks
 
 from ._arguments import check_size, check_width
 from ._embedding import EmbeddingLearner, squared_error
@@ -83,12 +82,12 @@ class Hypernetwork(EmbeddingLearner):
         ways: int | None = None,
     ):
         super().__init__(encoder, ways)
-        checks.choice("mode", mode, MODES)
-        checks.choice("activation", activation, ACTIVATIONS)
+        values.choice("mode", mode, MODES)
+        values.choice("activation", activation, ACTIVATIONS)
         widths = {"features": features, "outputs": outputs, "set_width": set_width, "rank": rank}
-        for name, value in (*widths.items(), *(("hidden", width) for width in hidden)):
-            if value is not None:
-                check_size(name, value)
+        for name, value in widths.items():
+            check_size(name, value, or_none=name == "outputs")
+        values.counts("hidden", hidden)
         self.features, self.outputs, self.mode, self.activation = features, outputs, mode, activation
         self.hidden, self.rank = tuple(hidden), rank
         sizes = (features, *self.hidden)

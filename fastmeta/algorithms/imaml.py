@@ -65,7 +65,7 @@ class ImplicitMAML(InnerLoopAlgorithm):
     ):
         super().__init__(model, inner_steps=inner_steps, loss=loss, first_order=True)
         self.regularization = check_number("regularization", regularization, 0, open=True)
-        self.inner_lr = check_number("inner_lr", inner_lr)
+        self.inner_lr = check_number("inner_lr", inner_lr, 0)
         self.cg_steps = check_count("cg_steps", cg_steps, 1)
         self.cg_damping = check_number("cg_damping", cg_damping, 0)
 

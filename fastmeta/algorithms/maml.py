@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..batch import TaskBatch
 from ..dispatch.library import plain_call
 from ..engines import Engine, InnerLoop, choose, explain
 from ..engines.fused import FusedEngine
@@ -18,9 +18,6 @@ from ._direct import DirectGradient, direct_gradient
 from ._inner_loop import InnerLoopAlgorithm
 from ._inner_lr import InnerLR, as_inner_lr, as_rule, described, rates_of
 from .output import MetaOutput, detached, judged, weighted
-
-if TYPE_CHECKING:
-    from ..tasks import TaskBatch
 
 
 class MAML(InnerLoopAlgorithm):
@@ -105,13 +102,20 @@ class MAML(InnerLoopAlgorithm):
         Raises:
             ValueError: as `forward`; with `task_chunk` inputs may not require gradients.
         """
-        inner = self._inner(batch[1], batch[3])
-        if not self._in_chunks(batch) and plain_call(batch) and not any(t.requires_grad for t in batch):
+        batch = TaskBatch.of(batch)
+        if self.task_chunk is not None:
+            self._check_batch(batch)
+        if plain_call(batch) and not self._in_chunks(batch) and not any(t.requires_grad for t in batch):
+            inner = self._inner(batch[1], batch[3])
             direct = self._direct  # another thread may leave its own there meanwhile
             if direct is None or not direct.holds(self.model, inner, batch):
                 self._check_batch(batch)
-                with inspected(self.model):
-                    direct = direct_gradient(self.engine, self.model, inner, batch, "model.")
+                try:
+                    with inspected(self.model):
+                        direct = direct_gradient(self.engine, self.model, inner, batch, "model.")
+                except Exception as error:
+                    self._raise_misfit_of_batch(error, batch)
+                    raise
                 self._direct = direct
             if direct is not None:
                 check_weights(weights, batch)
@@ -125,9 +129,13 @@ class MAML(InnerLoopAlgorithm):
     def explain(self, batch: TaskBatch) -> str:
         """Which engine serves this batch and why the others do not, as readable text. Runs nothing, but for one task
         where it has to be seen whether `torch.func` can follow the model."""
-        if self._lazy:
-            self._initialise(batch[0])
-        return explain(self.engine, self.model, self._inner(batch[1], batch[3]), batch[0], batch[1])
+        batch = TaskBatch.of(batch)
+        self._check_batch(batch)
+        try:
+            return explain(self.engine, self.model, self._inner(batch[1], batch[3]), batch[0], batch[1])
+        except Exception as error:
+            self._raise_misfit_of_batch(error, batch)
+            raise
 
     def extra_repr(self) -> str:
         return f"engine={self.engine!r}, inner_lr={described(self.inner_lr)}, {super().extra_repr()}"

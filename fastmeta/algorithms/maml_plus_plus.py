@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fastmeta import values
 from fastmeta._trees import first
 
 from ..engines import ENGINES, InnerLoop, Rates, Steps, check_prediction, module_engine
@@ -53,7 +54,10 @@ class BatchNormPerStep(nn.Module):
         super().__init__()
         self.num_features = check_count("num_features", num_features, 1)
         self.steps = check_count("steps", steps, 1)
-        self.momentum, self.eps, self.step = momentum, eps, 0
+        values.flag("affine", affine)
+        values.flag("track_running_stats", track_running_stats)
+        self.momentum, self.eps = check_number("momentum", momentum, 0), check_number("eps", eps, 0)
+        self.step = 0
         shape = (steps, num_features)
         self.weight = nn.Parameter(torch.ones(shape)) if affine else None
         self.bias = nn.Parameter(torch.zeros(shape)) if affine else None
@@ -128,7 +132,7 @@ class MAMLPlusPlus(LearnedRates):
     Args:
         model: any module from examples `[B, ...]` to predictions `[B, C]`. Parameters with `requires_grad=False` are
             neither adapted nor trained.
-        inner_lr: what all rates start at, 0.1 by default; not 0.
+        inner_lr: what all rates start at, 0.1 by default; above 0.
         inner_steps: `K >= 1`, 5 by default. May be set anew between calls, to 0 and up.
         learned_rates: True by default; False keeps them as they are.
         multi_step_iterations: 5000 by default, the authors' 10 epochs; 0 for none.
@@ -161,17 +165,16 @@ class MAMLPlusPlus(LearnedRates):
         task_chunk: int | None = None,
     ):
         check_count("inner_steps", inner_steps, 1)
-        first_rate = check_number("inner_lr", inner_lr)
-        if first_rate == 0:
-            raise ValueError("inner_lr must not be 0: the rates are multiples of it")
-        check_initialised(model, "MAMLPlusPlus")
-        if batch_norm_per_step:
+        first_rate = check_number("inner_lr", inner_lr, 0, open=True)  # the rates are multiples of it
+        check_initialised(values.module("model", model), "MAMLPlusPlus")
+        values.flag("learned_rates", learned_rates)
+        if values.flag("batch_norm_per_step", batch_norm_per_step):
             model = _replace_batch_norms(model, inner_steps)
         super().__init__(model, inner_steps=inner_steps, first_order=first_order, loss=loss, task_chunk=task_chunk)
         self.multi_step_iterations = check_count("multi_step_iterations", multi_step_iterations, 0)
         self.first_order_iterations = check_count("first_order_iterations", first_order_iterations, 0)
         self.inner_lr = first_rate
-        self.adapt_norms = adapt_norms
+        self.adapt_norms = values.flag("adapt_norms", adapt_norms)
         self.iteration = 0
         self.rates = nn.ParameterDict()
         for name, p in self._with_rates():

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmeta import functional
+from fastmeta import functional, values
 
 from ._arguments import check_size
 from ._embedding import EmbeddingLearner
@@ -65,9 +65,10 @@ class MatchingNetwork(EmbeddingLearner):
         ways: int | None = None,
     ):
         super().__init__(encoder, ways)
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale!r}")
-        if full_context and features is None:
+        values.number("scale", scale, 0, open=True)
+        values.flag("learn_scale", learn_scale)
+        check_size("features", features, or_none=True)
+        if values.flag("full_context", full_context) and features is None:
             raise ValueError("features must be the encoder's width D for full_context=True, got None")
         self.steps = check_size("steps", steps)
         self.full_context = full_context

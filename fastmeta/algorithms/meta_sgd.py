@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fastmeta import values
+
 from ..engines import Rates
 from ._arguments import check_number
 from ._inner_lr import as_rule
@@ -57,7 +59,7 @@ class MetaSGD(LearnedRates):
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
         task_chunk: int | None = None,
     ):
-        check_initialised(model, "MetaSGD")
+        check_initialised(values.module("model", model), "MetaSGD")
         super().__init__(model, inner_steps=inner_steps, first_order=first_order, loss=loss, task_chunk=task_chunk)
         self.rule = as_rule(momentum, weight_decay, clip_norm, clip_value)
         if not isinstance(initial_rates, (tuple, list)) or len(initial_rates) != 2:

@@ -8,14 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmeta import functional
+from fastmeta import functional, values
 from fastmeta._trees import cat, first
 from fastmeta.dispatch.backends import METRICS
-from fastmeta.functional import checks
 
 from ._arguments import check_tasks
 from ._classes import Classes
-from ._embedding import EmbeddingLearner, both_masks, by_rows, check_examples
+from ._embedding import EmbeddingLearner, both_masks, by_rows, check_examples, tasks_of
 from ._targets import cross_entropy
 from .output import MetaOutput, classified
 
@@ -70,10 +69,9 @@ class ModulatedProtoNet(EmbeddingLearner):
         ways: int | None = None,
     ):
         super().__init__(encoder, ways)
-        checks.choice("metric", metric, METRICS)
-        if not metric_weight >= 0:
-            raise ValueError(f"metric_weight must be at least 0, got {metric_weight!r}")
-        self.base, self.metric, self.metric_weight = base, metric, metric_weight
+        values.choice("metric", metric, METRICS)
+        self.metric, self.metric_weight = metric, values.number("metric_weight", metric_weight, 0)
+        self.base = values.module("base", base)
 
     def extra_repr(self) -> str:
         return f"metric={self.metric!r}, metric_weight={self.metric_weight}, ways={self.ways}"
@@ -85,7 +83,7 @@ class ModulatedProtoNet(EmbeddingLearner):
         in `ProtoNet.adapt`."""
         check_examples("support_x", support_x, support_mask, "support_mask")
         ways, classes = self._classes(support_x, support_y, support_mask=support_mask)
-        embeddings = self._encode(support_x, support_mask)
+        embeddings = self._encode_as("support_x", support_x, support_mask)
         means = _class_means(embeddings, support_y, ways, classes)
         features = self._modulated(support_x, self._condition(embeddings, means, classes), support_mask)
         return ModulatedPrototypes(means, _class_means(features, support_y, ways, classes), classes)
@@ -94,8 +92,9 @@ class ModulatedProtoNet(EmbeddingLearner):
         """Logits `[T, Q, C]`: minus the distance of the modulated features to each class mean; columns as in
         `ProtoNet.predict`."""
         check_examples("query_x", query_x, query_mask, "query_mask")
-        embeddings = self._encode(query_x, query_mask)
-        check_tasks(embeddings, len(state.metric))
+        tasks = tasks_of(state, lambda state: len(state.metric))
+        embeddings = self._encode_as("query_x", query_x, query_mask)
+        check_tasks(embeddings, tasks)
         features = self._modulated(query_x, self._condition(embeddings, state.metric, state.classes), query_mask)
         logits = _scores(features, state.prototypes, self.metric, state.classes)
         if state.classes is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta import functional
+from fastmeta import functional, values
 from fastmeta.dispatch.backends import METRICS
 from fastmeta.functional import checks
 
@@ -66,13 +66,13 @@ class NearestNeighbour(EmbeddingLearner):
         ways: int | None = None,
     ):
         super().__init__(encoder, ways)
-        checks.choice("rule", rule, RULES)
-        checks.choice("metric", metric, METRICS)
+        values.choice("rule", rule, RULES)
+        values.choice("metric", metric, METRICS)
         if isinstance(centre, Tensor):
             checks.tensor("centre", centre, "[D]")
         else:
-            checks.choice("centre", centre, CENTRES)
-        self.rule, self.normalise, self.metric = rule, normalise, metric
+            values.choice("centre", centre, CENTRES)
+        self.rule, self.normalise, self.metric = rule, values.flag("normalise", normalise), metric
         self.centre = "given" if isinstance(centre, Tensor) else centre
         self.register_buffer("mean", centre.detach().clone() if isinstance(centre, Tensor) else None)
         self.encoder.eval()

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
-from fastmeta import functional
+from fastmeta import functional, values
+from fastmeta.dispatch.backends import METRICS
 
 from ._classes import Classes
 from ._embedding import EmbeddingLearner
@@ -46,7 +47,7 @@ class ProtoNet(EmbeddingLearner):
 
     def __init__(self, encoder: nn.Module, *, metric: str = "sqeuclidean", ways: int | None = None):
         super().__init__(encoder, ways)
-        self.metric = metric
+        self.metric = values.choice("metric", metric, METRICS)
 
     def extra_repr(self) -> str:
         return f"metric={self.metric!r}, ways={self.ways}"

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmeta import functional
-from fastmeta.functional import checks
+from fastmeta import functional, values
 
 from ._embedding import EmbeddingLearner
 from ._rows import dense, groups_of, with_padding
@@ -67,9 +66,9 @@ class RelationNetwork(EmbeddingLearner):
         ways: int | None = None,
     ):
         super().__init__(encoder, ways)
-        checks.choice("pool", pool, POOLS)
-        checks.choice("loss", loss, LOSSES)
-        self.relation, self.pool, self.loss = relation, pool, loss
+        values.choice("pool", pool, POOLS)
+        values.choice("loss", loss, LOSSES)
+        self.relation, self.pool, self.loss = values.module("relation", relation), pool, loss
 
     def extra_repr(self) -> str:
         return f"pool={self.pool!r}, loss={self.loss!r}, ways={self.ways}"
@@ -112,6 +111,8 @@ class RelationMLP(nn.Module):
 
     def __init__(self, features: int, hidden: int = 64):
         super().__init__()
+        values.count("features", features)
+        values.count("hidden", hidden)
         self.of_class = nn.Linear(features, hidden)
         self.of_query = nn.Linear(features, hidden, bias=False)
         self.score = nn.Linear(hidden, 1)
@@ -135,8 +136,9 @@ class RelationConv(nn.Module):
 
     def __init__(self, channels: int = 64, hidden: int = 64, linear: int = 8, size: int = 7):
         super().__init__()
-        if size < 4:
-            raise ValueError(f"size must be at least 4, to be halved twice, got {size}")
+        for name, value in (("channels", channels), ("hidden", hidden), ("linear", linear)):
+            values.count(name, value)
+        values.count("size", size, 4)  # it is halved twice
         self.of_class = nn.Conv2d(channels, hidden, 3, padding=1)
         self.of_query = nn.Conv2d(channels, hidden, 3, padding=1, bias=False)
         self.rest = nn.Sequential(
@@ -166,6 +168,8 @@ class RelationConv(nn.Module):
 def relation_encoder(in_channels: int = 1, hidden: int = 64) -> nn.Sequential:
     """The paper's embedding module: four blocks of 3x3 convolution, batch norm and ReLU, the first two with 2x2
     max-pooling. `[B, in_channels, 28, 28]` -> `[B, hidden, 7, 7]`."""
+    values.count("in_channels", in_channels)
+    values.count("hidden", hidden)
     blocks: list[nn.Module] = []
     for i, channels in enumerate((in_channels, hidden, hidden, hidden)):
         blocks += [nn.Conv2d(channels, hidden, 3, padding=1), nn.BatchNorm2d(hidden)]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from fastmeta import values
 from fastmeta._trees import cat, first, split, tree_map
 
 from ..engines import InnerLoop, Loss
@@ -80,16 +81,14 @@ class Reptile(InnerLoopAlgorithm):
     ):
         super().__init__(model, inner_steps=inner_steps, loss=loss, first_order=True)
         self._refuse_loss_parameters()
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {OPTIMIZERS}, got {optimizer!r}")
-        if train_on not in ROWS:
-            raise ValueError(f"train_on must be one of {ROWS}, got {train_on!r}")
-        self.inner_lr = check_number("inner_lr", inner_lr)
+        values.choice("optimizer", optimizer, OPTIMIZERS)
+        values.choice("train_on", train_on, ROWS)
+        self.inner_lr = check_number("inner_lr", inner_lr, 0)
         self.batch_size = None if batch_size is None else check_count("batch_size", batch_size, 1)
-        self.serial_rate = check_number("serial_rate", serial_rate)
+        self.serial_rate = check_number("serial_rate", serial_rate, 0)
         self.optimizer = optimizer
         self.train_on = train_on
-        self.serial = serial
+        self.serial = values.flag("serial", serial)
 
     def extra_repr(self) -> str:
         serial = f", serial_rate={self.serial_rate}" if self.serial else ""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmeta.functional import checks
+from fastmeta import values
 
 from ._embedding import EmbeddingLearner, squared_error
 from ._targets import check_targets, one_hot
@@ -60,11 +60,12 @@ class RidgeHead(EmbeddingLearner):
         ways: int | None = None,
     ):
         super().__init__(encoder, ways)
-        checks.choice("loss", loss, LOSSES)
-        if not ridge > 0:
-            raise ValueError(f"ridge must be positive, got {ridge!r}")
+        values.choice("loss", loss, LOSSES)
+        values.number("ridge", ridge, 0, open=True)
+        values.number("bias", bias)
         if scale is None:
             scale = 10.0 if loss == "cross_entropy" else 1.0
+        values.number("scale", scale)
         self.loss = loss
         self.log_ridge = nn.Parameter(torch.tensor(float(ridge)).log())
         self.scale = nn.Parameter(torch.tensor(float(scale)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import values
-from fastmeta.values import choice, dtype_of  # noqa: F401
+from fastmeta.values import dtype_of
 
 _passed: set = set()  # calls whose shapes, dtypes and devices have been checked
 _MOST_PASSED = 4096

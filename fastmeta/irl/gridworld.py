@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import values
-from ..tasks.batch import TaskBatch
+from ..batch import TaskBatch
 from ._arguments import check_demonstration, check_rewards, check_worlds
 from .maxent import TabularMaxEntLoss, visits
 from .planning import best_moves, soft_policy, value_of, value_of_chance, walk

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import values
-from ..tasks.batch import TaskBatch
+from ..batch import TaskBatch
 from ._arguments import check_demonstration, check_rewards, check_worlds
 from .maxent import MaxEntLoss, rows
 

@@ -7,9 +7,9 @@ from os import PathLike
 from torch import Tensor
 
 from fastmeta import values
+from fastmeta.batch import TaskBatch
 from fastmeta.tasks._arguments import check_sizes
 from fastmeta.tasks.augment import Augmentation
-from fastmeta.tasks.batch import TaskBatch
 from fastmeta.tasks.episodes import EpisodeSampler
 from fastmeta.tasks.glyphs import glyphs
 from fastmeta.tasks.omniglot import PARTITIONS, omniglot

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastmeta import values
+from fastmeta.batch import TaskBatch
 from fastmeta.tasks._arguments import check_images, check_sizes
-from fastmeta.tasks.batch import TaskBatch
 
 
 def subsets(rows: int, population: int, size: int, *, device, generator: torch.Generator | None = None) -> Tensor:

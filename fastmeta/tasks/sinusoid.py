@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastmeta import values
+from fastmeta.batch import TaskBatch
 from fastmeta.tasks._arguments import check_sizes
-from fastmeta.tasks.batch import TaskBatch
 
 
 class SinusoidTasks:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from fastmeta.tasks.batch import TaskBatch
+from fastmeta.batch import TaskBatch
 
 
 class TaskSource(Protocol):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta import values
+from fastmeta.batch import TaskBatch
 from fastmeta.tasks._arguments import check_images, check_sizes
 from fastmeta.tasks.augment import HANDWRITING
-from fastmeta.tasks.batch import TaskBatch
 from fastmeta.tasks.episodes import subsets
 
 _AT_ONCE = 1024  # images through an encoder

@@ -234,7 +234,7 @@ def test_arguments_are_checked():
         MAMLPlusPlus(mlp([5, 3]), multi_step_iterations=-1)
     with pytest.raises(TypeError, match="first_order_iterations must be an int"):
         MAMLPlusPlus(mlp([5, 3]), first_order_iterations=0.5)
-    with pytest.raises(ValueError, match="inner_lr must not be 0"):
+    with pytest.raises(ValueError, match="inner_lr must be above 0"):
         MAMLPlusPlus(mlp([5, 3]), inner_lr=0)
     with pytest.raises(TypeError, match="inner_lr must be a number"):
         MAMLPlusPlus(mlp([5, 3]), inner_lr=None)

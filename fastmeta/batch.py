@@ -1,4 +1,4 @@
-"""What a sampler returns."""
+"""What a sampler returns, and a learner takes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._trees import first, tree_map
+from fastmeta._trees import first, tree_map
 
 
 class TaskBatch(tuple):
@@ -33,6 +33,18 @@ class TaskBatch(tuple):
     ) -> TaskBatch:
         masks = () if support_mask is None and query_mask is None else (support_mask, query_mask)
         return super().__new__(cls, (support_x, support_y, query_x, query_y, *masks))
+
+    @classmethod
+    def of(cls, batch) -> TaskBatch:
+        """`batch` as it is, or a list or tuple of the four tensors, or of these and both masks."""
+        if isinstance(batch, cls):
+            return batch
+        if not isinstance(batch, (list, tuple)):
+            raise TypeError(f"batch must be a TaskBatch, or a list or tuple of its fields, got {type(batch).__name__}")
+        if len(batch) not in (4, 6):
+            fields = ", ".join(cls._fields[:4])
+            raise ValueError(f"batch must have the fields {fields}, and both masks or none; got {len(batch)} fields")
+        return cls(*batch)
 
     @classmethod
     def _make(cls, fields) -> TaskBatch:
