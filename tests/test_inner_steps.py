@@ -165,7 +165,9 @@ def test_fixed_rates_in_one_call_of_the_kernel(rule):
     maml = MAML(net, inner_lr=0.3, inner_steps=2)
     wanted = {f"model.{n}": p for n, p in net.named_parameters()}
     check(maml.gradients(batch)[1], plain(net, batch, wanted, rate=rate_of(maml), steps=2)[1])
-    maml.rule, maml.inner_lr = MAML(net, **RULES[rule]).rule, 0.4
+    maml.rule = MAML(net, **RULES[rule]).rule
+    check(maml.gradients(batch)[1], plain(net, batch, wanted, rate=rate_of(maml), steps=2, **RULES[rule])[1])
+    maml.inner_lr = 0.4
     right = plain(net, batch, wanted, rate=lambda name, step: 0.4, steps=2, **RULES[rule])[1]
     for _ in range(2):
         check(maml.gradients(batch)[1], right)

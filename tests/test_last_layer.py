@@ -148,6 +148,17 @@ def test_a_weight_that_the_head_shares_adapts_for_both():
     learner = ANIL(net, inner_lr=0.3, inner_steps=2)
     check_against_plain(learner, batch, lambda name: name in ("out.weight", "out.bias"))
     assert learner.adapting == ["out.weight", "out.bias"]
+
+    class Ends(nn.Module):  # each with a bias of its own
+        def __init__(self):
+            super().__init__()
+            self.a, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.out.weight = self.a.weight
+
+        def forward(self, x):
+            return self.out(torch.tanh(self.a(x)))
+
+    assert ANIL(Ends()).adapting == ["a.weight", "out.bias"]
     twice = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
     twice.append(nn.Linear(4, 3))
     twice.append(twice[0].__class__(3, 4)).append(twice[0])
