@@ -12,6 +12,9 @@ from fastmeta._trees import first, tree_map
 class TaskBatch(tuple):
     """`T` tasks: inputs `[T, S, ...]` and `[T, Q, ...]`, targets int64 labels `[T, S]` or values `[T, S, O]`.
 
+    Inputs may be tuples, lists, dicts, named tuples and dataclasses of such tensors, as the model takes them; so may
+    targets, for a loss that takes them.
+
     Tasks of unequal size are padded to one; `support_mask` `[T, S]` and `query_mask` `[T, Q]`, bool, say which rows are
     a task's own: each task then gets what it would get alone. None: all rows are.
 

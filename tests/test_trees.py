@@ -18,7 +18,9 @@ from fastmeta.algorithms import (
     BOIL,
     CAVIA,
     MAML,
+    ConditionalCAML,
     Contrastive,
+    FiLMMLP,
     GradientHead,
     ImplicitMAML,
     MAMLPlusPlus,
@@ -369,6 +371,7 @@ def test_targets_of_several_tensors(engine):
         check(out.task_loss.detach(), right[0])
         check(out.logits.detach(), right[1])
         check(gradient(out, net), right[2])
+        assert learner.loss.mappable
     with pytest.raises(ValueError, match=r"support_y: loss 'cross_entropy' takes one tensor, got a Targets \(.labels"):
         MAML(net)(batch)
     with pytest.raises(ValueError, match=r"support_y: loss 'cross_entropy'"):
@@ -597,6 +600,13 @@ def test_lazy_layers_elsewhere():
     check(CAVIA(cavia.model, 3)(batch).task_loss, out.task_loss)
     net = ProtoNet(nn.LazyLinear(6).double())
     assert net(batch).loss.isfinite() and net.encoder.in_features == 2 * WIDTH
+    encoder = nn.Sequential(nn.LazyLinear(4), nn.BatchNorm1d(4)).double()
+    base = FiLMMLP(4, [2 * WIDTH, 5, WAYS]).double()
+    base.layers[0] = nn.LazyLinear(5).double()
+    assert ConditionalCAML(encoder, base)(batch).loss.isfinite() and base.layers[0].in_features == 2 * WIDTH
+    assert encoder[1].num_batches_tracked == 1
+    for options in ({"learn_inner_lr": True}, {"inner_lr": {"": 0.1, "2": 0.2}}):
+        assert MAML(nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.LazyLinear(WAYS)).double(), **options)(batch).loss > 0
     model = make("dict", "tensor")
     model.first = nn.LazyLinear(6).double()
     assert MAML(model)(batches("dict")[0]).loss.isfinite() and model.first.in_features == WIDTH

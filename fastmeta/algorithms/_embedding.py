@@ -51,7 +51,8 @@ class EmbeddingLearner(nn.Module):
     renumbered, in groups that are alike.
 
     The encoder runs once, over all support and query rows of all tasks together. So a batch norm in train mode uses
-    the statistics of the whole task batch, and in eval mode its running statistics: evaluation is not transductive.
+    the statistics of the whole task batch, and in eval mode its running statistics: evaluation is not transductive. It
+    may take several tensors, as a model of `MAML` may, and returns one.
     """
 
     _feature_maps = False  # whether the encoder may return [B, C, H, W]

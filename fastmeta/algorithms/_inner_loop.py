@@ -116,7 +116,7 @@ class InnerLoopAlgorithm(nn.Module):
     def _initialise(self, support_x: Tensor) -> None:
         """Lazy layers take their shapes from the first task's rows, as in a call of the model with them."""
         if len(first(support_x)):
-            initialise(self.model, lambda: self._call(unbind(split(support_x, 1)[0])[0]))
+            initialise(self, lambda: self._call(unbind(split(support_x, 1)[0])[0]))
             self._lazy = False
 
     def _call(self, x: Tensor) -> None:

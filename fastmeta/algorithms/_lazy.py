@@ -24,9 +24,9 @@ def check_initialised(model: nn.Module, learner: str) -> None:
         )
 
 
-def initialise(model: nn.Module, run: Callable[[], object]) -> None:
-    """Let `run()` be the first call of the model's lazy layers; what it writes into buffers is dropped."""
-    lazy = [layer for layer in model.modules() if _waits(layer)]
+def initialise(learner: nn.Module, run: Callable[[], object]) -> None:
+    """Let `run()` be the first call of the learner's lazy layers; what it writes into buffers is dropped."""
+    lazy = [layer for layer in learner.modules() if _waits(layer)]
     if not lazy:
         return
     kept: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]] = []
@@ -35,7 +35,7 @@ def initialise(model: nn.Module, run: Callable[[], object]) -> None:
         kept.extend((layer, name, b, b.clone()) for name, b in layer._buffers.items() if b is not None)
 
     with torch.inference_mode(False), torch.no_grad():
-        for layer in set(model.modules()) - set(lazy):
+        for layer in set(learner.modules()) - set(lazy):
             keep(layer)
         hooks = [layer.register_forward_pre_hook(keep) for layer in lazy]  # after the one that makes the parameters
         try:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmeta import functional, values
-from fastmeta._trees import arguments, cat, first, named_leaves
+from fastmeta._trees import arguments, cat, first, named_leaves, tree_map
 
 from ..engines import InnerLoop, module_engine
 from ..engines.vmap import buffers_per_task
@@ -103,6 +103,11 @@ class ConditionalCAML(InnerLoopAlgorithm):
     def extra_repr(self) -> str:
         adapts = "" if self.adapts is None else f"adapts={', '.join(self.adapting)!r}, "
         return f"{adapts}inner_lr={self.inner_lr}, metric_weight={self.metric_weight}, {super().extra_repr()}"
+
+    def _call(self, x: Tensor) -> None:
+        conditions = self._embedded(tree_map(lambda leaf: leaf.unsqueeze(0), x))[0]
+        args, kwargs = arguments(x, condition=conditions)
+        self.model(*args, **kwargs)
 
     def _adapted(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
         return self._steps(inner, support_x, self._embedded(support_x), support_y)

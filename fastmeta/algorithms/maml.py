@@ -33,7 +33,11 @@ class MAML(InnerLoopAlgorithm):
 
     Args:
         model: any module from examples `[B, ...]` to predictions `[B, C]`; used as it is, and its parameters
-            are the slow weights. Parameters with `requires_grad=False` are neither adapted nor trained.
+            are the slow weights. Parameters with `requires_grad=False` are neither adapted nor trained. Inputs that are
+            a tuple or list are its positional arguments, a dict its keyword arguments, a named tuple or dataclass its
+            one argument, of tensors with as many tasks and examples each. It may return any of these, too, for a `loss`
+            of your own that takes of it what it needs; `logits` and `predict` then hold all of it. Lazy layers see the
+            first task's support rows first, as in a plain call.
         inner_lr: step size in the inner loop, at least 0; 0.01 by default. A float, a tensor `[]` or `[K]` (per step;
             later ones have the last one's), or a dict of such by layer or parameter: `{"": 0.01, "head": 0.1}`. The
             longest name that a parameter's begins with counts, and `""` is the whole model; each parameter that adapts

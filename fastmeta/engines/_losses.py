@@ -184,7 +184,6 @@ class Huber(ElementwiseLoss):
 
 def check_prediction(loss: Loss, prediction: Tensor, target: Tensor, name: str) -> None:
     """Raise ValueError unless the loss takes such predictions `[T, B, ...]` and targets, which errors call `name`."""
-    check_one_tensor(loss, name, target)
     if isinstance(prediction, Tensor):
         loss.check(prediction.shape, target, name)
     elif not loss.takes_trees:
