@@ -569,7 +569,7 @@ def test_lazy_layers_are_initialised_by_a_plain_call(name):
     right.apply(lambda layer: layer.reset_running_stats() if hasattr(layer, "reset_running_stats") else None)
     torch.manual_seed(1)
     net = lazy()
-    net[5].eval()
+    net[7].eval()
     net[5].num_batches_tracked += 1  # as if trained before
     learner = LAZY[name](net)
     if name == "maml, gradients":
@@ -582,7 +582,7 @@ def test_lazy_layers_are_initialised_by_a_plain_call(name):
     else:
         learner(batch)
     for layer, other in zip(net.modules(), right.modules(), strict=True):
-        assert type(layer) is type(other) and layer.training == (layer is not net[5])
+        assert type(layer) is type(other) and layer.training == (layer is not net[7])
         assert not any(p.is_inference() for p in layer.parameters())
     check(dict(net.named_parameters()), dict(right.named_parameters()))
     check(dict(net[1].named_buffers()), dict(right[1].named_buffers()))
