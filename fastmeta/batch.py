@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fastmeta._trees import first, tree_map
+
+_FIELDS = ("support_x", "support_y", "query_x", "query_y", "support_mask", "query_mask")
 
 
 class TaskBatch(tuple):
@@ -23,7 +26,6 @@ class TaskBatch(tuple):
     """
 
     __slots__ = ()
-    _fields = ("support_x", "support_y", "query_x", "query_y", "support_mask", "query_mask")
 
     def __new__(
         cls,
@@ -45,16 +47,20 @@ class TaskBatch(tuple):
         if not isinstance(batch, (list, tuple)):
             raise TypeError(f"batch must be a TaskBatch, or a list or tuple of its fields, got {type(batch).__name__}")
         if len(batch) not in (4, 6):
-            fields = ", ".join(cls._fields[:4])
+            fields = ", ".join(_FIELDS[:4])
             raise ValueError(f"batch must have the fields {fields}, and both masks or none; got {len(batch)} fields")
         return cls(*batch)
+
+    @property
+    def _fields(self) -> tuple[str, ...]:  # not of the class: what reads a named tuple's there counts on all of them
+        return _FIELDS[: len(self)]
 
     @classmethod
     def _make(cls, fields) -> TaskBatch:
         return cls(*fields)
 
     def _asdict(self) -> dict[str, Any]:
-        return dict(zip(self._fields, (*self, None, None), strict=False))
+        return dict(zip(_FIELDS, (*self, None, None), strict=False))
 
     def _replace(self, **fields) -> TaskBatch:
         return TaskBatch(**(self._asdict() | fields))
@@ -96,3 +102,11 @@ class TaskBatch(tuple):
     def to(self, *args, **kwargs) -> TaskBatch:
         """Move every tensor, as `Tensor.to` with a device."""
         return TaskBatch(*(tree_map(lambda tensor: tensor.to(*args, **kwargs), part) for part in self))
+
+
+pytree.register_pytree_node(
+    TaskBatch,
+    lambda batch: (list(batch), None),
+    lambda parts, _: TaskBatch(*parts),
+    serialized_type_name="fastmeta.TaskBatch",
+)
