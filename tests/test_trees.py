@@ -537,6 +537,24 @@ def test_layers_that_hand_on_several_tensors_run_in_the_inner_loop():
         check(gradient(out, net), right[2])
 
 
+def test_leading_layers_of_several_tensors_run_in_the_inner_loop():
+    """Their batch norms then see one task's rows, as in the rest."""
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(WIDTH, 6), nn.BatchNorm1d(6)
+
+        def forward(self, pair):
+            return self.norm(self.layer(pair.x * pair.mask))
+
+    net, (batch, each) = nn.Sequential(First(), nn.Tanh(), nn.Linear(6, WAYS)).double(), batches("named tuple")
+    right = plain(net, each, lr=0.3, steps=2, adapts=lambda name: name.startswith("2."))
+    out = ANIL(net, inner_lr=0.3, inner_steps=2)(batch)
+    check(out.task_loss.detach(), right[0])
+    check(gradient(out, net), right[2])
+
+
 def lazy():
     return nn.Sequential(
         nn.LazyLinear(7), nn.LazyBatchNorm1d(), nn.Dropout(0.5), nn.Unflatten(1, (1, 7)), nn.LazyConv1d(2, 3),
