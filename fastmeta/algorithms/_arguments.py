@@ -66,7 +66,7 @@ def _check_rows(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 def check_batch(batch: TaskBatch) -> None:
     """Raise ValueError unless inputs and targets of support and query begin with the same tasks and examples."""
-    support_x, support_y, query_x, query_y = batch
+    support_x, support_y, query_x, query_y = batch[:4]
     check_pair("support_x", support_x, "support_y", support_y)
     check_pair("query_x", query_x, "query_y", query_y)
     support_x, query_x = first(support_x), first(query_x)

@@ -19,7 +19,6 @@ from ._classes import Classes, classes_of, ordinary_ways
 from ._misfit import raise_misfit
 from ._rows import (
     Group,
-    check_mask,
     check_masks,
     dense,
     groups_of,
@@ -132,7 +131,7 @@ class EmbeddingLearner(nn.Module):
     def _all_tasks(self, batch: TaskBatch) -> MetaOutput:
         """`forward` from the examples on."""
         masked = self._check_batch(batch)
-        ways, classes = self._classes(*batch)
+        ways, classes = self._classes(*(batch if masked else batch[:4]))
         x = cat([batch.support_x, batch.query_x], 1)
         features = self._encode(x, both_masks(batch) if masked else None)
         support, query = features.split([first(part).shape[1] for part in (batch.support_x, batch.query_x)], 1)
@@ -254,14 +253,14 @@ def check_examples(name: str, x: Tensor, mask: Tensor | None = None, mask_name: 
     # what an nn.Embedding takes for an example, a number, has no dimensions of its own
     if x.dim() < 2 or (whole and x.dim() == 2 and x.is_floating_point()):
         raise ValueError(f"{name} must have shape [T, B, ...], got {list(x.shape)}")
-    check_mask(mask_name, mask, name, x)
+    checks.mask(mask_name, mask, x, name)
 
 
 def _alike(classes: Classes | None, rows: Sequence[tuple[Tensor, Tensor | None]]) -> list[Group]:
     """Groups of tasks with equal numbers of rows, which targets and masks tell, and of classes (regression: 0)."""
-    counts = [row_counts(y, mask).cpu() for y, mask in rows]
-    ways = torch.zeros_like(counts[0]) if classes is None else classes.counts.cpu()
-    return groups_of([*counts, ways], rows[0][0].device)
+    counts = row_counts(*rows)
+    ways = [0] * len(counts) if classes is None else classes.counts.tolist()
+    return groups_of([(*of_task, n) for of_task, n in zip(counts, ways, strict=True)], rows[0][0].device)
 
 
 def _with_absent(logits: Sequence[Tensor]) -> list[Tensor]:
@@ -272,8 +271,8 @@ def _with_absent(logits: Sequence[Tensor]) -> list[Tensor]:
 
 def both_masks(batch: TaskBatch) -> Tensor:
     """`[T, S + Q]`: which of the support and query rows are the tasks' own."""
-    parts = (batch.support_mask, batch.support_y), (batch.query_mask, batch.query_y)
-    return torch.cat([y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask for mask, y in parts], 1)
+    parts = (batch.support_mask, first(batch.support_x)), (batch.query_mask, first(batch.query_x))
+    return torch.cat([x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask for mask, x in parts], 1)
 
 
 def by_rows(

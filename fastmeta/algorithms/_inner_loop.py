@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastmeta import values
-from fastmeta._trees import arguments, first, requires_grad, split, unbind
+from fastmeta._trees import arguments, first, requires_grad, split, tree_map, unbind
+from fastmeta.functional import checks
 
 from ..batch import TaskBatch
 from ..engines import PLAIN, Engine, InnerLoop, Rates, Rule, as_loss, check_one_tensor, choose
@@ -16,6 +17,17 @@ from ._arguments import check_batch, check_count, check_pair, check_size, check_
 from ._chunks import chunked_loss
 from ._lazy import initialise, lazy_layer
 from ._misfit import raise_misfit
+from ._rows import (
+    check_masks,
+    dense,
+    dense_batch,
+    groups_of,
+    groups_of_batch,
+    joined,
+    row_counts,
+    with_padding,
+    without_padding,
+)
 from .fast_weights import FastWeights
 from .output import MetaOutput
 
@@ -27,6 +39,8 @@ class InnerLoopAlgorithm(nn.Module):
     """
 
     rule: Rule = PLAIN  # what the loop's steps are besides a rate times a gradient
+
+    _state_type: type = FastWeights
 
     def __init__(
         self,
@@ -48,51 +62,105 @@ class InnerLoopAlgorithm(nn.Module):
         if isinstance(loss, nn.Module):  # what it has of parameters and buffers is the learner's
             self.loss_module = loss
 
-    def adapt(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
-        """Run the inner loop on support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`."""
-        self._check_pair(support_x, support_y)
-        slow = dict(self.model.named_parameters())
+    def adapt(self, support_x: Tensor, support_y: Tensor, support_mask: Tensor | None = None) -> FastWeights:
+        """Run the inner loop on support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`. `support_mask` bool
+        `[T, S]`: False for rows that are padding, which nothing sees."""
+        check_pair("support_x", support_x, "support_y", support_y)
+        check_one_tensor(self.loss, "support_y", support_y)
+        checks.mask("support_mask", support_mask, first(support_x), "support_x")
+        self._initialise(support_x, support_mask)
         try:
-            weights = slow | self._adapted(self._inner(support_y), support_x, support_y)
+            if support_mask is None or len(support_mask) == 0:
+                return self._state(support_x, support_y)
+            groups = groups_of(row_counts((support_y, support_mask)), support_mask.device)
+            states = [
+                self._state(*(dense(t, support_mask, tasks, rows) for t in (support_x, support_y)))
+                for tasks, (rows,) in groups
+            ]
         except Exception as error:
-            self._raise_misfit(error, {"support_x": support_x}, {"support_y": support_y})
+            targets = {"support_y": without_padding(support_y, support_mask)}
+            self._raise_misfit(error, {"support_x": support_x}, targets)
             raise
-        shared = frozenset(name for name, w in weights.items() if w.dim() == slow[name].dim())
-        return FastWeights(weights, shared, len(first(support_x)))
+        return type(states[0]).joined(states, groups)
 
-    def predict(self, state: FastWeights, query_x: Tensor) -> Tensor:
-        """Predictions `[T, Q, C]` of the adapted weights for `query_x` `[T, Q, ...]`."""
-        if not isinstance(state, FastWeights):
-            raise TypeError(f"state must be what adapt returns, FastWeights, got {type(state).__name__}")
-        check_tasks(query_x, len(state))
+    def predict(self, state: FastWeights, query_x: Tensor, query_mask: Tensor | None = None) -> Tensor:
+        """Predictions `[T, Q, C]` of the adapted weights for `query_x` `[T, Q, ...]`; zeros in rows where `query_mask`
+        bool `[T, Q]` is False."""
+        if not isinstance(state, self._state_type):
+            raise TypeError(
+                f"state must be what adapt returns, {self._state_type.__name__}, got {type(state).__name__}"
+            )
+        check_tasks(query_x, self._num_tasks(state))
+        checks.mask("query_mask", query_mask, first(query_x), "query_x")
         try:
-            return self._predicted(state.weights, query_x)
+            if query_mask is None or len(query_mask) == 0:
+                return self._predictions(state, query_x)
+            groups = groups_of(row_counts((query_x, query_mask)), query_mask.device)
+            parts = [
+                self._predictions(state.of_tasks(tasks), dense(query_x, query_mask, tasks, rows))
+                for tasks, (rows,) in groups
+            ]
         except Exception as error:
             self._raise_misfit(error, {"query_x": query_x})
             raise
+        return with_padding(parts, groups, query_mask)
+
+    def _num_tasks(self, state: FastWeights) -> int:
+        return len(state)
+
+    def _state(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
+        """`adapt` of tasks without padding."""
+        slow = dict(self.model.named_parameters())
+        weights = slow | self._adapted(self._inner(support_y), support_x, support_y)
+        shared = frozenset(name for name, w in weights.items() if w.dim() == slow[name].dim())
+        return FastWeights(weights, shared, len(first(support_x)))
+
+    def _predictions(self, state: FastWeights, query_x: Tensor) -> Tensor:
+        """`predict` without padding."""
+        return self._predicted(state.weights, query_x)
 
     def forward(self, batch: TaskBatch, weights: Tensor | None = None) -> MetaOutput:
         """Adapt to every task's support set and judge on its query set. With `weights` `[T]` each task's loss counts
-        that often in `loss`, which stays a mean over `T`; they may require gradients."""
+        that often in `loss`, which stays a mean over `T`; they may require gradients.
+
+        Rows that the batch's masks leave out are not looked at: tasks with the same numbers of rows run together, group
+        after group, so that each task gets what it would get alone.
+        """
         batch = TaskBatch.of(batch)
-        self._check_batch(batch)
+        masked = self._check_batch(batch)
         check_weights(weights, batch)
         try:
-            if self._in_chunks(batch):
-                return self._chunked(self.task_chunk, batch, weights)
-            return self._tasks(*batch, weights)
+            return self._masked(batch, weights) if masked else self._whole(batch[:4], weights)
         except Exception as error:
             self._raise_misfit_of_batch(error, batch)
             raise
+
+    def _masked(self, batch: TaskBatch, weights: Tensor | None) -> MetaOutput:
+        """`forward` of tasks with padding."""
+        groups = groups_of_batch(batch)
+        outputs = [
+            self._whole(dense_batch(batch, tasks, sizes), None if weights is None else weights[tasks])
+            for tasks, sizes in groups
+        ]
+        return joined(outputs, groups, batch.query_mask)
+
+    def _whole(self, batch: Sequence[Tensor], weights: Tensor | None) -> MetaOutput:
+        """`forward` of tasks without padding."""
+        if self._in_chunks(batch):
+            return self._chunked(self.task_chunk, batch, weights)
+        return self._tasks(*batch, weights)
 
     def _raise_misfit(self, error: Exception, examples: dict[str, Tensor], targets: dict | None = None) -> None:
         """Raise what says better than `error` that the model does not take these examples, if that is so."""
         raise_misfit(error, "model", self.model, examples, targets, self.loss)
 
     def _raise_misfit_of_batch(self, error: Exception, batch: TaskBatch) -> None:
-        support_x, support_y, query_x, query_y = batch[:4]
-        examples = {"support_x": support_x, "query_x": query_x}
-        self._raise_misfit(error, examples, {"support_y": support_y, "query_y": query_y})
+        examples = {"support_x": batch.support_x, "query_x": batch.query_x}
+        targets = {
+            "support_y": without_padding(batch.support_y, batch.support_mask),
+            "query_y": without_padding(batch.query_y, batch.query_mask),
+        }
+        self._raise_misfit(error, examples, targets)
 
     def extra_repr(self) -> str:
         return (
@@ -100,23 +168,21 @@ class InnerLoopAlgorithm(nn.Module):
             f"task_chunk={self.task_chunk}" + (f", {self.rule}" if self.rule != PLAIN else "")
         )
 
-    def _check_pair(self, support_x: Tensor, support_y: Tensor) -> None:
-        check_pair("support_x", support_x, "support_y", support_y)
-        check_one_tensor(self.loss, "support_y", support_y)
-        if self._lazy:
-            self._initialise(support_x)
-
-    def _check_batch(self, batch: TaskBatch) -> None:
+    def _check_batch(self, batch: TaskBatch) -> bool:
+        """Whether the batch has masks, after all checks."""
         check_batch(batch)
         check_one_tensor(self.loss, "support_y", batch[1])
         check_one_tensor(self.loss, "query_y", batch[3])
-        if self._lazy:
-            self._initialise(batch[0])
+        masked = check_masks(batch)
+        self._initialise(batch[0], batch.support_mask if masked else None)
+        return masked
 
-    def _initialise(self, support_x: Tensor) -> None:
+    def _initialise(self, support_x: Tensor, mask: Tensor | None) -> None:
         """Lazy layers take their shapes from the first task's rows, as in a call of the model with them."""
-        if len(first(support_x)):
-            initialise(self, lambda: self._call(unbind(split(support_x, 1)[0])[0]))
+        if self._lazy and len(first(support_x)):
+            x = unbind(split(support_x, 1)[0])[0]
+            rows = x if mask is None else tree_map(lambda leaf: leaf[mask[0]], x)
+            initialise(self, lambda: self._call(rows))
             self._lazy = False
 
     def _call(self, x: Tensor) -> None:
@@ -155,7 +221,7 @@ class InnerLoopAlgorithm(nn.Module):
         module = getattr(self, "loss_module", None)
         return [] if module is None else [p for p in module.parameters() if p.requires_grad]
 
-    def _chunked(self, size: int, batch: TaskBatch | tuple, weights: Tensor | None) -> MetaOutput:
+    def _chunked(self, size: int, batch: Sequence[Tensor], weights: Tensor | None) -> MetaOutput:
         return chunked_loss(self._tasks, batch, weights, size, [p for p in self.parameters() if p.requires_grad])
 
     def _in_turn(self, engine: Engine, *tensors: Tensor | None) -> bool:
@@ -166,7 +232,7 @@ class InnerLoopAlgorithm(nn.Module):
         wanted = any(t is not None and requires_grad(t) for t in tensors)
         return not (wanted or torch._C._are_functorch_transforms_active())
 
-    def _in_chunks(self, batch: TaskBatch) -> bool:
+    def _in_chunks(self, batch: Sequence[Tensor]) -> bool:
         return self.task_chunk is not None and len(first(batch[0])) > self.task_chunk
 
 

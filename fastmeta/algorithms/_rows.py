@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmeta import values
-from fastmeta._trees import first
+from fastmeta._trees import cat, first, tree_map
 from fastmeta.functional import checks
 
 from .output import MetaOutput
@@ -22,36 +21,24 @@ if TYPE_CHECKING:
     from ..tasks import TaskBatch
 
 
-def check_mask(name: str, mask: Tensor | None, like_name: str, like: Tensor) -> None:
-    """Raise TypeError or ValueError unless `mask` is None or bool `[T, B]`, as the rows of `like` `[T, B, ...]`."""
-    if mask is None:
-        return
-    values.tensor(name, mask, "a bool tensor")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be a bool tensor, got {values.dtype_of(mask)}")
-    if mask.shape != like.shape[:2]:
-        raise ValueError(
-            f"{name} must have shape {list(like.shape[:2])} to match {like_name}, got {list(mask.shape)}"
-        )
-    checks.same_device(name, mask, like_name, like)
-
-
 def check_masks(batch: TaskBatch) -> bool:
-    """Whether the batch has a mask; those it has are checked, and every task has a query row to be judged on."""
+    """Whether the batch has tasks with a mask; masks are checked, and every task has a query row to be judged on."""
     if len(batch) == 4:
         return False
-    check_mask("support_mask", batch.support_mask, "support_x", first(batch.support_x))
-    check_mask("query_mask", batch.query_mask, "query_x", first(batch.query_x))
+    checks.mask("support_mask", batch.support_mask, first(batch.support_x), "support_x")
+    checks.mask("query_mask", batch.query_mask, first(batch.query_x), "query_x")
     if batch.query_mask is not None:
-        check_rows("query_mask", batch.query_mask)
-    return True
+        empty = (~batch.query_mask.any(1)).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"query_mask: task {empty[0]} has no rows")
+    return len(first(batch.support_x)) > 0
 
 
-def check_rows(name: str, mask: Tensor) -> None:
-    """Raise ValueError unless every task has a row."""
-    empty = (~mask.any(1)).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"{name}: task {empty[0]} has no rows")
+def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`x` `[T, B, ...]` with zeros in the rows that `mask` leaves out."""
+    if mask is None:
+        return x
+    return tree_map(lambda leaf: leaf.masked_fill(~mask.view(*mask.shape, *(1 for _ in leaf.shape[2:])), 0), x)
 
 
 def valid_rows(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -72,34 +59,68 @@ class Group(NamedTuple):
     sizes: tuple[int, ...]
 
 
-def groups_of(sizes: Sequence[Tensor], device: torch.device) -> list[Group]:
-    """Groups of the tasks whose sizes, each `[T]`, are all equal."""
+def groups_of(sizes: Sequence[tuple[int, ...]], device: torch.device) -> list[Group]:
+    """Groups of the tasks whose sizes are equal."""
     found: dict[tuple[int, ...], list[int]] = {}
-    for task, key in enumerate(torch.stack(list(sizes), 1).tolist()):
-        found.setdefault(tuple(key), []).append(task)
+    for task, key in enumerate(sizes):
+        found.setdefault(key, []).append(task)
     return [Group(torch.tensor(tasks, device=device), key) for key, tasks in found.items()]
 
 
-def row_counts(y: Tensor, mask: Tensor | None) -> Tensor:
-    """How many rows each task has, `[T]`."""
-    return torch.full(y.shape[:1], y.shape[1], device=y.device) if mask is None else mask.sum(1)
+def row_counts(*parts: tuple[Tensor, Tensor | None]) -> list[tuple[int, ...]]:
+    """How many rows each task has in every part: targets `[T, B, ...]` and their mask."""
+    counts = []
+    for y, mask in parts:
+        tasks, rows = first(y).shape[:2]
+        counts.append([rows] * tasks if mask is None else mask.sum(1).tolist())
+    return list(zip(*counts, strict=True))
 
 
 def dense(x: Tensor, mask: Tensor | None, tasks: Tensor, rows: int) -> Tensor:
     """`[t, rows, ...]` of tasks that have so many rows each in `x` `[T, B, ...]`."""
-    return x[tasks] if mask is None else x[tasks][mask[tasks]].unflatten(0, (len(tasks), rows))
+    if mask is None:
+        return tree_map(lambda leaf: leaf[tasks], x)
+    own = mask[tasks]
+    return tree_map(lambda leaf: leaf[tasks][own].unflatten(0, (len(tasks), rows)), x)
+
+
+def groups_of_batch(batch: TaskBatch) -> list[Group]:
+    """Groups of tasks with as many support and as many query rows."""
+    return groups_of(row_counts_of(batch), first(batch.support_y).device)
+
+
+def row_counts_of(batch: TaskBatch) -> list[tuple[int, ...]]:
+    return row_counts((batch.support_y, batch.support_mask), (batch.query_y, batch.query_mask))
+
+
+def dense_batch(batch: TaskBatch, tasks: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """The four tensors of tasks that have so many support and query rows."""
+    support = (dense(t, batch.support_mask, tasks, sizes[0]) for t in (batch.support_x, batch.support_y))
+    query = (dense(t, batch.query_mask, tasks, sizes[1]) for t in (batch.query_x, batch.query_y))
+    return (*support, *query)
 
 
 def in_order(parts: Sequence[Tensor], groups: Sequence[Group]) -> Tensor:
     """The groups' results `[t, ...]` in the order of the tasks, `[T, ...]`."""
-    return torch.cat(list(parts))[torch.cat([group.tasks for group in groups]).argsort()]
+    order = torch.cat([group.tasks for group in groups]).argsort()
+    return tree_map(lambda leaf: leaf[order], cat(parts, 0, "what the groups of tasks give"))
 
 
 def with_padding(parts: Sequence[Tensor], groups: Sequence[Group], mask: Tensor | None) -> Tensor:
-    """What the groups make of their rows, `[t, rows, ...]`, as `[T, B, ...]`, zeros in rows that are padding."""
+    """What the groups make of their rows, `[t, rows, ...]`, as `[T, B, ...]`, zeros in rows that are padding. What is
+    not of rows, a model's other outputs, stays as it is."""
     if mask is not None:
-        parts = [padded(part.flatten(0, 1), mask[g.tasks]) for part, g in zip(parts, groups, strict=True)]
+        parts = [_spread(part, mask[group.tasks]) for part, group in zip(parts, groups, strict=True)]
     return in_order(parts, groups)
+
+
+def _spread(part: Tensor, mask: Tensor) -> Tensor:
+    rows = int(mask[0].sum())
+
+    def spread(leaf: Tensor) -> Tensor:
+        return padded(leaf.flatten(0, 1), mask) if leaf.dim() > 1 and leaf.shape[1] == rows else leaf
+
+    return tree_map(spread, part)
 
 
 def joined(outputs: Sequence[MetaOutput], groups: Sequence[Group], query_mask: Tensor | None) -> MetaOutput:

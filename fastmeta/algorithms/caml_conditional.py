@@ -6,8 +6,8 @@ Two papers bear the name CAML. This is the one of 2019; that of 2024 is in `caml
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -18,11 +18,17 @@ from ..engines import InnerLoop, module_engine
 from ..engines.vmap import buffers_per_task
 from ._arguments import check_number
 from ._chunks import chunked_loss
-from ._embedding import by_rows
+from ._classes import classes_of, ordinary_ways
+from ._embedding import both_masks, by_rows
 from ._inner_loop import InnerLoopAlgorithm, adapted_convolutions
 from ._misfit import raise_misfit
+from ._rows import dense, dense_batch, groups_of_batch, joined
+from ._targets import cross_entropy
 from .film import FiLM
 from .output import MetaOutput, judged, over_tasks, weighted
+
+if TYPE_CHECKING:
+    from ..tasks import TaskBatch
 
 
 class ConditionalCAML(InnerLoopAlgorithm):
@@ -56,8 +62,8 @@ class ConditionalCAML(InnerLoopAlgorithm):
         inner_lr: step size in the inner loop, 0.1 by default.
         inner_steps: `K >= 0`, 5 by default. May be set anew between calls.
         metric_weight: what the loss of a prototypical network on the embeddings counts beside the query loss, in train
-            mode alone; 0 by default. With more, targets are labels int64 in `[0, C)`, and a class without support rows
-            has its mean at zero.
+            mode alone; 0 by default. With more, targets are labels int64 in `[0, C)`, and a query's class has support
+            rows.
         first_order: drop the second derivatives.
         loss: as in `MAML`.
         task_chunk: at most this many tasks at a time in the inner loop, to bound memory; as in `MAML`. The encoder runs
@@ -115,21 +121,36 @@ class ConditionalCAML(InnerLoopAlgorithm):
     def _predicted(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return self._logits(weights, x, self._embedded(x))
 
-    def _tasks(
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, weights: Tensor | None
-    ) -> MetaOutput:
-        batch = support_x, support_y, query_x, query_y
-        conditions = self._embedded(support_x, query_x)
+    def _whole(self, batch: Sequence[Tensor], weights: Tensor | None) -> MetaOutput:
+        support_x, support_y, query_x, query_y = batch
+        self._check_classes(support_y, query_y)
+        return self._embedded_tasks(batch, self._embedded(support_x, query_x), weights)
+
+    def _masked(self, batch: TaskBatch, weights: Tensor | None) -> MetaOutput:
+        support_mask, query_mask = batch.support_mask, batch.query_mask
+        self._check_classes(batch.support_y, batch.query_y, support_mask, query_mask)
+        conditions = self._embedded(batch.support_x, batch.query_x, mask=both_masks(batch))
+        support, query = conditions.split([first(part).shape[1] for part in (batch.support_x, batch.query_x)], 1)
+        groups, outputs = groups_of_batch(batch), []
+        for tasks, (rows, queries) in groups:
+            own = dense(support, support_mask, tasks, rows), dense(query, query_mask, tasks, queries)
+            part, of_group = dense_batch(batch, tasks, (rows, queries)), None if weights is None else weights[tasks]
+            outputs.append(self._embedded_tasks(part, cat(own, 1), of_group))
+        return joined(outputs, groups, query_mask)
+
+    def _embedded_tasks(self, batch: Sequence[Tensor], conditions: Tensor, weights: Tensor | None) -> MetaOutput:
+        """`forward` of tasks without padding, whose conditions `[T, S + Q, D]` are known."""
+        if self._in_chunks(batch):
+            return self._in_parts(self.task_chunk, batch, conditions, weights)
+        support_x, support_y, _, query_y = batch
         rows = _beside(support_x, conditions[:, : first(support_x).shape[1]])
         if self._in_turn(module_engine(self.model, self._inner(support_y, query_y), rows, support_y), *batch, weights):
             return self._in_parts(1, batch, conditions, weights)
         return self._from_conditions(*batch, conditions, weights)
 
-    def _chunked(self, size: int, batch, weights: Tensor | None) -> MetaOutput:
-        support_x, _, query_x, _ = batch
-        return self._in_parts(size, batch, self._embedded(support_x, query_x), weights)
-
-    def _in_parts(self, size: int, batch, conditions: Tensor, weights: Tensor | None) -> MetaOutput:
+    def _in_parts(
+        self, size: int, batch: Sequence[Tensor], conditions: Tensor, weights: Tensor | None
+    ) -> MetaOutput:
         parameters = [p for p in self.parameters() if p.requires_grad]
         return chunked_loss(self._from_conditions, batch, weights, size, parameters, conditions)
 
@@ -148,8 +169,7 @@ class ConditionalCAML(InnerLoopAlgorithm):
         fast = self._steps(inner, support_x, support, support_y)
         output = judged(inner.loss, self._logits(fast, query_x, query), query_y)
         if self.training and self.metric_weight:
-            classes = output.logits.shape[-1]
-            metric_loss, _ = functional.prototypical_loss(support, support_y, query, query_y, classes)
+            metric_loss = _prototypical_loss(support, support_y, query, query_y)
             task_loss = output.task_loss + self.metric_weight * metric_loss
             output = over_tasks(task_loss, output.accuracy, output.logits)
         return weighted(output, weights)
@@ -157,13 +177,20 @@ class ConditionalCAML(InnerLoopAlgorithm):
     def _raise_misfit(self, error: Exception, examples: dict[str, Tensor], targets: dict | None = None) -> None:
         raise_misfit(error, "encoder", self.encoder, examples, targets)
 
-    def _embedded(self, *parts: Tensor) -> Tensor:
-        """The conditions `[T, B, D]` of the rows of all parts `[T, B_i, ...]`, one part behind the other."""
+    def _check_classes(self, support_y: Tensor, query_y: Tensor, *masks: Tensor | None) -> None:
+        """What the metric space's loss asks for, while tasks have their places in the batch."""
+        if self.training and self.metric_weight and (masks or ordinary_ways(support_y, query_y, None) is None):
+            classes_of(support_y, query_y, *masks)
+
+    def _embedded(self, *parts: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The conditions `[T, B, D]` of the rows of all parts `[T, B_i, ...]`, one part behind the other; zeros for
+        those that `mask` `[T, B]` leaves out."""
         shapes = [[leaf.shape[2:] for _, leaf in named_leaves(part, "x")] for part in parts]
         if shapes[1:] != shapes[:-1]:
             found = " and ".join(str(tuple(first(part).shape)) for part in parts)
             raise ValueError(f"support_x and query_x must agree in example shape, got {found}")
-        return by_rows(self.encoder, "encoder", "embeddings [B, D]", cat(parts, 1, "support_x and query_x"))
+        x = cat(parts, 1, "support_x and query_x")
+        return by_rows(self.encoder, "encoder", "embeddings [B, D]", x, mask=mask)
 
     def _steps(self, inner: InnerLoop, x: Tensor, conditions: Tensor, y: Tensor) -> dict[str, Tensor]:
         """The weights that adapt after the inner loop, `[T, *shape]`."""
@@ -187,3 +214,13 @@ def _beside(x: Tensor, conditions: Tensor) -> Any:
     """The base network's inputs."""
     args, kwargs = arguments(x, condition=conditions)
     return kwargs or args
+
+
+def _prototypical_loss(support: Tensor, support_y: Tensor, query: Tensor, query_y: Tensor) -> Tensor:
+    """`[T]`, among the classes that have support rows."""
+    ways = ordinary_ways(support_y, query_y, None)
+    if ways is not None:
+        return functional.prototypical_loss(support, support_y, query, query_y, ways)[0]
+    classes = classes_of(support_y, query_y)
+    distance = functional.pairwise_distance(query, classes.means(support))
+    return cross_entropy(classes.without_absent(-distance), classes.query_y)

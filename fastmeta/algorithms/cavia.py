@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,10 +17,11 @@ from ..engines import loss_of_task, module_engine
 from ..engines.inspect import mlp_spec
 from ..engines.layerwise import forward, layers, why_no_formulas
 from ..engines.vmap import VmapEngine, buffers_per_task
-from ._arguments import check_count, check_number, check_tasks
+from ._arguments import check_count, check_number
 from ._gradients import layer_gradients
 from ._inner_loop import InnerLoopAlgorithm
 from ._misfit import raise_misfit
+from ._rows import Group, in_order
 from .output import MetaOutput, judged, weighted
 
 
@@ -28,6 +29,15 @@ class Context(NamedTuple):
     """What `CAVIA.adapt` returns: every task's context parameters, `[T, P]`."""
 
     context: Tensor
+
+    def of_tasks(self, tasks: Tensor) -> Context:
+        """Those of some tasks, int64 `[t]`, in that order."""
+        return Context(self.context[tasks])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Context], groups: Sequence[Group]) -> Context:
+        """Those of all tasks, from those of groups of them."""
+        return cls(in_order([part.context for part in parts], groups))
 
 
 class CAVIA(InnerLoopAlgorithm):
@@ -61,6 +71,8 @@ class CAVIA(InnerLoopAlgorithm):
             rows where the context is to join them.
     """
 
+    _state_type = Context
+
     def __init__(
         self,
         model: nn.Module,
@@ -78,16 +90,12 @@ class CAVIA(InnerLoopAlgorithm):
         self.inner_lr = check_number("inner_lr", inner_lr, 0)
         self.concatenate = values.flag("concatenate", concatenate)
 
-    def adapt(self, support_x: Tensor, support_y: Tensor) -> Context:
-        """Context parameters of support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`."""
-        self._check_pair(support_x, support_y)
-        try:
-            return self._adapted_context(support_x, support_y)
-        except Exception as error:
-            self._raise_misfit(error, {"support_x": support_x}, {"support_y": support_y})
-            raise
+    def adapt(self, support_x: Tensor, support_y: Tensor, support_mask: Tensor | None = None) -> Context:
+        """Context parameters of support sets `[T, S, ...]` with targets `[T, S]` or `[T, S, O]`. `support_mask` bool
+        `[T, S]`: False for rows that are padding, which nothing sees."""
+        return super().adapt(support_x, support_y, support_mask)
 
-    def _adapted_context(self, support_x: Tensor, support_y: Tensor) -> Context:
+    def _state(self, support_x: Tensor, support_y: Tensor) -> Context:
         gradient = self._context_gradient(support_x, support_y)
         rows = first(support_x)
         context = next(self.model.parameters(), rows).new_zeros(len(rows), self.context_size)
@@ -98,16 +106,8 @@ class CAVIA(InnerLoopAlgorithm):
             context = context - self.inner_lr * step
         return Context(context)
 
-    def predict(self, state: Context, query_x: Tensor) -> Tensor:
-        """Predictions `[T, Q, C]` for `query_x` `[T, Q, ...]`."""
-        if not isinstance(state, Context):
-            raise TypeError(f"state must be what adapt returns, Context, got {type(state).__name__}")
-        check_tasks(query_x, len(state.context))
-        try:
-            return self._predictions(state, query_x)
-        except Exception as error:
-            self._raise_misfit(error, {"query_x": query_x})
-            raise
+    def _num_tasks(self, state: Context) -> int:
+        return len(state.context)
 
     def _raise_misfit(self, error: Exception, examples: dict[str, Tensor], targets: dict | None = None) -> None:
         model = _WithContext(self.model, self.context_size, self.concatenate)
@@ -144,7 +144,7 @@ class CAVIA(InnerLoopAlgorithm):
             if self._in_turn(engine, *batch, weights):
                 return self._chunked(1, batch, weights)
         loss = self._inner(support_y, query_y).loss
-        output = judged(loss, self.predict(self.adapt(support_x, support_y), query_x), query_y)
+        output = judged(loss, self._predictions(self._state(support_x, support_y), query_x), query_y)
         return weighted(output, weights)
 
     def _joined(self, x: Tensor, context: Tensor) -> Tensor:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
+
+from ._rows import Group, in_order
 
 
 class FastWeights:
@@ -32,6 +36,23 @@ class FastWeights:
         return {
             name: w.expand(self.num_tasks, *w.shape) if name in self.shared else w for name, w in self.weights.items()
         }
+
+    def of_tasks(self, tasks: Tensor) -> FastWeights:
+        """Those of some tasks, int64 `[t]`, in that order."""
+        return FastWeights(
+            {name: w if name in self.shared else w[tasks] for name, w in self.weights.items()}, self.shared, len(tasks)
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[FastWeights], groups: Sequence[Group]) -> FastWeights:
+        """Those of all tasks, from those of groups of them."""
+        shared = frozenset.intersection(*(part.shared for part in parts))
+        stacked = [part.stacked() for part in parts]
+        weights = {
+            name: w if name in shared else in_order([of_group[name] for of_group in stacked], groups)
+            for name, w in parts[0].weights.items()
+        }
+        return cls(weights, shared, sum(map(len, parts)))
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {list(w.shape)}" for name, w in self.stacked().items())

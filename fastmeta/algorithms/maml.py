@@ -17,6 +17,7 @@ from ._arguments import check_weights
 from ._direct import DirectGradient, direct_gradient
 from ._inner_loop import InnerLoopAlgorithm
 from ._inner_lr import InnerLR, as_inner_lr, as_rule, described, rates_of
+from ._rows import dense_batch, groups_of_batch, without_padding
 from .output import MetaOutput, detached, judged, weighted
 
 
@@ -109,7 +110,8 @@ class MAML(InnerLoopAlgorithm):
         batch = TaskBatch.of(batch)
         if self.task_chunk is not None:
             self._check_batch(batch)
-        if plain_call(batch) and not self._in_chunks(batch) and not any(t.requires_grad for t in batch):
+        whole = len(batch) == 4 and not self._in_chunks(batch)
+        if whole and plain_call(batch) and not any(t.requires_grad for t in batch):
             inner = self._inner(batch[1], batch[3])
             direct = self._direct  # another thread may leave its own there meanwhile
             if direct is None or not direct.holds(self.model, inner, batch):
@@ -132,14 +134,46 @@ class MAML(InnerLoopAlgorithm):
 
     def explain(self, batch: TaskBatch) -> str:
         """Which engine serves this batch and why the others do not, as readable text. Runs nothing, but for one task
-        where it has to be seen whether `torch.func` can follow the model."""
+        where it has to be seen whether `torch.func` can follow the model. Tasks with masks run in groups with the same
+        numbers of rows: it is of the first."""
         batch = TaskBatch.of(batch)
-        self._check_batch(batch)
+        if not self._check_batch(batch):
+            return self._explained(batch)
+        groups = groups_of_batch(batch)
+        text = self._explained(TaskBatch(*dense_batch(batch, *groups[0])))
+        inner = self._inner(batch.support_y, batch.query_y)
+        if self._masks_in_kernels(inner, batch.support_x) and not self._in_chunks(batch):
+            return f"{text}\nmasks: the kernels leave out rows, all tasks run together"
+        return f"{text}\nmasks: {len(groups)} groups of tasks with the same numbers of rows, this is of the first"
+
+    def _explained(self, batch: TaskBatch) -> str:
         try:
             return explain(self.engine, self.model, self._inner(batch[1], batch[3]), batch[0], batch[1])
         except Exception as error:
             self._raise_misfit_of_batch(error, batch)
             raise
+
+    def _masked(self, batch: TaskBatch, weights: Tensor | None) -> MetaOutput:
+        support_mask, query_mask = masks = batch.support_mask, batch.query_mask
+        support_y, query_y = without_padding(batch.support_y, support_mask), without_padding(batch.query_y, query_mask)
+        inner = self._inner(support_y, query_y)
+        with inspected(self.model):
+            if self._in_chunks(batch) or not self._masks_in_kernels(inner, batch.support_x):
+                return super()._masked(batch, weights)
+            loop, slow = FusedEngine().loop(self.model, inner)
+            support_x = without_padding(batch.support_x, support_mask)
+            query_x = without_padding(batch.query_x, query_mask)
+            found, mean = loop.meta_loss(slow, support_x, support_y, query_x, query_y, weights, masks)
+        output = judged(inner.loss, found.logits, query_y, found.loss, mean, query_mask)
+        return output._replace(logits=without_padding(output.logits, query_mask))
+
+    def _masks_in_kernels(self, inner: InnerLoop, x: Tensor) -> bool:
+        """Whether the fused inner loops serve this, and leave out rows: trajectories are made of several."""
+        fused = FusedEngine()
+        if self.engine not in ("auto", fused.name) or fused.why_not(self.model, inner, x) is not None:
+            return False
+        wanted = self.engine == fused.name or fused.why_slow(self.model, inner, x) is None
+        return wanted and inner.loss.in_kernels != "maximum_entropy"
 
     def extra_repr(self) -> str:
         return f"engine={self.engine!r}, inner_lr={described(self.inner_lr)}, {super().extra_repr()}"

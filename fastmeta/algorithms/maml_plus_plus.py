@@ -13,7 +13,7 @@ from fastmeta._trees import first
 
 from ..engines import ENGINES, InnerLoop, Rates, Steps, check_prediction, module_engine
 from ..engines.vmap import buffers_per_task
-from ._arguments import check_count, check_number, check_tasks
+from ._arguments import check_count, check_number
 from ._lazy import check_initialised
 from ._rated_loop import LearnedRates
 from .fast_weights import FastWeights
@@ -127,7 +127,8 @@ class MAMLPlusPlus(LearnedRates):
     `K` of construction have the last one's rates and statistics. A frozen layer's rates are neither used nor trained
     until it is unfrozen, and a saved state without them loads. Iterations are counted in `forward` in train mode
     with gradients on, and the count is part of the `state_dict`. While the multi-step loss lasts, `task_loss` holds
-    the weighted sums, so that `loss` is still its mean; accuracy is that of the last step.
+    the weighted sums, so that `loss` is still its mean; accuracy is that of the last step. A batch with masks is one
+    iteration; its running statistics move once for each group of tasks with the same numbers of rows.
 
     Args:
         model: any module from examples `[B, ...]` to predictions `[B, C]`. Parameters with `requires_grad=False` are
@@ -182,12 +183,13 @@ class MAMLPlusPlus(LearnedRates):
             if key not in self.rates:
                 self.rates[key] = nn.Parameter(p.new_ones(inner_steps), requires_grad=learned_rates)
 
-    def predict(self, state: FastWeights, query_x: Tensor) -> Tensor:
-        """Predictions `[T, Q, C]` of the adapted weights for `query_x` `[T, Q, ...]`; batch norms are those of the last
-        of `inner_steps` steps."""
+    def predict(self, state: FastWeights, query_x: Tensor, query_mask: Tensor | None = None) -> Tensor:
+        """As `InnerLoopAlgorithm.predict`; batch norms are those of the last of `inner_steps` steps."""
+        return super().predict(state, query_x, query_mask)
+
+    def _predictions(self, state: FastWeights, query_x: Tensor) -> Tensor:
         if not any(isinstance(module, BatchNormPerStep) for module in self.model.modules()):
-            return super().predict(state, query_x)
-        check_tasks(query_x, len(state))
+            return super()._predictions(state, query_x)
         fast = {name: w for name, w in state.weights.items() if name not in state.shared}
         return self._logits(fast, query_x, self.inner_steps - 1, remember=False)
 

@@ -103,8 +103,9 @@ class ModulatedProtoNet(EmbeddingLearner):
 
     def _all_tasks(self, batch) -> MetaOutput:
         """Mean cross entropy of the query sets, in train mode with that of the metric space; each network runs once."""
-        mask = both_masks(batch) if self._check_batch(batch) else None
-        ways, classes = self._classes(*batch)
+        masked = self._check_batch(batch)
+        mask = both_masks(batch) if masked else None
+        ways, classes = self._classes(*(batch if masked else batch[:4]))
         x = cat([batch.support_x, batch.query_x], 1)
         sizes = [first(part).shape[1] for part in (batch.support_x, batch.query_x)]
         embeddings = self._encode(x, mask)

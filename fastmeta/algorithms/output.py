@@ -66,9 +66,15 @@ def classified(
 
 
 def judged(
-    loss: Loss, logits: Tensor, query_y: Tensor, task_loss: Tensor | None = None, mean: Tensor | None = None
+    loss: Loss,
+    logits: Tensor,
+    query_y: Tensor,
+    task_loss: Tensor | None = None,
+    mean: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> MetaOutput:
-    """The result of predictions `[T, Q, C]`; `task_loss` `[T]` and its mean where they are known already."""
+    """The result of predictions `[T, Q, C]`; `task_loss` `[T]` and its mean where they are known already, as they have
+    to be of rows in `mask` `[T, Q]`."""
     if task_loss is None:
         check_prediction(loss, logits, query_y, "query_y")
         task_loss = loss.per_task(logits, query_y)
@@ -76,6 +82,8 @@ def judged(
         at = loss.class_dim % logits.dim()
         if query_y.shape == (*logits.shape[:at], *logits.shape[at + 1 :]):
             counted = loss.counted(query_y, logits.shape[at])
+            if mask is not None:
+                counted = mask if counted is None else counted & mask
             return classified(task_loss, logits, query_y, counted, class_dim=at, mean=mean)
     return over_tasks(task_loss, logits=logits, mean=mean)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastmeta import functional, values
 
 from ._embedding import EmbeddingLearner
-from ._rows import dense, groups_of, with_padding
+from ._rows import dense, groups_of, row_counts, with_padding
 from ._targets import one_hot
 from .output import MetaOutput, classified
 
@@ -89,7 +89,8 @@ class RelationNetwork(EmbeddingLearner):
     def _score_rows(self, state: ClassFeatures, features: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:
             return self._score(state, features)
-        groups = groups_of([mask.sum(1)], mask.device)  # the relation module may look at all rows, as batch norm does
+        # the relation module may look at all rows, as batch norm does
+        groups = groups_of(row_counts((features, mask)), mask.device)
         parts = [
             self._score(ClassFeatures(state.features[tasks]), dense(features, mask, tasks, rows))
             for tasks, (rows,) in groups

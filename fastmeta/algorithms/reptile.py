@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,11 @@ from ..functional.known_gradients import with_gradients
 from ._arguments import check_count, check_number
 from ._gradients import gradient_of_tasks
 from ._inner_loop import InnerLoopAlgorithm, detached_weights
+from ._rows import Group, dense_batch, joined, row_counts_of
 from .output import MetaOutput, judged, weighted
+
+if TYPE_CHECKING:
+    from ..tasks import TaskBatch
 
 OPTIMIZERS = ("sgd", "adam")
 ROWS = ("all", "support")
@@ -113,23 +118,53 @@ class Reptile(InnerLoopAlgorithm):
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, weights: Tensor | None
     ) -> MetaOutput:
         """Train on every task; the loss's `backward` leaves the outer step as a gradient."""
-        x, y = support_x, support_y
-        if self.training and self.train_on == "all":
-            x = cat([x, query_x], 1, "support_x and query_x")
-            y = cat([y, query_y], 1, "support_y and query_y")
-        if torch.is_grad_enabled() and weights is not None and weights.requires_grad:
-            raise ValueError("weights: those that require gradients get none from Reptile")
+        x, y = self._training_rows(support_x, support_y, query_x, query_y)
+        _check_detached(weights)
         self._refuse_loss_parameters()
         slow, trained = detached_weights(self.model)
         loss = self._inner(support_y, query_y).loss
         with torch.no_grad():
-            run = self._one_by_one if self.serial else self._at_once
-            fast, moved = run(loss, trained, x, y, weights)
+            if self.serial:
+                of_tasks, moved = self._one_by_one(trained, zip(split(x, 1), split(y, 1), strict=True), weights)
+                fast = {name: torch.cat([fast[name] for fast in of_tasks]) for name in trained}
+            else:
+                fast, moved = self._at_once(loss, trained, x, y, weights)
             output = weighted(judged(loss, self._predicted(slow | fast, query_x), query_y), weights)
-        if not torch.is_grad_enabled() or not trained:
+        return self._handing_out(output, trained, moved)
+
+    def _masked(self, batch: TaskBatch, weights: Tensor | None) -> MetaOutput:
+        if not self.serial:
+            return super()._masked(batch, weights)
+        # each task is a group: they keep their order
+        device, counts = first(batch.support_y).device, row_counts_of(batch)
+        groups = [Group(torch.tensor([t], device=device), sizes) for t, sizes in enumerate(counts)]
+        tasks = [dense_batch(batch, *group) for group in groups]
+        _check_detached(weights)
+        self._refuse_loss_parameters()
+        slow, trained = detached_weights(self.model)
+        with torch.no_grad():
+            fast, moved = self._one_by_one(trained, (self._training_rows(*task) for task in tasks), weights)
+            outputs = [
+                judged(self._inner(support_y, query_y).loss, self._predicted(slow | own, query_x), query_y)
+                for own, (_, support_y, query_x, query_y) in zip(fast, tasks, strict=True)
+            ]
+            output = weighted(joined(outputs, groups, batch.query_mask), weights)
+        return self._handing_out(output, trained, moved)
+
+    def _training_rows(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self.training and self.train_on == "all":
+            x = cat([support_x, query_x], 1, "support_x and query_x")
+            return x, cat([support_y, query_y], 1, "support_y and query_y")
+        return support_x, support_y
+
+    def _handing_out(self, output: MetaOutput, start: dict[str, Tensor], moved: dict[str, Tensor]) -> MetaOutput:
+        """The output whose loss's `backward` leaves the way from `moved` to the slow weights."""
+        if not torch.is_grad_enabled() or not start:
             return output
         named = dict(self.model.named_parameters())
-        gradients = [trained[name] - w for name, w in moved.items()]
+        gradients = [start[name] - w for name, w in moved.items()]
         return output._replace(loss=with_gradients(output.loss, gradients, [named[name] for name in moved]))
 
     def _at_once(self, loss: Loss, slow: dict[str, Tensor], x: Tensor, y: Tensor, weights: Tensor | None):
@@ -140,13 +175,17 @@ class Reptile(InnerLoopAlgorithm):
         shares = weights / len(weights)
         return fast, {n: slow[n] + torch.tensordot(shares.to(w.dtype), w - slow[n], 1) for n, w in fast.items()}
 
-    def _one_by_one(self, loss: Loss, slow: dict[str, Tensor], x: Tensor, y: Tensor, weights: Tensor | None):
+    def _one_by_one(
+        self, slow: dict[str, Tensor], rows: Iterable[tuple[Tensor, Tensor]], weights: Tensor | None
+    ):
+        """Fast weights `[1, *shape]` of each task, whose rows are `[1, B, ...]`, and where the slow weights are to
+        go."""
         moved, fasts = dict(slow), []
-        for task, (task_x, task_y) in enumerate(zip(split(x, 1), split(y, 1), strict=True)):
-            fasts.append(self._train(loss, moved, task_x, task_y))
+        for task, (x, y) in enumerate(rows):
+            fasts.append(self._train(self._inner(y).loss, moved, x, y))
             rate = self.serial_rate if weights is None else self.serial_rate * float(weights[task])
             moved = {name: w.lerp(fasts[-1][name][0], rate) for name, w in moved.items()}
-        return {name: torch.cat([fast[name] for fast in fasts]) for name in slow}, moved
+        return fasts, moved
 
     @torch.no_grad()
     def _train(self, loss: Loss, start: Mapping[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -187,6 +226,11 @@ class Reptile(InnerLoopAlgorithm):
             keys = torch.rand(1, rounds, rows, device=device, generator=generator).expand(tasks, -1, -1)
         order = keys.argsort(-1).flatten(1)[:, :needed]
         return order.unflatten(1, (self.inner_steps, self.batch_size)).transpose(0, 1)
+
+
+def _check_detached(weights: Tensor | None) -> None:
+    if torch.is_grad_enabled() and weights is not None and weights.requires_grad:
+        raise ValueError("weights: those that require gradients get none from Reptile")
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

@@ -40,10 +40,12 @@ class FusedLoop(NamedTuple):
         query_x: Tensor,
         query_y: Tensor,
         task_weights: Tensor | None = None,
+        masks: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> tuple[MetaLoss, Tensor]:
-        """Query loss `[T]` and predictions `[T, Q, C]` in one call; and the mean of the losses times `task_weights`."""
+        """Query loss `[T]` and predictions `[T, Q, C]` in one call; and the mean of the losses times `task_weights`.
+        masks: of support and query rows."""
         tensors, options = self.arguments(slow, support_x, support_y, query_x, query_y)
-        return mean_meta_loss_mlp(*tensors, **options, task_weights=task_weights)
+        return mean_meta_loss_mlp(*tensors, **options, task_weights=task_weights, masks=masks)
 
     def arguments(
         self, slow: Parameters, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor

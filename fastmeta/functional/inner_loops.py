@@ -182,13 +182,13 @@ def meta_loss_mlp(
 
 
 def mean_meta_loss_mlp(support_x, support_y, query_x, query_y, weights, biases, *, lr, steps, loss, activation,
-                       first_order, momentum=0.0, weight_decay=0.0, huber_delta=1.0, task_weights=None
-                       ) -> tuple[MetaLoss, Tensor]:  # fmt: skip
+                       first_order, momentum=0.0, weight_decay=0.0, huber_delta=1.0, task_weights=None,
+                       masks=(None, None)) -> tuple[MetaLoss, Tensor]:  # fmt: skip
     """`meta_loss_mlp`, its losses without weights, and their weighted mean: what to differentiate, as kernels find its
-    gradient too."""
+    gradient too. masks: `support_mask` and `query_mask`."""
     return _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation,
-                                   first_order, task_weights, momentum, weight_decay,
-                                   huber_delta=huber_delta)  # fmt: skip
+                                   first_order, task_weights, momentum, weight_decay, huber_delta=huber_delta,
+                                   support_mask=masks[0], query_mask=masks[1])  # fmt: skip
 
 
 def _meta_loss_mlp_and_mean(support_x, support_y, query_x, query_y, weights, biases, lr, steps, loss, activation,

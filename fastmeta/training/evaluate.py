@@ -114,7 +114,7 @@ def evaluate(
             if output.accuracy is not None:
                 accuracies.append(output.accuracy)
                 if output.logits is not None:
-                    calibration.add(output.logits, batch.query_y)
+                    calibration.add(output.logits, batch.query_y, batch.query_mask, output.classes)
     by_step_estimates = [Estimate.of(torch.cat(kept)) for kept in losses]
     accuracy = Estimate.of(torch.cat(accuracies)) if accuracies else None
     curve = by_step_estimates if by_step and last is not None else []

@@ -79,11 +79,18 @@ class CalibrationError:
         self.bins = bins
         self._sums: Tensor | None = None  # [3, bins]: queries, confidence, hits
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Of logits `[T, Q, N]` and labels int64 `[T, Q]`; one that is no class is not counted."""
+    def add(
+        self, logits: Tensor, labels: Tensor, mask: Tensor | None = None, classes: Tensor | None = None
+    ) -> None:
+        """Of logits `[T, Q, N]` and labels int64 `[T, Q]`; of the rows in `mask` `[T, Q]`, all without one. A label
+        that is no class is not counted. classes: int64 `[T, N]`, what the columns stand for, as in `MetaOutput`."""
         confidence, predicted = logits.detach().double().softmax(-1).max(-1)
-        confidence, hits = confidence.flatten(), (predicted == labels).double().flatten()
-        counted = ((labels >= 0) & (labels < logits.shape[-1])).double().flatten()
+        predicted = predicted if classes is None else classes.gather(1, predicted)
+        counted = (labels >= 0) & (labels < logits.shape[-1]) if classes is None else torch.ones_like(labels).bool()
+        if mask is not None:
+            counted = counted & mask.view(*mask.shape, *(1 for _ in labels.shape[2:]))
+        hits = ((predicted == labels) & counted).double().flatten()
+        confidence, counted = confidence.flatten(), counted.double().flatten()
         # bins open to the left: a confidence of 1 belongs to the last
         bin = (confidence * self.bins).ceil().long().clamp(1, self.bins) - 1
         sums = confidence.new_zeros(3, self.bins)
