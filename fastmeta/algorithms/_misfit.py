@@ -41,7 +41,7 @@ def raise_misfit(
         return
     predictions = []
     for key, x in examples.items():
-        prediction, said = _call(module, x)
+        prediction, said = called(module, x)
         if said is not None:
             raise _misfit(key, x, name, module, said) from error
         predictions.append(prediction)
@@ -70,7 +70,7 @@ def _misfit(key: str, x: Any, name: str, module: nn.Module, said: str) -> Except
     return ValueError(f"{key} has rows of shape {list(x.shape[2:])}, which {name} does not take: {said}")
 
 
-def _call(module: nn.Module, x: Any) -> tuple[Any, str | None]:
+def called(module: nn.Module, x: Any) -> tuple[Any, str | None]:
     """What the module makes of one task's rows, and what a layer of torch has to say against them; None and None where
     it is not torch that fails, or there are no rows."""
     if first(x).dim() < 2 or not len(first(x)):

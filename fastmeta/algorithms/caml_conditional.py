@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fastmeta import functional, values
-from fastmeta._trees import arguments, cat, first, named_leaves, tree_map
+from fastmeta._trees import arguments, cat, first, named_leaves, split, tree_map
 
 from ..engines import InnerLoop, module_engine
 from ..engines.vmap import buffers_per_task
@@ -21,7 +21,7 @@ from ._chunks import chunked_loss
 from ._classes import classes_of, ordinary_ways
 from ._embedding import both_masks, by_rows
 from ._inner_loop import InnerLoopAlgorithm, adapted_convolutions
-from ._misfit import raise_misfit
+from ._misfit import called, raise_misfit
 from ._rows import dense, dense_batch, groups_of_batch, joined
 from ._targets import cross_entropy
 from .film import FiLM
@@ -175,7 +175,14 @@ class ConditionalCAML(InnerLoopAlgorithm):
         return weighted(output, weights)
 
     def _raise_misfit(self, error: Exception, examples: dict[str, Tensor], targets: dict | None = None) -> None:
-        raise_misfit(error, "encoder", self.encoder, examples, targets)
+        raise_misfit(error, "encoder", self.encoder, examples)
+        rows = {}
+        for name, x in examples.items():
+            condition, _ = called(self.encoder, x)
+            if condition is None:
+                return
+            rows[name] = _beside(split(x, 1)[0], condition.unsqueeze(0))
+        raise_misfit(error, "model", self.model, rows, targets, self.loss)
 
     def _check_classes(self, support_y: Tensor, query_y: Tensor, *masks: Tensor | None) -> None:
         """What the metric space's loss asks for, while tasks have their places in the batch."""
