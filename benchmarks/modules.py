@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import typer
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -227,6 +228,7 @@ def measured(kind: Kind, rounds: int = 3) -> tuple[str, float]:
 
 
 def main() -> None:
+    """Measure every kind of module and write the table of docs/modules.md."""
     warnings.simplefilter("ignore")
     rows = ["| kind | engine | times as fast as a loop |", "|---|---|---|"]
     for kind in KINDS:
@@ -239,4 +241,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

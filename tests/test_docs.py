@@ -11,6 +11,7 @@ import typer
 
 from benchmarks import __main__ as benchmarks_command
 from benchmarks import memory as memory_command
+from benchmarks import modules as modules_command
 from benchmarks import sampler as sampler_command
 from fastmeta import tasks
 from fastmeta.cli.main import app
@@ -56,6 +57,7 @@ MODULES = {
     "fastmeta": app,
     "benchmarks": single(benchmarks_command.main),
     "benchmarks.memory": single(memory_command.main),
+    "benchmarks.modules": single(modules_command.main),
     "benchmarks.sampler": single(sampler_command.main),
 }
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
