@@ -1,11 +1,16 @@
 """Which engine `auto` takes."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
 
 from fastmeta import MAML
+from fastmeta.algorithms import ImplicitMAML, MAMLPlusPlus, MetaSGD
 from fastmeta.tasks import TaskBatch
+
+pytestmark = pytest.mark.filterwarnings("ignore:tasks run one after the other:UserWarning")
 
 
 @pytest.mark.parametrize(("channels", "queries", "mapped"), [(4, 15, True), (64, 75, False)])
@@ -19,3 +24,47 @@ def test_convolutions_are_mapped_where_there_is_little_in_a_call(channels, queri
     assert ("slower than a loop" in told) is not mapped
     one = TaskBatch(*(part[:1] for part in batch))
     assert "loop: picked" in MAML(model).explain(one)
+
+
+@pytest.mark.parametrize("make", [MAML, MAMLPlusPlus, ImplicitMAML, MetaSGD], ids=lambda make: make.__name__)
+def test_tasks_in_turn_take_the_memory_of_one(make):
+    """What one task after the other saves for its backward is gone before the next begins, in every algorithm."""
+
+    class Counted(torch.autograd.Function):
+        alive = most = 0
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.held = Held()
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    class Held:
+        def __init__(self):
+            Counted.alive += 1
+            Counted.most = max(Counted.most, Counted.alive)
+
+        def __del__(self):
+            Counted.alive -= 1
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.b(Counted.apply(torch.tanh(self.a(x))))
+
+    net, most = Net(), []
+    for tasks in (2, 12):
+        batch = TaskBatch(*[torch.randn(tasks, 5, 4), torch.zeros(tasks, 5, dtype=torch.int64)] * 2)
+        learner = make(net, inner_steps=2)
+        learner(batch)
+        gc.collect()
+        Counted.most = before = Counted.alive
+        learner(batch).loss.backward()
+        most.append(Counted.most - before)
+    assert most[0] == most[1] > 0

@@ -83,12 +83,17 @@ class ImplicitMAML(InnerLoopAlgorithm):
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, weights: Tensor | None
     ) -> MetaOutput:
         slow, trained = detached_weights(self.model)
-        loss = self._inner(support_y, query_y).loss
+        inner = self._inner(support_y, query_y)._replace(first_order=False)
+        batch = support_x, support_y, query_x, query_y
+        if why_no_formulas(self.model, support_x) is not None:
+            engine = module_engine(self.model, inner, support_x, support_y)
+            if self._in_turn(engine, *batch, weights):
+                return self._chunked(1, batch, weights)
+        loss = inner.loss
         fast = self._solve(loss, trained, support_x, support_y)
         if not torch.is_grad_enabled() or not fast:
             return weighted(judged(loss, self._predicted(slow | fast, query_x), query_y), weights)
-        given = (support_x, support_y, query_x, query_y, weights)
-        if any(part is not None and requires_grad(part) for part in given):
+        if any(part is not None and requires_grad(part) for part in (*batch, weights)):
             raise ValueError("batch: inputs, targets and weights that require gradients get none from implicit MAML")
         fast = {name: w.requires_grad_() for name, w in fast.items()}
         leaves = list(fast.values())

@@ -267,6 +267,10 @@ class MAMLPlusPlus(LearnedRates):
             walk = _fused_walk(self.model, inner, support_x, support_y)
             predict = ENGINES["layerwise"].predict
         else:
+            batch = support_x, support_y, query_x, query_y
+            engine = module_engine(self.model, inner, support_x, support_y)
+            if not self._remembers() and self._in_turn(engine, *batch, weights):
+                return self._chunked(1, batch, weights)
             walk = self._walk(inner, support_x, support_y)
             predict = None
         total, logits = None, None
@@ -307,6 +311,11 @@ class MAMLPlusPlus(LearnedRates):
             if isinstance(module, BatchNormPerStep):
                 module.step = step
         return buffers_per_task(self.model, tasks)
+
+    def _remembers(self) -> bool:
+        """Whether batch norms keep statistics, which move by the mean over all tasks."""
+        norms = (m for m in self.model.modules() if isinstance(m, BatchNormPerStep))
+        return self.training and any(norm.running_mean is not None for norm in norms)
 
     @torch.no_grad()
     def _remember(self, buffers: Mapping[str, Tensor]) -> None:
