@@ -3,6 +3,7 @@
 import pytest
 import torch
 from module_kinds import KINDS, adapted, implicit, make, plain, tasks, with_context
+from torch.utils.checkpoint import checkpoint
 
 from fastmeta.algorithms import ANIL, CAVIA, MAML, ImplicitMAML, MAMLPlusPlus, MetaSGD, Reptile
 from fastmeta.tasks import TaskBatch
@@ -142,3 +143,37 @@ def test_what_hooks_keep_are_tensors_of_one_task():
     assert "has hooks" in maml.explain(batch) and not net.kept
     maml(batch)
     assert len(net.kept) == 2 * len(batch.support_x) and torch.cat(net.kept).isfinite().all()
+
+
+class _Reentrant(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.out = torch.nn.Linear(4, 4), torch.nn.Linear(6, 3)
+        self.block = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.LayerNorm(6))
+
+    def forward(self, x):
+        return self.out(checkpoint(self.block, torch.tanh(self.first(x)), use_reentrant=True))
+
+
+# what cannot be right, and the sentence that refuses it
+REFUSED = {
+    "batch norm in eval mode, never trained": (
+        lambda: torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 3)).eval(),
+        "running statistics have never been updated",
+    ),
+    "reentrant checkpoint": (_Reentrant, "use_reentrant=False"),
+    "compiled by TorchScript": (
+        lambda: torch.jit.trace(torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.Linear(4, 3)), torch.zeros(2, 4)),
+        "Jitted modules",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_refused(kind):
+    make_net, message = REFUSED[kind]
+    batch = TaskBatch(*(part.float() if part.is_floating_point() else part for part in tasks("mlp")))
+    for make_learner in (MAML, lambda net: ANIL(net, adapts=lambda name: True), MetaSGD, ImplicitMAML):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            make_learner(make_net())(batch)

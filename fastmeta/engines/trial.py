@@ -37,9 +37,13 @@ def why_not_trusted(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tenso
     found = _known.setdefault(model, {})
     key = _key(engine, model, inner, x, y)
     if key not in found:
+        try:
+            reason = _tried(engine, model, inner, split(x, 1)[0], None if y is None else split(y, 1)[0])
+        except _Wrong:  # not remembered: what is wrong may be mended
+            return "plain autograd cannot run it"
         if len(found) >= _MOST:
             found.clear()
-        found[key] = reason = _tried(engine, model, inner, split(x, 1)[0], None if y is None else split(y, 1)[0])
+        found[key] = reason
         if reason is not None:
             warnings.warn(
                 f"tasks run one after the other (engine 'loop'), since engine {engine.name!r} cannot follow the model: "
@@ -56,6 +60,10 @@ def _key(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tenso
     return (*of_model, kind(x), None if y is None else kind(y), torch.is_grad_enabled())
 
 
+class _Wrong(Exception):
+    """Plain autograd fails."""
+
+
 @outside_inference_mode
 def _tried(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> str | None:
     # a rate at which a missing term shows; what becomes of a gradient is the same in every engine
@@ -65,8 +73,8 @@ def _tried(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Ten
     try:
         with torch.random.fork_rng(devices):  # random layers must not find other numbers because of this
             plain = _values(_LOOP, model, inner, x, y)
-    except Exception:  # as wrong in plain autograd: the engine says it in its own words
-        return None
+    except Exception as error:  # which the loop will say again, in plain torch's words
+        raise _Wrong from error
     try:
         with torch.random.fork_rng(devices):
             mapped = _values(engine, model, inner, x, y)
