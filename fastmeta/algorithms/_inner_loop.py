@@ -13,6 +13,7 @@ from fastmeta.functional import checks
 
 from ..batch import TaskBatch
 from ..engines import PLAIN, Engine, InnerLoop, Rates, Rule, as_loss, check_one_tensor, choose
+from ..engines.vmap import VmapEngine
 from ._arguments import check_batch, check_count, check_pair, check_size, check_tasks, check_weights
 from ._chunks import chunked_loss
 from ._lazy import initialise, lazy_layer
@@ -28,8 +29,9 @@ from ._rows import (
     with_padding,
     without_padding,
 )
+from ._sweep import MEMORY, swept
 from .fast_weights import FastWeights
-from .output import MetaOutput
+from .output import MetaOutput, judged, weighted
 
 
 class InnerLoopAlgorithm(nn.Module):
@@ -50,10 +52,13 @@ class InnerLoopAlgorithm(nn.Module):
         loss: str | Callable[[Tensor, Tensor], Tensor],
         first_order: bool = False,
         task_chunk: int | None = None,
+        memory: str = "graph",
+        every: int = 1,
     ):
         super().__init__()
         values.module("model", model)
         self.inner_steps = check_count("inner_steps", inner_steps, 0)
+        self.memory, self.every = values.choice("memory", memory, MEMORY), check_count("every", every, 1)
         self.task_chunk = check_size("task_chunk", task_chunk, or_none=True)
         self.model = model
         self._lazy = lazy_layer(model) is not None  # until the first call
@@ -165,7 +170,9 @@ class InnerLoopAlgorithm(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"inner_steps={self.inner_steps}, first_order={self.first_order}, loss={self.loss.name!r}, "
-            f"task_chunk={self.task_chunk}" + (f", {self.rule}" if self.rule != PLAIN else "")
+            f"task_chunk={self.task_chunk}"
+            + (f", memory={self.memory!r}, every={self.every}" if self.memory != "graph" else "")
+            + (f", {self.rule}" if self.rule != PLAIN else "")
         )
 
     def _check_batch(self, batch: TaskBatch) -> bool:
@@ -214,12 +221,25 @@ class InnerLoopAlgorithm(nn.Module):
         differentiable = torch.is_grad_enabled() and any(map(requires_grad, targets))
         queries = first(targets[1]).shape[1] if len(targets) > 1 else 0
         loss = self.loss.for_targets(*targets)
-        return InnerLoop(lr, self.inner_steps, self.first_order, loss, differentiable, queries, self.rule)
+        # what hands its weights out, or takes no step, has nothing to sweep
+        steps = self.inner_steps and len(targets) > 1 and len(first(targets[0])) and torch.is_grad_enabled()
+        sweep = bool(steps) and self.memory == "sweep"
+        return InnerLoop(lr, self.inner_steps, self.first_order, loss, differentiable, queries, self.rule, sweep)
 
     def _trained_by_loss(self) -> list[nn.Parameter]:
         """The parameters of a loss that has some."""
         module = getattr(self, "loss_module", None)
         return [] if module is None else [p for p in module.parameters() if p.requires_grad]
+
+    def _queried(
+        self, engine: Engine, model: nn.Module, inner: InnerLoop, batch: tuple, weights: Tensor | None
+    ) -> MetaOutput:
+        """What comes of tasks whose steps are taken one by one."""
+        if inner.sweep and isinstance(engine, VmapEngine):
+            return swept(engine, model, inner, batch, weights, every=self.every, of_loss=self._trained_by_loss())
+        support_x, support_y, query_x, query_y = batch
+        logits = engine.query(model, inner, support_x, support_y, query_x)
+        return weighted(judged(inner.loss, logits, query_y), weights)
 
     def _chunked(self, size: int, batch: Sequence[Tensor], weights: Tensor | None) -> MetaOutput:
         return chunked_loss(self._tasks, batch, weights, size, [p for p in self.parameters() if p.requires_grad])

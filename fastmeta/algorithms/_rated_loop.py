@@ -14,7 +14,7 @@ from fastmeta._trees import tree_map
 from ..engines import ENGINES, Engine, InnerLoop, Rates, module_engine
 from ._encoder import encoded
 from ._inner_loop import InnerLoopAlgorithm
-from .output import MetaOutput, judged, weighted
+from .output import MetaOutput, judged
 
 
 class RatedInnerLoop(InnerLoopAlgorithm):
@@ -45,8 +45,7 @@ class RatedInnerLoop(InnerLoopAlgorithm):
         batch = support_x, support_y, query_x, query_y
         if tail is self.model and self._in_turn(engine, *batch, weights):
             return self._chunked(1, batch, weights)
-        logits = engine.query(tail, inner, support_x, support_y, query_x)
-        return weighted(judged(inner.loss, logits, query_y), weights)
+        return self._queried(engine, tail, inner, batch, weights)
 
 
 class LearnedRates(RatedInnerLoop):

@@ -46,6 +46,7 @@ class ANIL(RatedInnerLoop):
         first_order: drop the second derivatives.
         loss: as in `MAML`.
         task_chunk: at most this many tasks at a time, to bound memory; as in `MAML`.
+        memory, every: `"sweep"` finds the gradient without a graph over the steps; as in `MAML`.
 
     Raises:
         TypeError, ValueError: arguments out of range, no parameter that adapts (of those that require gradients, when
@@ -67,10 +68,15 @@ class ANIL(RatedInnerLoop):
         first_order: bool = False,
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
         task_chunk: int | None = None,
+        memory: str = "graph",
+        every: int = 1,
     ):
         if not callable(adapts):
             values.choice("adapts", adapts, HEAD_OR_BODY)
-        super().__init__(model, inner_steps=inner_steps, first_order=first_order, loss=loss, task_chunk=task_chunk)
+        super().__init__(
+            model, inner_steps=inner_steps, loss=loss, first_order=first_order, task_chunk=task_chunk, memory=memory,
+            every=every,
+        )  # fmt: skip
         self.inner_lr = as_inner_lr(model, inner_lr, learn_inner_lr, inner_steps)
         self.rule = as_rule(momentum, weight_decay, clip_norm, clip_value)
         self.adapts = adapts

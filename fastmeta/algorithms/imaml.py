@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastmeta._trees import arguments, first, flatten, requires_grad, unflatten
+from fastmeta._trees import first, requires_grad
 
 from ..engines import InnerLoop, Loss, module_engine
 from ..engines.inspect import mlp_spec
@@ -148,20 +148,11 @@ class ImplicitMAML(InnerLoopAlgorithm):
         """Support gradients `[T, *shape]` at `fast`, to be differentiated again."""
         if why_no_formulas(self.model, x) is None:
             return list(mlp_gradients(mlp_spec(self.model), loss, slow | fast, list(fast), x, y).values())
-        shared = {name: p for name, p in slow.items() if name not in fast}
-
-        (rows, inputs), (labels, targets) = flatten(x), flatten(y)
-
-        def task_loss(fast, buffers, rows, labels):
-            args, kwargs = arguments(unflatten(inputs, rows))
-            prediction = engine.call(self.model, {**fast, **shared, **buffers}, args, kwargs)
-            return loss.one_task(prediction, unflatten(targets, labels))
-
         # the gradient is taken outside of vmap: the tasks do not meet, and plain autograd is exact to second order
-        engine = module_engine(self.model, self._inner(y)._replace(first_order=False), x, y)
+        inner = self._inner(y)._replace(first_order=False, loss=loss)
+        engine = module_engine(self.model, inner, x, y)
         with engine.exact():
-            buffers = buffers_per_task(self.model, len(rows[0]))
-            losses = engine.mapped(task_loss, (0, 0, 0, 0))(fast, buffers, rows, labels)
+            losses = engine.losses(self.model, inner, fast, buffers_per_task(self.model, len(first(x))), x, y)
             wanted = list(fast.values())
             return list(torch.autograd.grad(losses.sum(), wanted, create_graph=True, materialize_grads=True))
 

@@ -18,7 +18,7 @@ from ._direct import DirectGradient, direct_gradient
 from ._inner_loop import InnerLoopAlgorithm
 from ._inner_lr import InnerLR, as_inner_lr, as_rule, described, rates_of
 from ._rows import dense_batch, groups_of_batch, without_padding
-from .output import MetaOutput, detached, judged, weighted
+from .output import MetaOutput, detached, judged
 
 
 class MAML(InnerLoopAlgorithm):
@@ -67,6 +67,15 @@ class MAML(InnerLoopAlgorithm):
             out by `backward`, so only `loss` is differentiable, once, and only with respect to the
             parameters; inputs may not require gradients. Tasks that run one after the other are such chunks, of one
             task, unless inputs require gradients.
+        memory: `"graph"` keeps a graph of all inner steps until `backward`. `"sweep"` keeps every step's weights alone:
+            the gradient is found during `forward`, by going back through the steps with the graph of one at a time
+            (`fastmeta/functional/reverse_sweep.py`). The same gradient, in more time and with the memory of one
+            step. As with `task_chunk`, only `loss` is differentiable, and once; with respect to whatever requires
+            gradients. The model runs each step twice and has to do the same (random numbers of torch's own generators
+            are drawn alike), or RuntimeError is raised. Kernels sweep in any case; engines that keep a graph are passed
+            over (asked for by name, ValueError). What `adapt` returns has its graph as ever. Default `"graph"`.
+        every: with `"sweep"`, keeps the weights before each `every`-th step alone, and takes the steps between once
+            more. Default 1.
 
     Evaluate under `torch.no_grad()`: adaptation still happens, without any graph for the outer loop. Batch
     norm uses each task's own rows in train mode; what it does in eval mode is said in
@@ -88,9 +97,14 @@ class MAML(InnerLoopAlgorithm):
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
         engine: str = "auto",
         task_chunk: int | None = None,
+        memory: str = "graph",
+        every: int = 1,
     ):
         check_name(engine)
-        super().__init__(model, inner_steps=inner_steps, loss=loss, first_order=first_order, task_chunk=task_chunk)
+        super().__init__(
+            model, inner_steps=inner_steps, loss=loss, first_order=first_order, task_chunk=task_chunk, memory=memory,
+            every=every,
+        )  # fmt: skip
         self.inner_lr = as_inner_lr(model, inner_lr, learn_inner_lr, inner_steps)
         self.rule = as_rule(momentum, weight_decay, clip_norm, clip_value)
         rates_of(self.inner_lr, self._adapting())  # raises for what has no rate
@@ -194,8 +208,7 @@ class MAML(InnerLoopAlgorithm):
             batch = support_x, support_y, query_x, query_y
             if self._in_turn(engine, *batch, weights):
                 return self._chunked(1, batch, weights)
-            logits = engine.query(self.model, inner, support_x, support_y, query_x)
-            return weighted(judged(inner.loss, logits, query_y), weights)
+            return self._queried(engine, self.model, inner, batch, weights)
 
     def _engine(self, inner: InnerLoop, x: Tensor, y: Tensor | None = None) -> Engine:
         return choose(self.engine, self.model, inner, x, y)

@@ -38,6 +38,7 @@ class MetaSGD(LearnedRates):
         first_order: drop the second derivatives; the rates' own gradient stays.
         loss: as in `MAML`.
         task_chunk: at most this many tasks at a time, to bound memory; as in `MAML`.
+        memory, every: `"sweep"` finds the gradient without a graph over the steps; as in `MAML`.
 
     Multi-layer perceptrons run in the fused inner loops, other modules under `torch.func`.
 
@@ -58,9 +59,14 @@ class MetaSGD(LearnedRates):
         first_order: bool = False,
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
         task_chunk: int | None = None,
+        memory: str = "graph",
+        every: int = 1,
     ):
         check_initialised(values.module("model", model), "MetaSGD")
-        super().__init__(model, inner_steps=inner_steps, first_order=first_order, loss=loss, task_chunk=task_chunk)
+        super().__init__(
+            model, inner_steps=inner_steps, loss=loss, first_order=first_order, task_chunk=task_chunk, memory=memory,
+            every=every,
+        )  # fmt: skip
         self.rule = as_rule(momentum, weight_decay, clip_norm, clip_value)
         if not isinstance(initial_rates, (tuple, list)) or len(initial_rates) != 2:
             raise TypeError(f"initial_rates must be a pair (low, high), got {initial_rates!r}")

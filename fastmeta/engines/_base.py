@@ -29,6 +29,7 @@ class InnerLoop(NamedTuple):
     target_gradients: bool = False  # the targets themselves are to be differentiated with respect to
     queries: int = 0  # query rows of a task, where there are some
     rule: Rule = PLAIN
+    sweep: bool = False  # the meta-gradient is to be found without a graph over the steps
 
 
 class Engine(Protocol):
@@ -52,6 +53,9 @@ class Engine(Protocol):
 
     def predict(self, model: nn.Module, weights: Parameters, x: Tensor) -> Tensor:
         """Predictions `[T, B, C]` for `x` `[T, B, ...]` under fast weights as `adapt` returns them."""
+
+
+KEEPS_GRAPH = "memory='sweep' was asked for, and it keeps what its backward needs of all inner steps"
 
 
 def is_shared(weight: Tensor, slow: Tensor) -> bool:

@@ -49,13 +49,8 @@ class Steps:
 
     def take(self, fast: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights `[T, *shape]` after one more step, from those, which the tasks may share, and their gradients."""
-        momentum, weight_decay, clip_norm, clip_value = self.rule
-        if clip_value is not None:
-            gradients = {name: g.clamp(-clip_value, clip_value) for name, g in gradients.items()}
-        if clip_norm is not None and gradients:
-            # the norm of a zero gradient stays away from the square root, which has no slope there
-            scale = (clip_norm / (_norm_of_tasks(gradients.values()) + _EPSILON)).clamp(max=1.0)
-            gradients = {n: g * scale.to(g.dtype).view(-1, *[1] * (g.dim() - 1)) for n, g in gradients.items()}
+        momentum, weight_decay = self.rule.momentum, self.rule.weight_decay
+        gradients = clipped(gradients, self.rule)
         if weight_decay:
             gradients = {name: torch.add(g, fast[name], alpha=weight_decay) for name, g in gradients.items()}
         if momentum:
@@ -64,9 +59,21 @@ class Steps:
             self.moments = dict(gradients)
         step, self.taken = self.taken, self.taken + 1
         if isinstance(self.lr, Mapping):
-            return {name: w - self.lr[name][min(step, len(self.lr[name]) - 1)] * gradients[name]
-                    for name, w in fast.items()}  # fmt: skip
+            rates = rates_at(self.lr, fast, step)
+            return {name: w - rate * gradients[name] for (name, w), rate in zip(fast.items(), rates, strict=True)}
         return functional.fast_weight_update(dict(fast), dict(gradients), self.lr)
+
+
+def clipped(gradients: Mapping[str, Tensor], rule: Rule) -> Mapping[str, Tensor]:
+    """The tasks' gradients `[T, *shape]` as the rule clips them."""
+    clip_norm, clip_value = rule.clip_norm, rule.clip_value
+    if clip_value is not None:
+        gradients = {name: g.clamp(-clip_value, clip_value) for name, g in gradients.items()}
+    if clip_norm is not None and gradients:
+        # the norm of a zero gradient stays away from the square root, which has no slope there
+        scale = (clip_norm / (_norm_of_tasks(gradients.values()) + _EPSILON)).clamp(max=1.0)
+        gradients = {n: g * scale.to(g.dtype).view(-1, *[1] * (g.dim() - 1)) for n, g in gradients.items()}
+    return gradients
 
 
 def _norm_of_tasks(gradients: Iterable[Tensor]) -> Tensor:
@@ -75,6 +82,20 @@ def _norm_of_tasks(gradients: Iterable[Tensor]) -> Tensor:
     squares = sum(g.flatten(1).square().sum(1) if g.dim() > 1 else g.square() for g in gradients)
     positive = squares > 0
     return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
+
+
+def rates_at(lr: float | Rates, names: Iterable[str], step: int) -> list[float | Tensor]:
+    """The rates of one step, `[]` or of the parameter's own shape; one object where they are one."""
+    if not isinstance(lr, Mapping):
+        return [lr for _ in names]
+    of_step: dict[int, Tensor] = {}  # by id
+    found = []
+    for name in names:
+        rate = lr[name]
+        if id(rate) not in of_step:
+            of_step[id(rate)] = rate[min(step, len(rate) - 1)]
+        found.append(of_step[id(rate)])
+    return found
 
 
 def adapting(named: Mapping[str, nn.Parameter], lr: float | Rates) -> list[str]:

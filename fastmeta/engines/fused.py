@@ -16,7 +16,7 @@ from ._base import InnerLoop, Parameters
 from ._steps import Rates, adapting, rate_of_steps
 from .fused_loop import FusedLoop
 from .inspect import MLPSpec, mlp_spec, parameters_of
-from .layerwise import LayerwiseEngine, rows
+from .layerwise import LayerwiseEngine, rows, why_no_formulas
 
 # Weights of one task that a worker holds beside each other (weights, momentum, adjoints): above, they leave its
 # second-level cache, and products that the tasks share are faster.
@@ -29,7 +29,7 @@ class FusedEngine(LayerwiseEngine):
     name = "fused"
 
     def why_not(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
-        reason = super().why_not(model, inner, support_x)
+        reason = why_no_formulas(model, support_x)
         if reason is not None:
             return reason
         spec = mlp_spec(model)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _activations
-from ._base import InnerLoop, Parameters
+from ._base import KEEPS_GRAPH, InnerLoop, Parameters
 from ._steps import PLAIN, Steps, adapting
 from .inspect import MLPSpec, mlp_spec, parameters_of
 
@@ -33,7 +33,7 @@ class LayerwiseEngine:
     name = "layerwise"
 
     def why_not(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
-        return why_no_formulas(model, support_x)
+        return why_no_formulas(model, support_x) or (KEEPS_GRAPH if inner.sweep and not inner.first_order else None)
 
     def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
         return None

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _activations
-from ._base import Engine, InnerLoop, Parameters
+from ._base import KEEPS_GRAPH, Engine, InnerLoop, Parameters
 from ._steps import PLAIN
 from .inspect import MLPSpec, mlp_spec
 from .layerwise import LayerwiseEngine, rows, why_no_formulas
@@ -38,6 +38,8 @@ class LowRankEngine:
     name = "lowrank"
 
     def why_not(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
+        if inner.sweep:
+            return KEEPS_GRAPH
         if isinstance(inner.lr, Mapping):
             return "its rows hold one rate, and rates of layers or steps were asked for"
         if inner.rule != PLAIN:

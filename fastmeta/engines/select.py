@@ -94,7 +94,8 @@ def explain(
     tasks, rows = first(support_x).shape[:2]
     order = "first order" if inner.first_order else "exact second order"
     lines = [
-        f"{tasks} tasks, {rows} support examples each, {inner.steps} inner steps, {order}",
+        f"{tasks} tasks, {rows} support examples each, {inner.steps} inner steps, {order}"
+        + (", no graph over the steps" if inner.sweep else ""),
         f"loss {inner.loss.name!r}: {inner.loss.served}",
         f"asked for: {name}",
     ]

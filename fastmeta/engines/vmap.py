@@ -41,17 +41,21 @@ class VmapEngine:
         return None
 
     def adapt(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
-        slow = dict(model.named_parameters())
-        names, steps = adapting(slow, inner.lr), Steps(inner.lr, inner.rule)
-        if inner.rule.weight_decay and inner.steps and len(first(support_x)):
-            used = in_use(model, inner, support_x, support_y)
-            names = [name for name in names if name in used]
-        fast = {name: slow[name] for name in names}
+        slow, steps = dict(model.named_parameters()), Steps(inner.lr, inner.rule)
+        fast = {name: slow[name] for name in self.moving(model, inner, support_x, support_y)}
         for _ in range(inner.steps):
             buffers = buffers_per_task(model, len(first(support_x)))
             gradients = self.gradients(model, inner, fast, buffers, support_x, support_y)
             fast = steps.take(fast, gradients)
         return slow | fast
+
+    def moving(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> list[str]:
+        """Names of the parameters that the steps change."""
+        names = adapting(dict(model.named_parameters()), inner.lr)
+        if inner.rule.weight_decay and inner.steps and len(first(support_x)):
+            used = in_use(model, inner, support_x, support_y)
+            names = [name for name in names if name in used]
+        return names
 
     def query(
         self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
@@ -81,6 +85,22 @@ class VmapEngine:
     ) -> dict[str, Tensor]:
         """Gradient `[T, *shape]` of every task's loss for the parameters in `fast`, `[T, *shape]` or shared by the
         tasks. `buffers` as in `predictions`."""
+        second_order = torch.is_grad_enabled() and not inner.first_order
+        task_loss, axes, args = self._loss(model, inner, fast, buffers, x, y)
+        return self.gradients_per_task(task_loss, axes, second_order=second_order)(*args)
+
+    def losses(
+        self, model: nn.Module, inner: InnerLoop, fast: Parameters, buffers: Parameters, x: Tensor, y: Tensor
+    ) -> Tensor:
+        """Every task's loss `[T]`, arguments as in `gradients`. The tasks do not meet, and plain autograd may
+        differentiate the sum twice, if that is computed while `exact()` is active."""
+        task_loss, axes, args = self._loss(model, inner, fast, buffers, x, y)
+        return self.mapped(task_loss, axes)(*args)
+
+    def _loss(
+        self, model: nn.Module, inner: InnerLoop, fast: Parameters, buffers: Parameters, x: Tensor, y: Tensor
+    ) -> tuple[Callable, tuple, tuple]:
+        """The loss of one task, and the axes and arguments with which it is mapped."""
         slow = dict(model.named_parameters())
         shared = {name: w for name, w in slow.items() if name not in fast}
 
@@ -91,10 +111,7 @@ class VmapEngine:
             prediction = self.call(model, {**fast, **shared, **buffers}, args, kwargs)
             return loss_of_task(inner.loss, prediction, unflatten(targets, labels), "support_y")
 
-        second_order = torch.is_grad_enabled() and not inner.first_order
-        axes = (_axes(fast, slow), None, 0, 0, 0)
-        gradients = self.gradients_per_task(task_loss, axes, second_order=second_order)
-        return gradients(dict(fast), shared, dict(buffers), rows, labels)
+        return task_loss, (_axes(fast, slow), None, 0, 0, 0), (dict(fast), shared, dict(buffers), rows, labels)
 
     def call(self, model: nn.Module, weights: Parameters, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """What `model(*args, **kwargs)` gives with `weights`, its parameters and buffers by name, in one task."""

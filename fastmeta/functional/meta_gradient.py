@@ -205,6 +205,7 @@ def _run(
         if sweep:
             loss, adjoint, also_adjoint = loop.outer_gradient(outer, weights, slow)
             swept = loop.sweep(adjoint, slow, also_adjoint)
+            of_also = [torch.zeros_like(t) if g is None else g for t, g in zip(slow, swept.also_gradients, strict=True)]
         else:
             with torch.no_grad():
                 loss = outer(weights)
@@ -212,7 +213,7 @@ def _run(
         loss,
         swept and adapting.tree(swept.gradients, rest=False),
         swept and lr_gradient(lr, swept.rate_gradients),
-        swept and pytree.tree_unflatten(swept.also_gradients, pytree.tree_structure(also)),
+        swept and pytree.tree_unflatten(of_also, pytree.tree_structure(also)),
         adapting.tree(weights),
         torch.stack(loop.losses) if loop.losses else loss.new_zeros(0),
         aux,

@@ -35,7 +35,8 @@ class Swept(NamedTuple):
 
     gradients: list[Tensor]  # with respect to the weights before the first step
     rate_gradients: list[tuple[Tensor, Tensor]]  # (rate, its gradient) for each that requires one
-    also_gradients: list[Tensor]
+    also_gradients: list[Tensor | None]  # None where nothing depends on it
+    reached: list[bool]  # whether anything depends on these weights; else their gradient is 0
 
 
 class InnerLoop:
@@ -50,6 +51,9 @@ class InnerLoop:
         first_order: whether the inner gradients count as constants.
         every: the weights before each `every`-th step are kept, those between are computed once more.
         preserve_rng_state: whether a step that runs again draws the random numbers that it drew the first time.
+        clip: `clip(gradients)`, what a step takes in their place, differentiably; None where there is no gradient.
+        allow_unused: whether a loss may depend on none of the weights.
+        name: what errors call the inner loss.
     """
 
     def __init__(
@@ -62,13 +66,18 @@ class InnerLoop:
         first_order: bool = False,
         every: int = 1,
         preserve_rng_state: bool = True,
+        clip: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]] | None = None,
+        allow_unused: bool = False,
+        name: str = "inner_loss",
     ):
         self.loss, self.rates = loss, rates
         self.momentum, self.weight_decay = momentum, weight_decay
         self.first_order, self.every, self.preserve_rng_state = first_order, every, preserve_rng_state
+        self.clip, self.allow_unused, self.name = clip, allow_unused, name
         self.losses: list[Tensor] = []  # of each step, `[]`
         self._kept: list[_State] = []
         self._random: list[_RandomState] = []
+        self._reached: list[bool] = []
 
     def adapt(self, weights: Weights, *, sweep: bool = True) -> Weights:
         """The weights after all steps; `sweep`: whether `sweep` is to follow."""
@@ -94,7 +103,8 @@ class InnerLoop:
         leaves = _leaves(weights)
         with RefuseStaleWeights():
             value = loss(leaves)
-        found = _gradients("outer_loss", value, leaves, also)
+        found = self._gradients("outer_loss", value, leaves, also)
+        self._reached = [g is not None for g in found[: len(leaves)]]
         own = [torch.zeros_like(w) if g is None else g for w, g in zip(leaves, found, strict=False)]
         return value.detach(), own, list(found[len(leaves) :])
 
@@ -107,8 +117,7 @@ class InnerLoop:
             for step, state in self._states_backwards():
                 again[step] = self._step_back(way_back, state, step)
         self._check_pure(again, adjoint)
-        also_gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(also, way_back.also_v, strict=True)]
-        return Swept(way_back.v, list(way_back.rates.values()), also_gradients)
+        return Swept(way_back.v, list(way_back.rates.values()), way_back.also_v, self._reached)
 
     def _step(self, state: _State, step: int) -> tuple[_State, Tensor]:
         with self._exact():
@@ -134,9 +143,24 @@ class InnerLoop:
         leaves = _leaves(weights)
         with RefuseStaleWeights():
             loss = self.loss(leaves, step)
-        gradients = _gradients("inner_loss", loss, leaves, (), create_graph=create_graph)
+        gradients = self._gradients(self.name, loss, leaves, (), create_graph=create_graph)
+        if self.clip is not None:
+            gradients = self.clip(gradients)
         torch.clear_autocast_cache()  # it would hold a copy of every step's weights
         return loss.detach(), leaves, gradients
+
+    def _gradients(self, name: str, loss: Tensor, weights: Weights, also: Sequence[Tensor], **options):
+        """For `weights` and `also`, None where `loss` does not depend on one."""
+        inputs = [*weights, *also]
+        found: Sequence[Tensor | None] = (None,) * len(inputs)
+        if loss.requires_grad and inputs:
+            found = torch.autograd.grad(loss, inputs, allow_unused=True, **options)
+        if not self.allow_unused and all(gradient is None for gradient in found[: len(weights)]):
+            raise ValueError(
+                f"{name} does not depend on the parameters that it is given: it must use these, and not the model's "
+                "own, as torch.func.functional_call(model, params, args) does"
+            )
+        return found
 
     def _exact(self):
         # in both passes: other kernels would round differently and draw other random numbers
@@ -169,6 +193,7 @@ class InnerLoop:
                 loss, leaves, gradients = self._gradient(state.weights, step, create_graph=not self.first_order)
                 if not self.first_order:
                     hessian_r = way_back.add_second_derivatives(gradients, leaves, r)
+                    self._reached = [a or h is not None for a, h in zip(self._reached, hessian_r, strict=True)]
             if any(map(_requires_grad, rates)):
                 with torch.no_grad():
                     way_back.add_rate_gradients(rates, self._momenta(state, gradients))
@@ -204,10 +229,10 @@ class InnerLoop:
         for step, (first, second) in zip(steps, pairs.tolist(), strict=True):
             if abs(first - second) > allowed * max(abs(first), abs(second), 0.01):
                 raise RuntimeError(
-                    f"inner_loss must give the same again when it is called again: in step {step} it was {first:.9g}, "
+                    f"{self.name} must give the same again when it is called again: in step {step} it was {first:.9g}, "
                     f"then {second:.9g}. The data must be fixed (draw and augment them before), buffers must not "
                     "change what it gives (spectral norm in train mode does), and random numbers must come from "
-                    "torch's own generators with preserve_rng_state=True"
+                    "torch's own generators" + ("" if self.preserve_rng_state else " with preserve_rng_state=True")
                 )
 
 
@@ -260,19 +285,6 @@ class _WayBack:
 
 def _leaves(weights: Weights) -> Weights:
     return [w.detach().requires_grad_() for w in weights]
-
-
-def _gradients(name: str, loss: Tensor, weights: Weights, also: Sequence[Tensor], *, create_graph: bool = False):
-    """For `weights` and `also`, None where `loss` does not depend on one."""
-    found: Sequence[Tensor | None] = (None,) * len(weights)
-    if loss.requires_grad:
-        found = torch.autograd.grad(loss, [*weights, *also], create_graph=create_graph, allow_unused=True)
-    if all(gradient is None for gradient in found[: len(weights)]):
-        raise ValueError(
-            f"{name} does not depend on the parameters that it is given: it must use these, and not the model's own, "
-            "as torch.func.functional_call(model, params, args) does"
-        )
-    return found
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

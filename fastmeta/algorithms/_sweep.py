@@ -1,0 +1,95 @@
+"""The meta-gradient found in `forward`, one inner step at a time: `fastmeta/functional/reverse_sweep.py` for learners.
+
+All tasks are swept at once. Their weights are `[T, *shape]`, the loss of a step is the sum of theirs, and since they do
+not meet, each task's Hessian-vector product is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta._trees import first, tree_map
+
+from ..engines import InnerLoop
+from ..engines._steps import clipped, rates_at
+from ..engines.vmap import VmapEngine, buffers_per_task
+from ..functional import reverse_sweep
+from ..functional.known_gradients import with_gradients
+from .output import MetaOutput, detached, judged, weighted
+
+MEMORY = ("graph", "sweep")
+
+
+def swept(
+    engine: VmapEngine,
+    model: nn.Module,
+    inner: InnerLoop,
+    batch: Sequence[Tensor],
+    weights: Tensor | None,
+    *,
+    every: int,
+    of_loss: Sequence[Tensor],
+) -> MetaOutput:
+    """What comes of tasks, without a graph but for the loss's: its gradients with respect to the model, the rates,
+    `of_loss` and whatever requires gradients in the batch and the weights are known. `every` as in `reverse_sweep`."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("memory='sweep' cannot run under transforms of torch.func: take memory='graph'")
+    given: list[Tensor] = []
+    leaves: list[Tensor] = []  # in its place: what is given may be computed from what else is given
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        given.append(tensor)
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[-1]
+
+    support_x, support_y, query_x, query_y = (tree_map(leaf, part) for part in batch)
+    weights = None if weights is None else leaf(weights)
+    slow, tasks = dict(model.named_parameters()), len(first(support_x))
+    names = engine.moving(model, inner, support_x, support_y)
+    shared = [p for name, p in slow.items() if p.requires_grad and name not in names]
+    shared += [p for p in of_loss if all(p is not other for other in shared)]
+    output: MetaOutput | None = None
+
+    def support_loss(fast: list[Tensor], step: int) -> Tensor:
+        buffers = buffers_per_task(model, tasks)
+        with nullcontext() if inner.first_order else engine.exact():
+            return engine.losses(model, inner, dict(zip(names, fast, strict=True)), buffers, support_x, support_y).sum()
+
+    def query_loss(fast: list[Tensor]) -> Tensor:
+        nonlocal output
+        logits = engine.predict(model, slow | dict(zip(names, fast, strict=True)), query_x)
+        live = weighted(judged(inner.loss, logits, query_y), weights)
+        output = detached(live)
+        return live.loss
+
+    def clip(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        found = {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
+        found = clipped(found, inner.rule)
+        return [found.get(name) for name in names]
+
+    loop = reverse_sweep.InnerLoop(
+        support_loss,
+        [rates_at(inner.lr, names, step) for step in range(inner.steps)],
+        momentum=inner.rule.momentum,
+        weight_decay=inner.rule.weight_decay,
+        first_order=inner.first_order,
+        every=every,
+        clip=clip if inner.rule.clips else None,
+        allow_unused=True,
+        name="the support loss",
+    )
+    also = [*shared, *leaves]
+    fast = loop.adapt([slow[name].detach().expand(tasks, *slow[name].shape) for name in names])
+    _, adjoint, of_also = loop.outer_gradient(query_loss, fast, also)
+    found = loop.sweep(adjoint, also, of_also)
+    of_slow = [g.sum(0) if reached else None for g, reached in zip(found.gradients, found.reached, strict=True)]
+    rates, of_rates = zip(*found.rate_gradients, strict=True) if found.rate_gradients else ((), ())
+    known = [*of_slow, *of_rates, *found.also_gradients]
+    receivers = [*(slow[name] for name in names), *rates, *shared, *given]
+    return output._replace(loss=with_gradients(output.loss, known, receivers))
