@@ -40,6 +40,6 @@ class _NotTwice(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         raise RuntimeError(
             "a meta-gradient that was taken together with its loss cannot be differentiated again: that of task_chunk "
-            "(use task_chunk=None), of memory='sweep' (use memory='graph'), of engine 'loop' (use engine='vmap'), of implicit "
-            "MAML, of Reptile and of meta_loss"
+            "(use task_chunk=None), of memory='sweep' (use memory='graph'), of engine 'loop' (use engine='vmap'), of "
+            "implicit MAML, of Reptile and of meta_loss"
         )
