@@ -161,6 +161,22 @@ def test_weights_chunks_and_what_requires_gradients(engine):
     both(mse, TaskBatch(sx, soft, qx, F.one_hot(qy, WAYS).double()), at=[soft])
 
 
+@pytest.mark.parametrize("engine", ["vmap", "loop"])
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_masks(engine, chunk):
+    """Tasks with the same numbers of rows are swept together."""
+    net, (sx, sy, qx, qy) = make("LSTM"), tasks("LSTM")
+    support, query = torch.ones(3, 6, dtype=torch.bool), torch.ones(3, 4, dtype=torch.bool)
+    support[0, 1] = query[1, 3] = False
+    batch = TaskBatch(sx.masked_fill(~support[..., None, None], torch.nan), sy, qx, qy, support, query)
+    maml = sweep(net, engine=engine, task_chunk=chunk)
+    out, found = both(maml, batch, torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64))
+    losses = plain(net, [[p[0][m[0]]] for p, m in zip(batch, (support, support, query, query), strict=False)],
+                   lr=0.3, steps=3)[0]  # fmt: skip
+    check(out.task_loss[:1], losses)
+    assert len(found) == len(list(net.parameters()))
+
+
 class Weighed(nn.Module):
     """A loss with parameters of its own, one of which the query loss alone depends on."""
 
