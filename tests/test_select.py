@@ -68,3 +68,15 @@ def test_tasks_in_turn_take_the_memory_of_one(make):
         learner(batch).loss.backward()
         most.append(Counted.most - before)
     assert most[0] == most[1] > 0
+
+
+def test_a_gradient_that_is_nothing_but_rounding_is_no_reason_for_a_loop():
+    """That of a convolution's bias before a batch norm: zero, and in float32 what rounding leaves."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.Flatten(),
+        nn.Linear(144, 3),
+    )  # fmt: skip
+    x, y = torch.randn(2, 12, 1, 6, 6), torch.arange(3).repeat(2, 4)
+    maml = MAML(model, loss=nn.CrossEntropyLoss(reduction="sum"))
+    assert "vmap: picked" in maml.explain(TaskBatch(x, y, x, y))
