@@ -166,9 +166,10 @@ def _parts(node: Any, name: str) -> tuple[list[tuple[str, Any]], Callable[[list]
         return [(f"{name}.{k}", getattr(node, k)) for k in keys], lambda p: _dataclass(node, zip(keys, p, strict=True))
     registered = pytree.SUPPORTED_NODES.get(type(node))
     if registered is None:
+        advice = ": give torch.as_tensor of it" if hasattr(node, "__array__") else ""
         raise TypeError(
-            f"{name} is a {type(node).__name__}, which cannot be told apart by task; tensors can, beside None, numbers "
-            "and text, in tuples, lists, dicts, dataclasses and what is registered with torch.utils._pytree"
+            f"{name} is a {type(node).__name__}, which cannot be told apart by task{advice}; tensors can, beside None, "
+            "numbers and text, in tuples, lists, dicts, dataclasses and what is registered with torch.utils._pytree"
         )
     parts, context = registered.flatten_fn(node)
     return [(f"{name}[{i}]", part) for i, part in enumerate(parts)], lambda p: registered.unflatten_fn(p, context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -100,8 +101,13 @@ class TaskBatch(tuple):
         return len(first(self.support_x))
 
     def to(self, *args, **kwargs) -> TaskBatch:
-        """Move every tensor, as `Tensor.to` with a device."""
-        return TaskBatch(*(tree_map(lambda tensor: tensor.to(*args, **kwargs), part) for part in self))
+        """Every tensor moved and floating ones converted, as by `nn.Module.to`: labels and masks keep their dtype."""
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking)
+
+        return TaskBatch(*(tree_map(moved, part) for part in self))
 
 
 pytree.register_pytree_node(

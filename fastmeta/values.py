@@ -138,7 +138,8 @@ def generator(name: str, value: torch.Generator | None, device: torch.device) ->
 def tensor(name: str, value: Tensor, what: str = "a tensor") -> Tensor:
     """A tensor that holds all its numbers, one after the other: not sparse, nested, quantized or of another library."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
+        advice = ": give torch.as_tensor of it" if hasattr(value, "__array__") else ""
+        raise TypeError(f"{name} must be {what}, got {type(value).__name__}{advice}")
     if value.layout is not torch.strided or value.is_nested:
         kind = "nested" if value.is_nested else _LAYOUTS.get(value.layout, "sparse")
         how = "torch.nested.to_padded_tensor, and a mask" if kind == "nested" else f"{name}.to_dense()"

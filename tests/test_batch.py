@@ -33,6 +33,8 @@ def test_what_is_made_of_one_is_one(masked):
     for found in ways:
         assert type(found) is TaskBatch and len(found) == len(given)
         assert all(torch.equal(a, b) for a, b in zip(found, given, strict=True))
+    wide = given.to(torch.float64)
+    assert [part.dtype for part in wide] == [torch.float64, torch.int64] * 2 + [torch.bool] * (2 * masked)
     assert (given.query_mask is not None) is masked and given._asdict()["query_y"] is given[3]
 
 

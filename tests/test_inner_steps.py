@@ -275,7 +275,7 @@ def test_explain_says_what_does_not_clip():
         ({"inner_lr": {"head": 0.1, "": 0.1}}, ValueError, "inner_lr: the model has no layer .*'head'"),
         ({"inner_lr": {"2": 0.1}}, ValueError, "inner_lr has no rate for 0.weight, 0.bias"),
         ({"inner_lr": {}}, ValueError, "inner_lr must hold at least one rate"),
-        ({"inner_lr": "fast"}, TypeError, "inner_lr must be a number, got str"),
+        ({"inner_lr": "fast"}, TypeError, r"inner_lr must be a number, a tensor .*, or a dict of such, got .fast."),
         ({"momentum": -0.1}, ValueError, "momentum must be at least 0"),
         ({"weight_decay": float("inf")}, ValueError, "weight_decay must be finite"),
         ({"clip_norm": 0.0}, ValueError, "clip_norm must be above 0"),

@@ -60,8 +60,16 @@ def _check_rows(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.dim() < 2 or other.dim() < 2 or x.shape[:2] != other.shape[:2]:
         raise ValueError(
             f"{name} and {other_name} must begin with the same tasks and examples, [T, B, ...], "
-            f"got {tuple(x.shape)} and {tuple(other.shape)}"
+            f"got {tuple(x.shape)} and {tuple(other.shape)}{_advice(name, x, other)}"
         )
+
+
+def _advice(name: str, x: Tensor, other: Tensor) -> str:
+    if name.endswith("[0]"):
+        return "; a list or tuple is the model's several inputs: tasks are one tensor, padded, with a mask of their rows"
+    if 0 < other.dim() < 2 and len(x) == len(other):
+        return "; for a single task put .unsqueeze(0) in front"
+    return ""
 
 
 def check_batch(batch: TaskBatch) -> None:

@@ -71,6 +71,8 @@ def as_rule(momentum: float, weight_decay: float, clip_norm: float | None, clip_
 
 def _checked(name: str, rate: float | Tensor, steps: int) -> float | Tensor:
     if not isinstance(rate, Tensor):
+        if not isinstance(rate, (int, float)):
+            raise TypeError(f"{name} must be a number, a tensor [] or [K], or a dict of such, got {values.shown(rate)}")
         return values.number(name, rate, 0)
     checks.tensor_of_any_shape(name, rate)
     if rate.dim() > 1 or rate.dim() == 1 and len(rate) != max(steps, 1):

@@ -71,8 +71,11 @@ class ANIL(RatedInnerLoop):
         memory: str = "graph",
         every: int = 1,
     ):
-        if not callable(adapts):
-            values.choice("adapts", adapts, HEAD_OR_BODY)
+        if not callable(adapts) and not (isinstance(adapts, str) and adapts in HEAD_OR_BODY):
+            raise ValueError(
+                f"adapts must be one of {', '.join(HEAD_OR_BODY)}, or a callable(name) -> bool; "
+                f"got {values.shown(adapts)}"
+            )
         super().__init__(
             model, inner_steps=inner_steps, loss=loss, first_order=first_order, task_chunk=task_chunk, memory=memory,
             every=every,

@@ -7,6 +7,7 @@ formulas.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from fastmeta._trees import described
 from fastmeta.dispatch.labels import IGNORING, label_range, readable
+from fastmeta.values import dtype_of
 
 
 class Loss:
@@ -85,7 +87,7 @@ class CrossEntropy(Loss):
         return F.cross_entropy(prediction.flatten(0, -2), target.flatten(), ignore_index=-(2**62))
 
     def check(self, shape: tuple[int, ...], target: Tensor, name: str, values: bool = True) -> None:
-        check_labels(self.name, shape[:-1], target, name)
+        check_labels(self.name, shape, target, name)
         if values and readable(target):
             label_range(name, target, shape[-1], advice=IGNORING)
 
@@ -101,12 +103,20 @@ class CrossEntropy(Loss):
         return torch.add(constant, torch.softmax(prediction, -1), alpha=1.0 / count_of(prediction, slice(1, -1)))
 
 
-def check_labels(loss: str, wanted: tuple[int, ...], target: Tensor, name: str) -> None:
-    if target.dtype != torch.int64 or target.shape != wanted:
+def check_labels(loss: str, shape: tuple[int, ...], target: Tensor, name: str, class_dim: int = -1) -> None:
+    wanted = list(shape)
+    del wanted[class_dim]
+    if target.dtype != torch.int64 or list(target.shape) != wanted:
+        where = "last" if class_dim == -1 else "behind the rows"
         raise ValueError(
-            f"{name}: {loss} takes int64 labels of shape {tuple(wanted)}, got {target.dtype} of shape "
-            f"{tuple(target.shape)}"
+            f"{name}: {loss} takes int64 labels of shape {_of_tasks(wanted)}, got {dtype_of(target)} of shape "
+            f"{_of_tasks(target.shape)}; predictions are {_of_tasks(shape)}, classes {where}"
         )
+
+
+def _of_tasks(shape: Sequence[int]) -> str:
+    """The number of tasks may be that of a group of them, which says nothing to the user."""
+    return f"[{', '.join(['T', *map(str, shape[1:])])}]"
 
 
 class ElementwiseLoss(Loss):
@@ -126,9 +136,10 @@ class ElementwiseLoss(Loss):
     def check(self, shape: tuple[int, ...], target: Tensor, name: str, values: bool = True) -> None:
         # torch broadcasts [B] against [B, 1] to [B, B] with a mere warning, or none: refused here.
         if target.shape != shape or not target.is_floating_point():
+            advice = ": give .unsqueeze(-1) of it" if (*target.shape, 1) == tuple(shape) else ""
             raise ValueError(
                 f"{name}: {self.name} takes floating-point targets of the prediction's shape "
-                f"{tuple(shape)}, got {target.dtype} of shape {tuple(target.shape)}"
+                f"{_of_tasks(shape)}, got {dtype_of(target)} of shape {_of_tasks(target.shape)}{advice}"
             )
 
     def one_task(self, prediction: Tensor, target: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ class _CrossEntropyLoss(_OfTorch):
                     f"labels of shape {of_rows}, got {target.dtype} of shape {tuple(target.shape)}"
                 )
             return
-        check_labels(self.name, of_rows, target, name)
+        check_labels(self.name, shape, target, name, self.class_dim)
         if values and readable(target):
             label_range(name, target, shape[2], ignored=self.module.ignore_index)
 

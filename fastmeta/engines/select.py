@@ -107,7 +107,7 @@ def explain(
         elif name != "auto":
             verdict = "could serve, was not asked for"
         else:
-            verdict = f"could serve, not taken: {_why_passed_over(engine, model, inner, support_x, support_y)}"
+            verdict = _why_passed_over(engine, model, inner, support_x, support_y)
         lines.append(f"  {engine.name}: {verdict}")
     return "\n".join(lines)
 
@@ -115,5 +115,7 @@ def explain(
 def _why_passed_over(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> str:
     reason = _why_not_mapped(engine, model, inner, x) or engine.why_slow(model, inner, x)
     if reason is None and _maps(engine, model, inner, x):
-        reason = why_not_trusted(engine, model, inner, x, y)
-    return reason or "a more general engine"
+        found = why_not_trusted(engine, model, inner, x, y)
+        if found is not None:
+            return f"cannot serve, as a trial on one task showed: {found}"
+    return f"could serve, not taken: {reason or 'a more general engine'}"
