@@ -31,8 +31,8 @@ class GradientHead(EmbeddingLearner):
         inner_steps: `K >= 0`, 1 by default. May be set anew between calls.
         normalise: whether embeddings are brought to unit length, default True.
         first_order: drop the second derivatives.
-        ways: the number of classes `N` of every task. None takes the largest support label of the batch plus one, which
-            on a GPU waits for the device; give it in training loops there.
+        ways: the most classes `N` that a task may have; None, the default, sets no limit. With
+            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1; nothing then waits for a GPU.
 
     Departures from ANIL: the start at zero, the learned rate and its factor N, unit length, no bias.
 

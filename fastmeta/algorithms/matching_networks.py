@@ -42,8 +42,8 @@ class MatchingNetwork(EmbeddingLearner):
         full_context: the full context embeddings; needs `features`.
         features: D, the encoder's width; only for `full_context`.
         steps: K, processing steps of the query's LSTM.
-        ways: the number of classes `N` of every task. None takes the largest support label of the batch plus one,
-            which on a GPU waits for the device; give it in training loops there.
+        ways: the most classes `N` that a task may have; None, the default, sets no limit. With
+            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1; nothing then waits for a GPU.
 
     Departures: the scale, learned from 10 (`scale=1, learn_scale=False` is the paper); the query LSTM starts from
     zeros, which the paper leaves open.

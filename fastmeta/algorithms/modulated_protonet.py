@@ -51,8 +51,8 @@ class ModulatedProtoNet(EmbeddingLearner):
             `FiLMMLP` for vectors, or your own.
         metric_weight: of the metric space's loss, 0.5.
         metric: of both spaces, as in `fastmeta.functional.pairwise_distance`.
-        ways: the number of classes `N` of every task. None takes the largest support label of the batch plus one, which
-            on a GPU waits for the device; give it in training loops there.
+        ways: the most classes `N` that a task may have; None, the default, sets no limit. With
+            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1; nothing then waits for a GPU.
 
     Raises:
         ValueError: an unknown metric, a negative weight, an encoder or base that does not return `[B, D]`, labels that

@@ -38,8 +38,8 @@ class RidgeHead(EmbeddingLearner):
         scale: where the scale starts; None is 10 for classification, whose ridge predictions lie around 0 and 1, and 1
             for regression.
         bias: where the bias starts, 0.
-        ways: the number of classes `N` of every task; not used with `"mse"`. None takes the largest support label of
-            the batch plus one, which on a GPU waits for the device; give it in training loops there.
+        ways: the most classes `N` that a task may have; not used with `"mse"`; None, the default, sets no limit. With
+            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1; nothing then waits for a GPU.
 
     The system is solved in float32 at least, whatever autocast says. Departures: lambda is learned as `exp(log_ridge)`;
     the scale's start; regression.
