@@ -66,7 +66,7 @@ def _check_rows(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 def _advice(name: str, x: Tensor, other: Tensor) -> str:
     if name.endswith("[0]"):
-        return "; a list or tuple is the model's several inputs: tasks are one tensor, padded, with a mask of their rows"
+        return "; a list or tuple is the model's several inputs: tasks are one tensor, padded, with a mask of rows"
     if 0 < other.dim() < 2 and len(x) == len(other):
         return "; for a single task put .unsqueeze(0) in front"
     return ""

@@ -40,7 +40,7 @@ class InContextCAML(EmbeddingLearner):
         heads: of its attention; must divide the token's width.
         feedforward: width of its hidden layers.
         ways: the most classes `N` that a task may have; None, the default, sets no limit. With
-            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1; nothing then waits for a GPU.
+            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1, and nothing waits for a GPU.
 
     Queries do not see each other: each has a sequence of its own, `T * Q` of them with `S + 1` tokens, as in the paper.
     The order of the support set does not matter. Which class has which number does, a little: the code is symmetric,

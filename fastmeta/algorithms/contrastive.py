@@ -59,7 +59,7 @@ class Contrastive(EmbeddingLearner):
             calls it ProtoTune, and moves the encoder too); 0 leaves it where it starts.
         fine_tune_lr: their size.
         ways: the most classes `N` that a task may have, in eval mode; None, the default, sets no limit. With
-            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1; nothing then waits for a GPU.
+            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1, and nothing waits for a GPU.
 
     The encoder runs once over both views of all tasks: batch norm in train mode has the statistics of all of them, in
     eval mode its running statistics. In train mode the output has no accuracy and no logits.

@@ -32,7 +32,7 @@ class GradientHead(EmbeddingLearner):
         normalise: whether embeddings are brought to unit length, default True.
         first_order: drop the second derivatives.
         ways: the most classes `N` that a task may have; None, the default, sets no limit. With
-            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1; nothing then waits for a GPU.
+            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1, and nothing waits for a GPU.
 
     Departures from ANIL: the start at zero, the learned rate and its factor N, unit length, no bias.
 

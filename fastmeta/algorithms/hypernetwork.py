@@ -54,7 +54,7 @@ class Hypernetwork(EmbeddingLearner):
         set_width: width of the set encoder.
         rank: of the generated matrices, only for `"lowrank"`.
         ways: the most classes `N` that a task may have; not used in regression; None, the default, sets no limit. With
-            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1; nothing then waits for a GPU.
+            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1, and nothing waits for a GPU.
 
     Generated weights are `shared + generated`, where the shared part starts as `nn.Linear` does and the generated part
     starts small, so that training begins with an ordinary network (as Chang et al. 2020, "Principled Weight

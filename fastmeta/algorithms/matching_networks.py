@@ -43,7 +43,7 @@ class MatchingNetwork(EmbeddingLearner):
         features: D, the encoder's width; only for `full_context`.
         steps: K, processing steps of the query's LSTM.
         ways: the most classes `N` that a task may have; None, the default, sets no limit. With
-            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1; nothing then waits for a GPU.
+            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1, and nothing waits for a GPU.
 
     Departures: the scale, learned from 10 (`scale=1, learn_scale=False` is the paper); the query LSTM starts from
     zeros, which the paper leaves open.

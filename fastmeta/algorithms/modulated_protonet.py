@@ -52,7 +52,7 @@ class ModulatedProtoNet(EmbeddingLearner):
         metric_weight: of the metric space's loss, 0.5.
         metric: of both spaces, as in `fastmeta.functional.pairwise_distance`.
         ways: the most classes `N` that a task may have; None, the default, sets no limit. With
-            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1; nothing then waits for a GPU.
+            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1, and nothing waits for a GPU.
 
     Raises:
         ValueError: an unknown metric, a negative weight, an encoder or base that does not return `[B, D]`, labels that

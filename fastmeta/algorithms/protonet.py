@@ -35,7 +35,7 @@ class ProtoNet(EmbeddingLearner):
         encoder: any module from examples `[B, ...]` to embeddings `[B, D]`.
         metric: `"sqeuclidean"` (the paper's), `"euclidean"`, `"cosine"`, `"dot"` or `"manhattan"`.
         ways: the most classes `N` that a task may have; None, the default, sets no limit. With
-            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1; nothing then waits for a GPU.
+            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1, and nothing waits for a GPU.
 
     `forward` gives the mean cross entropy of the query sets, fused, so that in train mode the logits `[T, Q, N]` are
     never stored and come as None.

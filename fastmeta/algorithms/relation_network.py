@@ -41,7 +41,7 @@ class RelationNetwork(EmbeddingLearner):
             mean allows other shots at test than in training.
         loss: `"mse"` (the paper's) or `"cross_entropy"` of the scores as logits.
         ways: the most classes `N` that a task may have; None, the default, sets no limit. With
-            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1; nothing then waits for a GPU.
+            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1, and nothing waits for a GPU.
 
     Departures: the mean over pairs, where the paper sums (scale the rate); the first layer of the relation module is
     computed for each class and each query and added up for each pair, which is the same function and cheaper.

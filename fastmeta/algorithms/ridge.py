@@ -39,7 +39,7 @@ class RidgeHead(EmbeddingLearner):
             for regression.
         bias: where the bias starts, 0.
         ways: the most classes `N` that a task may have; not used with `"mse"`; None, the default, sets no limit. With
-            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1; nothing then waits for a GPU.
+            `fastmeta.check_labels(False)` the number of every task's, labelled 0 to N - 1, and nothing waits for a GPU.
 
     The system is solved in float32 at least, whatever autocast says. Departures: lambda is learned as `exp(log_ridge)`;
     the scale's start; regression.

@@ -52,7 +52,7 @@ def rates_of_steps(lr: Any, steps: int, adapting: ParameterTree) -> list[list[fl
     of_step = isinstance(lr, Tensor) and lr.numel() != 1 and lr.shape == (steps,)
     whole = isinstance(lr, (int, float, Tensor)) and (of_step or not structure.is_leaf())
     if isinstance(lr, str) or lr is None:
-        raise TypeError(f"lr must be a float, a tensor, or have the structure of params, got {values.shown(lr)}")
+        raise ValueError(f"lr must be a float, a tensor, or have the structure of params, got {values.shown(lr)}")
     if not whole and pytree.tree_structure(lr) != structure:
         raise ValueError(
             f"lr must be a float, a tensor, or have the structure of params, {structure}; got "
