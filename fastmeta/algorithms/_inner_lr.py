@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,10 @@ def as_inner_lr(
     the learner and is saved with it."""
     values.flag("learn_inner_lr", learned)
     like = next(model.parameters(), torch.empty(0))
+    dtype = reduce(torch.promote_types, {real_dtype(p) for p in model.parameters()} or {like.dtype})
 
     def parameter(name: str, rate: float | Tensor) -> nn.Parameter:
-        rate = torch.as_tensor(_checked(name, rate, steps), dtype=like.dtype, device=like.device)
+        rate = torch.as_tensor(_checked(name, rate, steps), dtype=dtype, device=like.device)
         return nn.Parameter(rate.detach().clone(), requires_grad=learned)
 
     if isinstance(inner_lr, Mapping):
@@ -52,6 +54,21 @@ def rates_of(inner_lr: float | Tensor | nn.ParameterDict, names: Collection[str]
     if isinstance(inner_lr, Tensor):
         return dict.fromkeys(names, inner_lr.reshape(-1))
     return inner_lr
+
+
+def rates_like(named: Mapping[str, Tensor], names: Collection[str], rate: float) -> Rates:
+    """The rates of the parameters `names` where all have one."""
+    made: dict[tuple, Tensor] = {}
+    for name in names:
+        kind = real_dtype(named[name]), named[name].device
+        if kind not in made:
+            made[kind] = torch.full((1,), rate, dtype=kind[0], device=kind[1])
+    return {name: made[real_dtype(named[name]), named[name].device] for name in names}
+
+
+def real_dtype(p: Tensor) -> torch.dtype:
+    """Of a rate of the parameter: one of complex numbers has a real rate, as in `torch.optim.SGD`."""
+    return p.dtype.to_real() if p.is_complex() else p.dtype
 
 
 def described(inner_lr: float | Tensor | nn.ParameterDict) -> str:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fastmeta._trees import arguments, described, first, split, unbind
 from fastmeta.values import dtype_of
 
 from ..engines import Loss, check_prediction
+from ..functional.run_again import call_with
 
 _TORCH = str(Path(torch.__file__).parent)
 _SAYS_ENOUGH = tuple(str(Path(__file__).parent.parent / folder) for folder in ("algorithms", "engines"))
@@ -79,7 +79,7 @@ def called(module: nn.Module, x: Any) -> tuple[Any, str | None]:
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}  # statistics stay as they are
     try:
         with torch.no_grad(), torch.random.fork_rng([first(x).device] if first(x).is_cuda else []):
-            return functional_call(module, buffers, args, kwargs), None
+            return call_with(module, buffers, args, kwargs), None
     except TypeError:  # it takes something else than examples
         return None, None
     except Exception as error:

@@ -13,7 +13,7 @@ from fastmeta._trees import first, tree_map
 
 from ..engines import Rates
 from ..engines.last_layer import last_constructed, last_layer
-from ._inner_lr import InnerLR, as_inner_lr, as_rule, described, rates_of
+from ._inner_lr import InnerLR, as_inner_lr, as_rule, described, rates_like, rates_of
 from ._rated_loop import RatedInnerLoop
 
 HEAD_OR_BODY = ("head", "body")
@@ -131,7 +131,7 @@ class ANIL(RatedInnerLoop):
         if not names:
             raise ValueError(f"adapts picks none of the parameters that require gradients: {', '.join(picked)} do not")
         rates = rates_of(self.inner_lr, names)
-        return rates if isinstance(rates, Mapping) else dict.fromkeys(names, slow[names[0]].new_full((1,), rates))
+        return rates if isinstance(rates, Mapping) else rates_like(slow, names, rates)
 
     def extra_repr(self) -> str:
         adapts = self.adapts if isinstance(self.adapts, str) else ", ".join(self.adapting)

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from fastmeta import functional, values
 from fastmeta._trees import arguments, cat, first, named_leaves, split, tree_map
 
-from ..engines import InnerLoop, module_engine
+from ..engines import PLAIN, InnerLoop, Steps, module_engine
 from ..engines.vmap import buffers_per_task
 from ._arguments import check_number
 from ._chunks import chunked_loss
 from ._classes import classes_of, ordinary_ways
 from ._embedding import both_masks, by_rows
 from ._inner_loop import InnerLoopAlgorithm, adapted_convolutions
+from ._inner_lr import rates_like
 from ._misfit import called, raise_misfit
 from ._rows import dense, dense_batch, groups_of_batch, joined
 from ._targets import cross_entropy
@@ -109,6 +110,10 @@ class ConditionalCAML(InnerLoopAlgorithm):
     def extra_repr(self) -> str:
         adapts = "" if self.adapts is None else f"adapts={', '.join(self.adapting)!r}, "
         return f"{adapts}inner_lr={self.inner_lr}, metric_weight={self.metric_weight}, {super().extra_repr()}"
+
+    def _inner(self, *targets: Tensor) -> InnerLoop:
+        named = dict(self.model.named_parameters())
+        return super()._inner(*targets)._replace(lr=rates_like(named, self.adapting, self.inner_lr))
 
     def _call(self, x: Tensor) -> None:
         conditions = self._embedded(tree_map(lambda leaf: leaf.unsqueeze(0), x))[0]
@@ -203,11 +208,11 @@ class ConditionalCAML(InnerLoopAlgorithm):
         """The weights that adapt after the inner loop, `[T, *shape]`."""
         rows = _beside(x, conditions)
         engine, slow = module_engine(self.model, inner, rows, y), dict(self.model.named_parameters())
-        fast = {name: slow[name] for name in self.adapting}
+        fast, steps = {name: slow[name] for name in self.adapting}, Steps(self.inner_lr, PLAIN)
         for _ in range(inner.steps):
             buffers = buffers_per_task(self.model, len(conditions))
             gradients = engine.gradients(self.model, inner, fast, buffers, rows, y)
-            fast = functional.fast_weight_update(fast, gradients, self.inner_lr)
+            fast = steps.take(fast, gradients)
         return fast
 
     def _logits(self, weights: Mapping[str, Tensor], x: Tensor, conditions: Tensor) -> Tensor:

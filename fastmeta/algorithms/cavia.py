@@ -20,6 +20,7 @@ from ..engines.vmap import VmapEngine, buffers_per_task
 from ._arguments import check_count, check_number
 from ._gradients import layer_gradients
 from ._inner_loop import InnerLoopAlgorithm
+from ._inner_lr import real_dtype
 from ._misfit import raise_misfit
 from ._rows import Group, in_order
 from .output import MetaOutput, judged, weighted
@@ -98,7 +99,8 @@ class CAVIA(InnerLoopAlgorithm):
     def _state(self, support_x: Tensor, support_y: Tensor) -> Context:
         gradient = self._context_gradient(support_x, support_y)
         rows = first(support_x)
-        context = next(self.model.parameters(), rows).new_zeros(len(rows), self.context_size)
+        like = next(self.model.parameters(), rows)
+        context = like.new_zeros(len(rows), self.context_size, dtype=real_dtype(like))
         second_order = torch.is_grad_enabled() and not self.first_order
         for _ in range(self.inner_steps):
             with torch.set_grad_enabled(second_order):
@@ -110,7 +112,8 @@ class CAVIA(InnerLoopAlgorithm):
         return len(state.context)
 
     def _raise_misfit(self, error: Exception, examples: dict[str, Tensor], targets: dict | None = None) -> None:
-        model = _WithContext(self.model, self.context_size, self.concatenate)
+        like = next(iter(examples.values()))
+        model = _WithContext(self.model, self.context_size, self.concatenate).like(like)
         raise_misfit(error, "model", model, examples, targets, self.loss)
 
     def _predictions(self, state: Context, query_x: Tensor) -> Tensor:
@@ -207,12 +210,15 @@ class CAVIA(InnerLoopAlgorithm):
     def _module_engine(self, x: Tensor, y: Tensor | None = None) -> VmapEngine:
         if self not in _with_contexts:
             _with_contexts[self] = _WithContext(self.model, self.context_size, self.concatenate)
-        inner = self._inner(*(() if y is None else (y,)))._replace(steps=1)
-        return module_engine(_with_contexts[self].like(x), inner, x, y)
+        model = _with_contexts[self].like(x)
+        adapting = {"context": model.context.new_full((1,), self.inner_lr)}
+        inner = self._inner(*(() if y is None else (y,)))._replace(lr=adapting, steps=1)
+        return module_engine(model, inner, x, y)
 
     def _call(self, x: Tensor) -> None:
         like = next((p for p in self.model.parameters() if not is_lazy(p)), first(x))
-        args, kwargs = _arguments(x, like.new_zeros(self.context_size), self.concatenate)
+        context = like.new_zeros(self.context_size, dtype=real_dtype(like))
+        args, kwargs = _arguments(x, context, self.concatenate)
         self.model(*args, **kwargs)
 
     def _task(self, engine: VmapEngine, context: Tensor, weights: dict, buffers: dict, x: Tensor) -> Tensor:
@@ -230,7 +236,7 @@ class _WithContext(nn.Module):
 
     def like(self, x: Tensor) -> _WithContext:
         parameter = next(self.model.parameters(), first(x))
-        self.context.data = self.context.data.to(parameter)
+        self.context.data = self.context.data.to(parameter.device, real_dtype(parameter))
         self.training = self.model.training  # its layers keep their own modes
         return self
 

@@ -100,7 +100,9 @@ class ImplicitMAML(InnerLoopAlgorithm):
         output = weighted(judged(loss, self._predicted(slow | fast, query_x), query_y), weights)
         of_tasks = output.task_loss if weights is None else weights.detach() * output.task_loss
         of_loss = self._trained_by_loss()
-        found = torch.autograd.grad(of_tasks.sum(), [*leaves, *of_loss], materialize_grads=True)
+        found = [torch.zeros_like(p) for p in (*leaves, *of_loss)]
+        if of_tasks.requires_grad:
+            found = torch.autograd.grad(of_tasks.sum(), [*leaves, *of_loss], materialize_grads=True)
         right, direct = found[: len(leaves)], found[len(leaves) :]
         damped = self.regularization + self.cg_damping
         support_gradients = self._gradients(loss, slow, fast, support_x, support_y)
@@ -149,11 +151,14 @@ class ImplicitMAML(InnerLoopAlgorithm):
         if why_no_formulas(self.model, x) is None:
             return list(mlp_gradients(mlp_spec(self.model), loss, slow | fast, list(fast), x, y).values())
         # the gradient is taken outside of vmap: the tasks do not meet, and plain autograd is exact to second order
-        inner = self._inner(y)._replace(first_order=False, loss=loss)
+        steps = max(self.inner_steps, 1)  # a gradient is taken also where there are none
+        inner = self._inner(y)._replace(steps=steps, first_order=False, loss=loss)
         engine = module_engine(self.model, inner, x, y)
         with engine.exact():
             losses = engine.losses(self.model, inner, fast, buffers_per_task(self.model, len(first(x))), x, y)
             wanted = list(fast.values())
+            if not losses.requires_grad:
+                return [torch.zeros_like(w) for w in wanted]
             return list(torch.autograd.grad(losses.sum(), wanted, create_graph=True, materialize_grads=True))
 
 
@@ -182,4 +187,4 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _flat(tensors) -> Tensor:
-    return torch.cat([t.flatten(1) for t in tensors], 1)
+    return torch.cat([t.flatten(1) if t.dim() > 1 else t.unsqueeze(1) for t in tensors], 1)

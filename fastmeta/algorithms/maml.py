@@ -143,6 +143,8 @@ class MAML(InnerLoopAlgorithm):
         with torch.enable_grad():
             output = self(batch, weights)
         wanted = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        if not output.loss.requires_grad:  # it depends on none of them
+            return output, {name: torch.zeros_like(p) for name, p in wanted.items()}
         found = torch.autograd.grad(output.loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
         return detached(output), dict(zip(wanted, found, strict=True))
 

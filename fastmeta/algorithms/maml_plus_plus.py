@@ -14,6 +14,7 @@ from fastmeta._trees import first
 from ..engines import ENGINES, InnerLoop, Rates, Steps, check_prediction, module_engine
 from ..engines.vmap import buffers_per_task
 from ._arguments import check_count, check_number
+from ._inner_lr import real_dtype
 from ._lazy import check_initialised
 from ._rated_loop import LearnedRates
 from .fast_weights import FastWeights
@@ -181,7 +182,8 @@ class MAMLPlusPlus(LearnedRates):
         for name, p in self._with_rates():
             key = self._key(name)
             if key not in self.rates:
-                self.rates[key] = nn.Parameter(p.new_ones(inner_steps), requires_grad=learned_rates)
+                multiples = p.new_ones(inner_steps, dtype=real_dtype(p))
+                self.rates[key] = nn.Parameter(multiples, requires_grad=learned_rates)
 
     def predict(self, state: FastWeights, query_x: Tensor, query_mask: Tensor | None = None) -> Tensor:
         """As `InnerLoopAlgorithm.predict`; batch norms are those of the last of `inner_steps` steps."""

@@ -25,7 +25,7 @@ class CustomLoss(Loss):
     takes_trees = True
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]):
-        self.one_task = function
+        self.function = function
         self.name = getattr(function, "__name__", type(function).__name__)
         self.in_kernels = getattr(function, "in_kernels", None)
         self.mappable = True  # until it has failed
@@ -39,7 +39,10 @@ class CustomLoss(Loss):
         return "autograd, one task after the other: torch.func cannot map it"
 
     def kernel_targets(self, target: Tensor) -> Tensor:
-        return self.one_task.kernel_targets(target)
+        return self.function.kernel_targets(target)
+
+    def one_task(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return _one_number(self.function(prediction, target), self.name)
 
     def per_task(self, prediction: Tensor, target: Tensor) -> Tensor:
         if self.mappable:
@@ -79,8 +82,17 @@ class CustomLoss(Loss):
     def counted(self, labels: Tensor, num_classes: int) -> Tensor:
         """All that are classes, but for those that the loss says it ignores."""
         counted = (labels >= 0) & (labels < num_classes)
-        ignored = getattr(self.one_task, "ignore_index", None)
+        ignored = getattr(self.function, "ignore_index", None)
         return counted if ignored is None else counted & (labels != ignored)
+
+
+def _one_number(loss: Tensor, name: str) -> Tensor:
+    """`[]` of what a callable has returned for one task: a tensor of one number, as `backward` takes it."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss {name!r} must return a tensor for each task, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"loss {name!r} must return one number for each task, got shape {list(loss.shape)}")
+    return loss if loss.dim() == 0 else loss.reshape(())
 
 
 @outside_inference_mode

@@ -110,7 +110,8 @@ def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn
 def _embedding(
     input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
 ) -> Tensor:
-    found = F.embedding(input, weight, None, max_norm, norm_type, scale_grad_by_freq, sparse)
+    _check_counts(scale_grad_by_freq)
+    found = F.embedding(input, weight, None, max_norm, norm_type, scale_grad_by_freq)
     if padding_idx is None:
         return found
     # mapped, torch forgets that the padding's row gets no gradient
@@ -118,7 +119,36 @@ def _embedding(
     return torch.where(padding, found.detach(), found)
 
 
-_MAPPABLE = {**WRITTEN_OUT, F.embedding: _embedding}
+def _check_counts(scale_grad_by_freq: bool) -> None:
+    if scale_grad_by_freq and torch._C._are_functorch_transforms_active():
+        raise ValueError("scale_grad_by_freq: mapped over tasks, it would count how often an index is in all of them")
+
+
+def _dense_embedding(
+    input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
+) -> Tensor:
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+
+
+def _dense_embedding_bag(
+    input, weight, offsets=None, max_norm=None, norm_type=2, scale_grad_by_freq=False, mode="mean", sparse=False, *rest,
+    **options,
+) -> Tensor:  # fmt: skip
+    _check_counts(scale_grad_by_freq)
+    return F.embedding_bag(
+        input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, False, *rest, **options
+    )
+
+
+@contextmanager
+def dense_gradients() -> Iterator[None]:
+    """While active, embeddings have dense gradients: sparse ones cannot be stacked, nor differentiated again."""
+    with _Rewritten(_DENSE):
+        yield
+
+
+_DENSE = {F.embedding: _dense_embedding, F.embedding_bag: _dense_embedding_bag}
+_MAPPABLE = {**_DENSE, **WRITTEN_OUT, F.embedding: _embedding}
 _REWRITTEN = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,

@@ -61,6 +61,8 @@ class Steps:
         if isinstance(self.lr, Mapping):
             rates = rates_at(self.lr, fast, step)
             return {name: w - rate * gradients[name] for (name, w), rate in zip(fast.items(), rates, strict=True)}
+        if any(w.is_complex() for w in fast.values()) or len({(w.dtype, w.device) for w in fast.values()}) > 1:
+            return {name: w - self.lr * gradients[name] for name, w in fast.items()}
         return functional.fast_weight_update(dict(fast), dict(gradients), self.lr)
 
 
@@ -78,6 +80,7 @@ def clipped(gradients: Mapping[str, Tensor], rule: Rule) -> Mapping[str, Tensor]
 
 def _norm_of_tasks(gradients: Iterable[Tensor]) -> Tensor:
     """`[T]`, at least in float32, with the derivative 0 at 0."""
+    gradients = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
     gradients = [g.float() if g.dtype in (torch.float16, torch.bfloat16) else g for g in gradients]
     squares = sum(g.flatten(1).square().sum(1) if g.dim() > 1 else g.square() for g in gradients)
     positive = squares > 0

@@ -13,10 +13,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..functional.run_again import call_with
 from ._exact import twice_differentiable
 from .vmap import buffers_per_task
 
@@ -85,7 +86,7 @@ def _trace(model: nn.Module, x: Tensor) -> Trace | str:
     def one_task(buffers, x):
         watch.level = torch._C._functorch.maybe_current_level()
         with watch:
-            functional_call(model, buffers, (x,))
+            call_with(model, buffers, (x,))
         return watch.inputs
 
     # random layers must not find other numbers because the module was looked at first

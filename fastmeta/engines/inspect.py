@@ -272,10 +272,25 @@ def _chain(steps: Iterator[_Step]) -> MLPSpec:
 
 
 class _Tracer(fx.proxy.GraphAppendingTracer):
-    """Writes down what is done with a symbol; parameters stand for themselves."""
+    """Writes down what is done with a symbol; parameters stand for themselves. In which mode it is done leaves no trace
+    in the graph: `mode_changes` tells whether a part ran without gradients, or under autocast of its own."""
+
+    def __init__(self, graph: fx.Graph):
+        super().__init__(graph)
+        self.mode, self.mode_changes = _mode(), False
+
+    def create_node(self, *args, **kwargs):
+        self.mode_changes |= _mode() != self.mode
+        return super().create_node(*args, **kwargs)
 
     def create_arg(self, a):
         return a if isinstance(a, Tensor) else super().create_arg(a)
+
+
+def _mode() -> tuple:
+    kinds = ("cpu", "cuda")
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+    return torch.is_grad_enabled(), *autocast
 
 
 def _traced_steps(model: nn.Module, named: dict[str, nn.Parameter]) -> Iterator[_Step]:
@@ -293,10 +308,12 @@ def _traced_steps(model: nn.Module, named: dict[str, nn.Parameter]) -> Iterator[
     if buffer is not None:
         raise _Refused(f"it has buffers ({buffer!r}), which running it may change")
     graph = fx.Graph()
-    tracer = _Tracer(graph)
+    with torch.enable_grad():  # whatever the mode around it, the same chain
+        tracer = _Tracer(graph)
     before = [(name, layer, layer.__dict__.copy()) for name, layer in model.named_modules()]
     try:
-        found = model(fx.Proxy(graph.placeholder("x"), tracer))
+        with torch.enable_grad():
+            found = model(fx.Proxy(graph.placeholder("x"), tracer))
     except Exception as error:  # anything can happen in a user's forward; an engine that runs it then says it as it is
         text = str(error).strip().splitlines()
         raise _Refused(f"its forward could not be traced: {text[0] if text else type(error).__name__}") from None
@@ -304,6 +321,8 @@ def _traced_steps(model: nn.Module, named: dict[str, nn.Parameter]) -> Iterator[
         written = _written_back(before)
     if written is not None:
         raise _Refused(f"its forward writes into {written!r}")
+    if tracer.mode_changes:
+        raise _Refused("its forward runs a part without gradients, or under autocast of its own")
     names = {id(p): name for name, p in named.items()}
     last = yield from _steps_of(graph, names)
     if not isinstance(found, fx.Proxy) or found.node is not last:

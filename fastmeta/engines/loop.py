@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..functional.run_again import call_again
 from ._base import Parameters
-from ._exact import mappable, outside_inference_mode
+from ._exact import dense_gradients, mappable, outside_inference_mode
 from .vmap import VmapEngine
 
 
@@ -28,7 +28,9 @@ class LoopEngine(VmapEngine):
     name = "loop"
 
     def call(self, model: nn.Module, weights: Parameters, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        return call_again(model, weights, args, kwargs)
+        sparse = any(getattr(layer, "sparse", False) for layer in model.modules())
+        with dense_gradients() if sparse else nullcontext():
+            return call_again(model, weights, args, kwargs)
 
     def mapped(self, function: Callable, in_dims: tuple) -> Callable:
         def run(*args):

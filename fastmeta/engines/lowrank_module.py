@@ -19,11 +19,12 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from fastmeta._trees import Outputs
 
+from ..functional.run_again import call_with
 from ._base import InnerLoop, Parameters
 from ._exact import mappable, outside_inference_mode, twice_differentiable
 from ._linears import Answer, LowRank, Mapped
@@ -176,7 +177,7 @@ def _run(
 
     def one_task(fast, mapped, buffers, x):
         with Answer(layers, uses, mapped) as answer:
-            prediction = functional_call(model, (fast, buffers), (x,))
+            prediction = call_with(model, {**fast, **buffers}, (x,))
         if uses is not None and len(answer.inputs) != len(uses):
             raise PathChanged
         return outputs.taken(prediction), answer.inputs

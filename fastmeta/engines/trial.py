@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +20,7 @@ from fastmeta._trees import first, flatten, kind, split, tree_map
 
 from ._base import Engine, InnerLoop
 from ._exact import outside_inference_mode
-from ._steps import PLAIN
+from ._steps import PLAIN, adapting
 from .loop import LoopEngine
 
 _LOOP = LoopEngine()
@@ -58,7 +59,8 @@ def why_not_trusted(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tenso
 
 def _key(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> tuple:
     layers = tuple((layer, layer.training) for layer in model.modules() if layer is not model)
-    adapted = tuple(p.requires_grad for p in model.parameters())
+    named = dict(model.named_parameters())
+    adapted = tuple(p.requires_grad for p in named.values()), frozenset(adapting(named, inner.lr))
     of_model = (engine.name, model.training, layers, adapted, inner.loss, inner.first_order, min(inner.steps, 1))
     return (*of_model, kind(x), None if y is None else kind(y), torch.is_grad_enabled())
 
@@ -69,8 +71,9 @@ class _Wrong(Exception):
 
 @outside_inference_mode
 def _tried(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> str | None:
-    # a rate at which a missing term shows; what becomes of a gradient is the same in every engine
-    inner = inner._replace(steps=min(inner.steps, 1), lr=0.1, rule=PLAIN)
+    # a rate at which a missing term shows, for what adapts; what becomes of a gradient is the same in every engine
+    lr = {n: torch.full_like(r[:1], 0.1) for n, r in inner.lr.items()} if isinstance(inner.lr, Mapping) else 0.1
+    inner = inner._replace(steps=min(inner.steps, 1), lr=lr, rule=PLAIN)
     device = first(x).device
     devices = [device] if device.type == "cuda" else []
     try:
@@ -123,6 +126,8 @@ def _agree(mapped: tuple[list[Tensor], list[Tensor]], plain: tuple[list[Tensor],
 
 def _all_close(values: list[Tensor], others: list[Tensor], least: float) -> bool:
     for value, other in zip(values, others, strict=True):
+        if (value.shape, value.dtype) != (other.shape, other.dtype):
+            return False
         close = _CLOSE.get(other.dtype, 1e-1)
         if not torch.allclose(value, other, rtol=close, atol=close * max(_size(other), least), equal_nan=True):
             return False

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from fastmeta._trees import Outputs, arguments, first, flatten, tree_map, unflatten
 
+from ..functional.run_again import call_with
 from ._base import InnerLoop, Parameters, is_shared
 from ._exact import gradients_per_task, mappable, outside_inference_mode, twice_differentiable
-from ._losses import loss_of_task
+from ._losses import check_prediction, loss_of_task
 from ._replica import replica
 from ._steps import Steps, adapting
 
@@ -94,8 +95,10 @@ class VmapEngine:
     ) -> Tensor:
         """Every task's loss `[T]`, arguments as in `gradients`. The tasks do not meet, and plain autograd may
         differentiate the sum twice, if that is computed while `exact()` is active."""
-        task_loss, axes, args = self._loss(model, inner, fast, buffers, x, y)
-        return self.mapped(task_loss, axes)(*args)
+        # the loss outside of what is mapped: where it cannot be, it runs for one task after the other
+        predictions = self.predictions(model, fast, buffers, x)
+        check_prediction(inner.loss, predictions, y, "support_y")
+        return inner.loss.per_task(predictions, y)
 
     def _loss(
         self, model: nn.Module, inner: InnerLoop, fast: Parameters, buffers: Parameters, x: Tensor, y: Tensor
@@ -115,7 +118,7 @@ class VmapEngine:
 
     def call(self, model: nn.Module, weights: Parameters, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """What `model(*args, **kwargs)` gives with `weights`, its parameters and buffers by name, in one task."""
-        return functional_call(model, weights, args, kwargs)
+        return call_with(model, weights, args, kwargs)
 
     def mapped(self, function: Callable, in_dims: tuple) -> Callable:
         """`function` of one task for all of them: arguments have a leading `T` where `in_dims` says 0 (of a dict, for
@@ -148,13 +151,14 @@ def in_use(model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor) -> set[str]
 
 @outside_inference_mode
 def _in_use(model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor) -> set[str]:
-    leaves = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+    leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in model.named_parameters()}
     # random layers must not find other numbers because of this
     device = first(x).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-        loss = loss_of_task(inner.loss, functional_call(replica(model), leaves, *arguments(x)), y, "support_y")
+        loss = loss_of_task(inner.loss, call_with(replica(model), leaves, *arguments(x)), y, "support_y")
         if not loss.requires_grad:
             return set()
+        leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {name for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
 

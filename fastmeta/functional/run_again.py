@@ -46,6 +46,15 @@ def functional_call(
     return call_again(model, weights, args if isinstance(args, tuple) else (args,), kwargs)
 
 
+def call_with(model: nn.Module, weights: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any] | None = None):
+    """As `torch.func.functional_call` with `weights`, by which a layer that the model holds in two places loses its
+    parameters: torch puts them back in the order in which it took them out, so that the layer keeps `weights`."""
+    if isinstance(model, (torch.jit.ScriptModule, nn.DataParallel)):
+        return torch.func.functional_call(model, dict(weights), args, kwargs)  # which says that it cannot
+    with _reparametrize_module(model, dict(weights), tie_weights=True, stack_weights=True):
+        return model(*args, **(kwargs or {}))
+
+
 def call_again(model: nn.Module, weights: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any] | None = None):
     """As `torch.func.functional_call` with `weights` (parameters and buffers), which checkpointed parts find again."""
     with _Weights(model, weights):
@@ -72,7 +81,7 @@ class _Weights(DeviceContext):
             stack.enter_context(self._of_the_device())
             if self.plain_attention:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(_reparametrize_module(self.model, dict(self.weights), tie_weights=True))
+            stack.enter_context(self._in_the_model())
             _push_mode(self)
             self.entered.append(stack.pop_all())
         return self
@@ -83,6 +92,10 @@ class _Weights(DeviceContext):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
+
+    def _in_the_model(self) -> AbstractContextManager:
+        # put back in reverse order, see `call_with`
+        return _reparametrize_module(self.model, dict(self.weights), tie_weights=True, stack_weights=True)
 
     def _of_the_device(self) -> AbstractContextManager:
         """In the backward no mode is active, the user's default device neither."""
