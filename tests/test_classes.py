@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastmeta import ProtoNet, TaskBatch
 from fastmeta.algorithms import (
@@ -252,6 +254,60 @@ def test_errors_name_the_task(name):
             use(torch.ones(3, 6))
         with pytest.raises(ValueError, match=rf"{which} must have shape \[3, 6\]"):
             use(torch.ones(3, 5).bool())
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_no_tasks(name):
+    net, batch = learner(name).eval(), TaskBatch(*(part[:0] for part in CASES["unequal ways"]))
+    for part in (batch, TaskBatch(*batch[:4])):
+        assert net(part).task_loss.shape == (0,)
+        state = net.adapt(part.support_x, part.support_y, part.support_mask)
+        assert net.predict(state, part.query_x, part.query_mask).shape == (*part.query_y.shape, 1)
+
+
+# torch does not map over an LSTM, and a frozen encoder has no gradient
+@pytest.mark.parametrize("name", sorted(LEARNERS.keys() - {"matching-context", "contrastive", "mean", "nearest"}))
+def test_under_torch_func(name):
+    """What is differentiated has labels to look at; so has what is mapped over, where all tasks have to be alike."""
+    net = learner(name, ways=4).train()
+
+    def loss(parameters, *batch):
+        return torch.func.functional_call(net, parameters, (TaskBatch(*batch),)).loss
+
+    parameters, plain = dict(net.named_parameters()), tasks([[0, 1, 2]] * 3)
+    for batch in (plain, CASES["unequal and far"]):
+        truth = gradients(net, net(batch).loss)
+        for ours, right in zip(torch.func.grad(loss)(parameters, *batch).values(), truth, strict=True):
+            torch.testing.assert_close(ours, right, **CLOSE)
+    one_by_one = [part.unsqueeze(1) for part in plain]
+    mapped = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0, 0))
+    with pytest.raises(ValueError, match="support_y: tasks that torch.func.vmap maps over .* N = ways = 4"):
+        mapped(parameters, *one_by_one)
+    net.ways = None
+    for ours, right in zip(mapped(parameters, *one_by_one).values(), gradients(net, net(plain).loss), strict=True):
+        torch.testing.assert_close(ours.mean(0), right, **CLOSE)
+
+
+def test_where_there_are_no_numbers():
+    """Shapes are found without looking at labels, which fake and traced tensors have not."""
+    net, batch = learner("protonet", ways=3).eval(), tasks([[0, 1, 2]] * 3)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert net([mode.from_tensor(part) for part in batch]).logits.shape == (3, 6, 3)
+    traced = make_fx(lambda *parts: net(parts).loss)(*batch)
+    torch.testing.assert_close(traced(*batch), net(batch).loss)
+
+
+def test_half_precision():
+    """A ridge regression is solved in float32 at least."""
+    net, batch = learner("contrastive").float(), tasks([[0, 1, 2]] * 3)
+    batch = TaskBatch(batch[0].float(), batch[1], batch[2].float(), batch[3])
+    truth = net(batch).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(net(batch).logits.float(), truth, rtol=0.05, atol=0.05)
+    net.bfloat16()
+    found = net([batch[0].bfloat16(), batch[1], batch[2].bfloat16(), batch[3]])
+    assert found.logits.dtype == torch.bfloat16
+    torch.testing.assert_close(found.logits.float(), truth, rtol=0.05, atol=0.05)
 
 
 def test_views_have_no_masks():

@@ -338,6 +338,17 @@ def test_evaluation_counts_the_tasks_own_rows(first):
     assert found.calibration_error == pytest.approx(truth.read())
 
 
+def test_evaluation_on_inputs_of_several_tensors():
+    class Pairs(Tasks):
+        def sample(self, num_tasks, *, generator=None):
+            batch = super().sample(num_tasks)
+            return batch._replace(support_x=(batch.support_x,), query_x=(batch.query_x,))
+
+    algorithm = ProtoNet(nn.Linear(5, 3).double()).eval()
+    one, several = (evaluate(algorithm, source(0), episodes=4) for source in (Tasks, Pairs))
+    assert one == several
+
+
 class Tokens(nn.Module):
     """Of values and which of them count, with a second output."""
 

@@ -181,6 +181,12 @@ def test_autocast(lower):
         labels = torch.zeros(2, 5, dtype=torch.int64, device=DEVICE)
         assert functional.class_prototypes(x.to(lower), labels, 2).dtype == torch.float32
         assert functional.prototypical_loss(x, labels, x.to(lower), labels, 2)[0].dtype == torch.float32
+    plain, wide = {"lr": 0.1, "steps": 2, "form": "lowrank"}, torch.randn(2, 5, 16, device=DEVICE)
+    layers = [torch.randn(4, 16, device=DEVICE), torch.randn(2, 4, device=DEVICE)], [bias, bias[:2]]
+    truth = functional.meta_loss_mlp(wide, labels, wide, labels, *layers, **plain)
+    with torch.autocast(DEVICE, lower):
+        found = functional.meta_loss_mlp(wide, labels, wide, labels, *layers, **plain)
+    torch.testing.assert_close(found, truth)
 
 
 def public_calls():

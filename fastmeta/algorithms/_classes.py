@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import functional
-from fastmeta.dispatch.labels import readable
+from fastmeta.dispatch.labels import all_levels, readable
 
 _MOST_COLUMNS = 8192  # with labels below, column c of the logits is class c
 _FEW = 256  # labels for which Python is faster than a kernel's launches
@@ -69,15 +69,26 @@ class Classes(NamedTuple):
 def ordinary_ways(support_y: Tensor, query_y: Tensor | None, ways: int | None) -> int | None:
     """N where every task has the classes 0 to N - 1, all of them, as `ways` says if it is given; else None.
 
-    Labels that cannot be looked at (while a graph is captured or compiled, or where `check_labels` is off) are taken to
-    be so. Looking waits for a GPU once.
+    Labels that cannot be looked at (see `readable`) are taken to be so; those of tasks that `vmap` maps over have to
+    be. Looking waits for a GPU once.
     """
-    if not readable(support_y):
+    every_y, every_query_y = all_levels(support_y), None if query_y is None else all_levels(query_y)
+    if not readable(every_y):
         return int(support_y.max()) + 1 if ways is None else ways
+    found = _ordinary_ways(every_y, every_query_y, ways)
+    if found is None and (every_y is not support_y or every_query_y is not query_y):
+        raise ValueError(
+            "support_y: tasks that torch.func.vmap maps over must have the classes 0 to N - 1 each, all of them, with "
+            f"N = {'one number' if ways is None else f'ways = {ways}'}, and queries of these"
+        )
+    return found
+
+
+def _ordinary_ways(support_y: Tensor, query_y: Tensor | None, ways: int | None) -> int | None:
     if support_y.numel() == 0 or (query_y is not None and query_y.numel() == 0):
         query_y = None
-    if support_y.numel() == 0:
-        return (ways or 0) if len(support_y) == 0 else None
+    if support_y.numel() == 0:  # without a task there is no class: one column, for there to be a largest
+        return (ways or 1) if len(support_y) == 0 else None
     if support_y.is_cuda:
         counts = [_count_on_device(support_y)]
         counts += [] if query_y is None else [torch.stack(torch.aminmax(query_y))]

@@ -49,6 +49,14 @@ class EmbeddingLearner(nn.Module):
     every task. Both without a loop over tasks. Tasks with other labels, missing classes or padding rows come to it
     renumbered, in groups that are alike.
 
+    Classes of a task are those of its support rows, whatever int64 labels these have; a task may have fewer than
+    others. `ways` is the most that a task may have, a ValueError beyond; logits of which column c is class c have at
+    least so many columns.
+    Labels are looked at, for which a GPU is waited for once per call. Where they cannot be (what is compiled, captured
+    in a CUDA graph or traced, and on a GPU without `check_labels`) and there are no masks, every task must have the
+    classes 0 to N - 1, all of them, with N = `ways` or else the largest support label plus one; so must tasks that
+    `torch.func.vmap` maps over, where others are refused.
+
     The encoder runs once, over all support and query rows of all tasks together. So a batch norm in train mode uses
     the statistics of the whole task batch, and in eval mode its running statistics: evaluation is not transductive. It
     may take several tensors, as a model of `MAML` may, and returns one.
@@ -68,7 +76,7 @@ class EmbeddingLearner(nn.Module):
         Classes of a task are those of its support rows, any labels. `support_mask` bool `[T, S]`: False for rows that
         are padding. Tasks that are not all alike make a state of `TaskGroups`.
         """
-        check_examples("support_x", support_x, support_mask, "support_mask")
+        support_mask = check_examples("support_x", support_x, support_mask, "support_mask")
         ways, classes = self._classes(support_x, support_y, support_mask=support_mask)
         features = self._encode_as("support_x", support_x, support_mask)
         if support_mask is None and classes is None:
@@ -89,7 +97,7 @@ class EmbeddingLearner(nn.Module):
         more. Where the state's labels are negative or above 8191, columns are each task's classes in order,
         `state.classes.labels`.
         """
-        check_examples("query_x", query_x, query_mask, "query_mask")
+        query_mask = check_examples("query_x", query_x, query_mask, "query_mask")
         tasks = None if isinstance(state, TaskGroups) else tasks_of(state, self._num_tasks)
         features = self._encode_as("query_x", query_x, query_mask)
         if tasks is not None:
@@ -214,7 +222,7 @@ class EmbeddingLearner(nn.Module):
         checks.labels("support_y", support_y, "[T, S]", first(support_x), "support_x")
         if query_y is not None:
             checks.labels("query_y", query_y, "[T, Q]", first(query_x), "query_x")
-        if support_mask is None and query_mask is None:
+        if (support_mask is None and query_mask is None) or len(support_y) == 0:
             ways = ordinary_ways(support_y, query_y, self.ways)
             if ways is not None:
                 return ways, None
@@ -244,8 +252,9 @@ def tasks_of(state: Any, count: Callable[[Any], int]) -> int:
         raise TypeError(f"state must be what adapt returns, got {type(state).__name__}") from None
 
 
-def check_examples(name: str, x: Tensor, mask: Tensor | None = None, mask_name: str = "") -> None:
-    """Raise unless `x` is `[T, B, ...]`, and `mask`, where there is one, bool `[T, B]`."""
+def check_examples(name: str, x: Tensor, mask: Tensor | None = None, mask_name: str = "") -> Tensor | None:
+    """Raise unless `x` is `[T, B, ...]`, and `mask`, where there is one, bool `[T, B]`. The mask, where there is a
+    task."""
     whole = isinstance(x, Tensor)
     if not whole:
         name, x = check_inputs(name, x)
@@ -254,6 +263,7 @@ def check_examples(name: str, x: Tensor, mask: Tensor | None = None, mask_name: 
     if x.dim() < 2 or (whole and x.dim() == 2 and x.is_floating_point()):
         raise ValueError(f"{name} must have shape [T, B, ...], got {list(x.shape)}")
     checks.mask(mask_name, mask, x, name)
+    return mask if len(x) else None
 
 
 def _alike(classes: Classes | None, rows: Sequence[tuple[Tensor, Tensor | None]]) -> list[Group]:

@@ -137,7 +137,7 @@ class Contrastive(EmbeddingLearner):
         features = self._transform(features, centre)
         targets = one_hot(labels, ways, features.dtype)
         if self.head == "ridge":
-            weights = ridge_weights(features, targets, features.new_tensor(self.ridge)) / self.temperature
+            weights = ridge_weights(features, targets, features.new_tensor(self.ridge)).to(features) / self.temperature
             bias = features.new_zeros(len(features), 1, ways)
         else:
             means = functional.class_prototypes(features, labels, ways)

@@ -81,7 +81,7 @@ class ModulatedProtoNet(EmbeddingLearner):
     ) -> ModulatedPrototypes:
         """Class means in both spaces of support sets `[T, S, ...]` with labels int64 `[T, S]`; any labels and masks as
         in `ProtoNet.adapt`."""
-        check_examples("support_x", support_x, support_mask, "support_mask")
+        support_mask = check_examples("support_x", support_x, support_mask, "support_mask")
         ways, classes = self._classes(support_x, support_y, support_mask=support_mask)
         embeddings = self._encode_as("support_x", support_x, support_mask)
         means = _class_means(embeddings, support_y, ways, classes)
@@ -91,7 +91,7 @@ class ModulatedProtoNet(EmbeddingLearner):
     def predict(self, state: ModulatedPrototypes, query_x: Tensor, query_mask: Tensor | None = None) -> Tensor:
         """Logits `[T, Q, C]`: minus the distance of the modulated features to each class mean; columns as in
         `ProtoNet.predict`."""
-        check_examples("query_x", query_x, query_mask, "query_mask")
+        query_mask = check_examples("query_x", query_x, query_mask, "query_mask")
         tasks = tasks_of(state, lambda state: len(state.metric))
         embeddings = self._encode_as("query_x", query_x, query_mask)
         check_tasks(embeddings, tasks)

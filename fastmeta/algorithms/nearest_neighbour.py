@@ -45,7 +45,7 @@ class NearestNeighbour(EmbeddingLearner):
             `[D]`, such as the mean embedding of the training images, which is the paper's.
         normalise: divide by the Euclidean norm, after centring.
         metric: as in `fastmeta.functional.pairwise_distance`; the paper's is `"sqeuclidean"`.
-        ways: the number of classes `N` of every task. None takes the largest support label of the batch plus one.
+        ways: the most classes that a task may have, None for any number; see `EmbeddingLearner`.
 
     `predict` gives minus the distance to the class. The loss is the cross entropy of that and has no gradient.
     Departure: centring by the support mean, for where there are no training images.

@@ -79,14 +79,11 @@ class RidgeHead(EmbeddingLearner):
         return self.loss != "mse"
 
     def _fit(self, features: Tensor, targets: Tensor, ways: int | None) -> RidgeWeights:
-        wide = features.double() if features.dtype == torch.float64 else features.float()
         if self.loss == "mse":
             check_targets("support_y", targets, features)
-            targets = targets.to(wide.dtype)
         else:
-            targets = one_hot(targets, ways, wide.dtype)
-        with torch.autocast(features.device.type, enabled=False):
-            return RidgeWeights(ridge_weights(wide, targets, self.log_ridge.exp()))
+            targets = one_hot(targets, ways, features.dtype)
+        return RidgeWeights(ridge_weights(features, targets, self.log_ridge.exp()))
 
     def _score(self, state: RidgeWeights, features: Tensor) -> Tensor:
         return self.scale * (features.to(state.weights.dtype) @ state.weights) + self.bias
@@ -98,11 +95,14 @@ class RidgeHead(EmbeddingLearner):
 def ridge_weights(x: Tensor, y: Tensor, ridge: Tensor) -> Tensor:
     """The `W` `[T, D, O]` that minimises `|x W - y|^2 + ridge |W|^2` for `x` `[T, S, D]`, `y` `[T, S, O]`.
 
-    Solves a system of size min(S, D) per task, all tasks at once and without waiting for the device.
+    Solves a system of size min(S, D) per task, all tasks at once and without waiting for the device; in float32 at
+    least, whatever autocast says.
     """
-    size = min(x.shape[1:])
-    added = ridge * torch.eye(size, dtype=x.dtype, device=x.device)
-    transposed = x.transpose(1, 2)
-    if x.shape[1] < x.shape[2]:
-        return transposed @ torch.linalg.solve_ex(x @ transposed + added, y)[0]
-    return torch.linalg.solve_ex(transposed @ x + added, transposed @ y)[0]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = x.to(wide), y.to(wide)
+        added = ridge * torch.eye(min(x.shape[1:]), dtype=wide, device=x.device)
+        transposed = x.transpose(1, 2)
+        if x.shape[1] < x.shape[2]:
+            return transposed @ torch.linalg.solve_ex(x @ transposed + added, y)[0]
+        return torch.linalg.solve_ex(transposed @ x + added, transposed @ y)[0]

@@ -11,6 +11,7 @@ from fastmeta import values
 
 IGNORED = -100  # what torch's losses ignore by default
 IGNORING = "loss=torch.nn.CrossEntropyLoss() ignores rows so labelled"
+_TRACING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 _check_labels = os.environ.get("FASTMETA_CHECK_LABELS", "1") != "0"
 
 
@@ -26,10 +27,28 @@ def check_labels(enabled: bool) -> None:
 
 def readable(value: Tensor) -> bool:
     """Whether what labels hold may be looked at: not on a GPU whose checks are off or whose stream is being captured,
-    nor in what is compiled or transformed, where there are no numbers."""
+    nor where there are no numbers: in what is compiled or traced, of fake tensors, or mapped over by `vmap`."""
     if value.is_cuda and (not _check_labels or torch.cuda.is_current_stream_capturing()):
         return False
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    if torch.compiler.is_compiling() or value.is_meta or type(value) is torch._subclasses.FakeTensor:
+        return False
+    if torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, _TRACING)):
+        return False
+    return all_levels(value) is value
+
+
+def all_levels(value: Tensor) -> Tensor:
+    """`value` `[T, B]` itself, or where `torch.func.vmap` maps over it the labels of all that it maps over,
+    `[M T, B]`."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return value
+    functorch, inner, mapped = torch._C._functorch, value, False
+    while functorch.is_gradtrackingtensor(inner) or functorch.is_batchedtensor(inner):
+        dim = functorch.maybe_get_bdim(inner)
+        inner = functorch.get_unwrapped(inner)
+        if dim >= 0:
+            inner, mapped = inner.movedim(dim, 0).flatten(0, 1), True
+    return inner if mapped else value
 
 
 def label_range(name: str, value: Tensor, num_classes: int, *, ignored: int | None = None, advice: str = "") -> None:

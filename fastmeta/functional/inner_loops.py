@@ -404,8 +404,9 @@ class _Loop:
         if not self.lowrank:
             return x, filled(x, (1, 0, 0), 0.0)
         bias = self.biases[0].flatten() if self.biases else None
-        gram = torch.bmm(x, self.steps_x.mT)
-        return F.linear(x, self.weights[0].flatten(0, -2), bias), gram if bias is None else gram + 1
+        with torch.autocast(x.device.type, enabled=False):  # the inputs have been cast
+            gram = torch.bmm(x, self.steps_x.mT)
+            return F.linear(x, self.weights[0].flatten(0, -2), bias), gram if bias is None else gram + 1
 
 
 def _with_tasks(layers: list[Tensor], dims: int) -> list[Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import values
+from .._trees import named_leaves
 from ..algorithms import ProtoNet
 from ..tasks.source import check_source
 from .embed import embed, embedding_pays
@@ -141,6 +142,7 @@ def _batches(tasks: TaskSource, episodes: int, generator: torch.Generator) -> It
     state = generator.get_state()
     probe = tasks.sample(1, generator=generator)
     generator.set_state(state)
-    size = max(1, _NUMBERS_PER_BATCH // max(1, probe.support_x.numel() + probe.query_x.numel()))
+    numbers = sum(leaf.numel() for x in (probe.support_x, probe.query_x) for _, leaf in named_leaves(x, ""))
+    size = max(1, _NUMBERS_PER_BATCH // max(1, numbers))
     for start in range(0, episodes, size):
         yield tasks.sample(min(size, episodes - start), generator=generator)
