@@ -2,6 +2,7 @@
 two places, complex numbers, sparse gradients, parameters that are one number or of several dtypes."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -266,3 +267,15 @@ def test_what_depends_on_no_parameter():
 def test_losses_that_are_no_numbers():
     net, batch = given("complex")
     assert MAML(net, loss=lambda p, t: p.sum() * torch.nan)(batch).task_loss.isnan().all()
+
+
+def test_a_loss_that_is_mapped_only_while_its_gradient_is_taken():
+    """torch refuses to map this one by itself, but not its gradient; implicit MAML takes the gradient outside."""
+    torch.manual_seed(0)
+    net, batch = Used().double(), TaskBatch(*tasks("mlp"))
+    options = {"weight": torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64), "label_smoothing": 0.1}
+    found, right = (
+        gradients_of(net, ImplicitMAML(net, inner_steps=2, loss=loss)(batch).loss)
+        for loss in (partial(F.cross_entropy, **options), nn.CrossEntropyLoss(**options))
+    )
+    check(found, right)
