@@ -328,3 +328,12 @@ def test_what_is_ordinary(tasks_):
         assert ordinary_ways(labels, y, None) == (count or None)
     assert ordinary_ways(y, y, 3) == 3 and ordinary_ways(y, y, 4) is None
     assert ordinary_ways(y, y - 1, 3) is None and ordinary_ways(y, y + 1, 3) is None
+
+
+def test_compiled_learners_look_at_labels_where_the_number_of_classes_is_theirs_to_tell():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    labels = torch.tensor([[30, 30, 35, 35, 2, 2], [1, 2, 1, 2, 1, 2]])
+    batch = TaskBatch(torch.randn(2, 6, 4), labels, torch.randn(2, 6, 4), labels)
+    net = ProtoNet(nn.Linear(4, 5))
+    torch.testing.assert_close(torch.compile(net, backend="eager")(batch).loss, net(batch).loss)

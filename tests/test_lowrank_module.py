@@ -547,7 +547,8 @@ def test_choice_and_its_explanation():
     model = nn.Sequential(nn.Linear(6, 32), nn.LayerNorm(32), nn.Linear(32, 3))
     batch = [tensor.float() if tensor.is_floating_point() else tensor for tensor in make("residual")[1]]
     assert "lowrank: picked" in MAML(model).explain(batch)
-    text = MAML(model, inner_steps=50, loss="mse").explain(batch)
+    values = [batch[0], torch.randn(3, 4, 3), batch[2], torch.randn(*batch[2].shape[:2], 3)]
+    text = MAML(model, inner_steps=50, loss="mse").explain(values)
     assert "lowrank: picked" in text  # the first layer sees the same four rows in all steps
     model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 32), nn.Linear(32, 3))
     text = MAML(model, inner_steps=50).explain(batch)

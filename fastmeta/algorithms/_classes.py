@@ -74,6 +74,8 @@ def ordinary_ways(support_y: Tensor, query_y: Tensor | None, ways: int | None) -
     """
     every_y, every_query_y = all_levels(support_y), None if query_y is None else all_levels(query_y)
     if not readable(every_y):
+        if ways is None and torch.compiler.is_compiling():
+            return _outside_the_graph(every_y, every_query_y, ways)
         return int(support_y.max()) + 1 if ways is None else ways
     found = _ordinary_ways(every_y, every_query_y, ways)
     if found is None and (every_y is not support_y or every_query_y is not query_y):
@@ -99,6 +101,10 @@ def _ordinary_ways(support_y: Tensor, query_y: Tensor | None, ways: int | None) 
     if not found or (ways is not None and found != ways) or (bounds and not 0 <= bounds[0] <= bounds[1] < found):
         return None
     return found
+
+
+# A number of classes that the labels tell breaks a graph anyway; so the labels are looked at there.
+_outside_the_graph = torch.compiler.disable(_ordinary_ways)
 
 
 def _count(labels: Tensor) -> int:
