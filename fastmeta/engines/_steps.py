@@ -65,6 +65,13 @@ class Steps:
             return {name: w - self.lr * gradients[name] for name, w in fast.items()}
         return functional.fast_weight_update(dict(fast), dict(gradients), self.lr)
 
+    def take_alone(self, fast: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same of one task, without a dimension of tasks."""
+        if self.rule == PLAIN and isinstance(self.lr, float):
+            return {name: torch.add(w, gradients[name], alpha=-self.lr) for name, w in fast.items()}
+        moved = self.take(*({name: t.unsqueeze(0) for name, t in of.items()} for of in (fast, gradients)))
+        return {name: w.squeeze(0) for name, w in moved.items()}
+
 
 def clipped(gradients: Mapping[str, Tensor], rule: Rule) -> Mapping[str, Tensor]:
     """The tasks' gradients `[T, *shape]` as the rule clips them."""

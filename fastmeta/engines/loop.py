@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from fastmeta._trees import arguments, first, unbind
+
 from ..functional.run_again import call_again
-from ._base import Parameters
+from ._base import InnerLoop, Parameters
 from ._exact import dense_gradients, mappable, outside_inference_mode
-from .vmap import VmapEngine
+from ._losses import loss_of_task
+from ._steps import Steps
+from .vmap import VmapEngine, check_statistics
 
 
 class LoopEngine(VmapEngine):
@@ -31,6 +35,29 @@ class LoopEngine(VmapEngine):
         sparse = any(getattr(layer, "sparse", False) for layer in model.modules())
         with dense_gradients() if sparse else nullcontext():
             return call_again(model, weights, args, kwargs)
+
+    def adapt(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
+        if not inner.steps or not len(first(support_x)):
+            return super().adapt(model, inner, support_x, support_y)
+        check_statistics(model)
+        names = self.moving(model, inner, support_x, support_y)
+        tasks = zip(unbind(support_x), unbind(support_y), strict=True)
+        found = [self._adapted(model, inner, names, x, y) for x, y in tasks]
+        return dict(model.named_parameters()) | _stacked(found)
+
+    def _adapted(self, model: nn.Module, inner: InnerLoop, names: list[str], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """The weights that adapt, `[*shape]`, after the steps of one task."""
+        slow, steps = dict(model.named_parameters()), Steps(inner.lr, inner.rule)
+        fast, second_order = {name: slow[name] for name in names}, torch.is_grad_enabled() and not inner.first_order
+
+        def task_loss(fast, x, y):
+            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            prediction = self.call(model, {**slow, **fast, **buffers}, *arguments(x))
+            return loss_of_task(inner.loss, prediction, y, "support_y")
+
+        for _ in range(inner.steps):
+            fast = steps.take_alone(fast, _gradient_anyhow(task_loss, fast, x, y, second_order))
+        return fast
 
     def mapped(self, function: Callable, in_dims: tuple) -> Callable:
         def run(*args):
@@ -55,11 +82,18 @@ class LoopEngine(VmapEngine):
         return run
 
 
+@outside_inference_mode
+def _gradient_anyhow(function: Callable, fast: dict[str, Tensor], x: Tensor, y: Tensor, second_order: bool):
+    return _gradient(function, [fast, x, y], second_order)
+
+
 def _tasks(args: tuple) -> int:
     return len(pytree.tree_leaves(args[-1])[0])
 
 
 def _stacked(found: list):
+    if len(found) == 1:  # a view: tasks in turn are one at a time
+        return pytree.tree_map(lambda of_task: of_task.unsqueeze(0), found[0])
     return pytree.tree_map(lambda *of_tasks: torch.stack(of_tasks), *found)
 
 

@@ -167,7 +167,7 @@ def _axes(weights: Parameters, slow: Parameters) -> dict[str, int | None]:
     return {name: None if is_shared(w, slow[name]) else 0 for name, w in weights.items()}
 
 
-def _check_statistics(model: nn.Module) -> None:
+def check_statistics(model: nn.Module) -> None:
     """Raises ValueError for a batch norm in eval mode whose running statistics have never been updated."""
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.modules.batchnorm._BatchNorm) or layer.training or layer.running_mean is None:
@@ -182,6 +182,6 @@ def _check_statistics(model: nn.Module) -> None:
 
 def buffers_per_task(model: nn.Module, num_tasks: int) -> dict[str, Tensor]:
     """A copy `[T, ...]` of the module's buffers for each task."""
-    _check_statistics(model)
+    check_statistics(model)
     # repeat, not expand: forward may write into them
     return {name: b.unsqueeze(0).repeat(num_tasks, *[1] * b.dim()) for name, b in model.named_buffers()}

@@ -7,8 +7,8 @@ module's own weights back by then, so the part would find those, and the gradien
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -78,9 +78,8 @@ class _Weights(DeviceContext):
 
     def __enter__(self) -> _Weights:
         with ExitStack() as stack:
-            stack.enter_context(self._of_the_device())
-            if self.plain_attention:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            for context in self._as_at_first():
+                stack.enter_context(context)
             stack.enter_context(self._in_the_model())
             _push_mode(self)
             self.entered.append(stack.pop_all())
@@ -97,10 +96,12 @@ class _Weights(DeviceContext):
         # put back in reverse order, see `call_with`
         return _reparametrize_module(self.model, dict(self.weights), tie_weights=True, stack_weights=True)
 
-    def _of_the_device(self) -> AbstractContextManager:
-        """In the backward no mode is active, the user's default device neither."""
-        missing = self.outer is not None and self.outer not in _get_current_function_mode_stack()
-        return self.outer if missing else nullcontext()
+    def _as_at_first(self) -> Iterator[AbstractContextManager]:
+        """What is missing in the backward: no mode is active there, the user's default device neither."""
+        if self.outer is not None and self.outer not in _get_current_function_mode_stack():
+            yield self.outer
+        if self.plain_attention and torch.backends.cuda.flash_sdp_enabled():
+            yield sdpa_kernel(SDPBackend.MATH)
 
 
 class RefuseStaleWeights(TorchFunctionMode):
