@@ -2,6 +2,7 @@
 module itself, applied to one task at a time, in float64."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -480,9 +481,36 @@ def test_gradients_of_a_losss_parameters_in_every_engine(engine):
     check([found[name] for name in ("loss_module.log_t", "loss_module.of_classes")], list(right[:2]))
 
 
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "reptile"])
+def test_gradients_of_what_a_function_captures(name):
+    """In a closure, a default, a partial, an object: as if autograd had walked there by itself."""
+    module, batch, net = Tempered(), narrowed(make_batch(), name), make_module()
+    log_t, of_classes = (p.detach().clone().requires_grad_() for p in (module.log_t, module.of_classes))
+    start = log_t * 1.0  # no leaf: the gradient goes on
+
+    def captures(prediction, target, of_classes=of_classes):
+        weights = {"log_t": start, "of_classes": of_classes, "frozen": module.frozen}
+        return torch.func.functional_call(module, weights, (prediction, target))
+
+    class Held:
+        def __init__(self):
+            self.inside = {"of": [functools.partial(captures)]}
+
+        def __call__(self, prediction, target):
+            return self.inside["of"][0](prediction, target)
+
+    module.requires_grad_(False)
+    wanted = [log_t, of_classes, *net.parameters()]
+    right = torch.autograd.grad(losses_by_plain_autograd(name, net, batch, captures).mean(), wanted, retain_graph=True)
+    for loss in (captures, Held()):
+        for options in ({},) if name == "imaml" else ({}, {"task_chunk": 2}):
+            learner = ALGORITHMS[name](net, loss, **options)
+            check(torch.autograd.grad(learner(batch).loss, wanted, retain_graph=True), right)
+
+
 def test_reptile_has_no_gradient_for_a_loss():
     loss = Tempered()
-    with pytest.raises(ValueError, match="loss has parameters that require gradients"):
+    with pytest.raises(ValueError, match="loss has parameters or captures tensors that require gradients"):
         Reptile(make_net(), loss=loss)
     learner = Reptile(make_net(), loss=loss.requires_grad_(False))
     learner(make_batch()).loss.backward()

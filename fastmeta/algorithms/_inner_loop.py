@@ -226,10 +226,18 @@ class InnerLoopAlgorithm(nn.Module):
         sweep = bool(steps) and self.memory == "sweep"
         return InnerLoop(lr, self.inner_steps, self.first_order, loss, differentiable, queries, self.rule, sweep)
 
-    def _trained_by_loss(self) -> list[nn.Parameter]:
-        """The parameters of a loss that has some."""
+    def _trained_by_loss(self) -> list[Tensor]:
+        """The parameters of a loss that has some, and tensors that it holds on to and that require gradients."""
         module = getattr(self, "loss_module", None)
-        return [] if module is None else [p for p in module.parameters() if p.requires_grad]
+        own = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+        known = {id(p) for p in (*own, *self.model.parameters())}
+        return own + [tensor for tensor in self.loss.captured() if id(tensor) not in known]
+
+    def _trained(self) -> list[Tensor]:
+        """All that a meta-gradient reaches but for the batch."""
+        own = [p for p in self.parameters() if p.requires_grad]
+        known = {id(p) for p in own}
+        return own + [tensor for tensor in self._trained_by_loss() if id(tensor) not in known]
 
     def _queried(
         self, engine: Engine, model: nn.Module, inner: InnerLoop, batch: tuple, weights: Tensor | None
@@ -242,7 +250,7 @@ class InnerLoopAlgorithm(nn.Module):
         return weighted(judged(inner.loss, logits, query_y), weights)
 
     def _chunked(self, size: int, batch: Sequence[Tensor], weights: Tensor | None) -> MetaOutput:
-        return chunked_loss(self._tasks, batch, weights, size, [p for p in self.parameters() if p.requires_grad])
+        return chunked_loss(self._tasks, batch, weights, size, self._trained())
 
     def _in_turn(self, engine: Engine, *tensors: Tensor | None) -> bool:
         """Whether each task's part of the meta-gradient is taken as soon as it is run, with the memory of one task: in

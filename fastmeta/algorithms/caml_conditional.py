@@ -156,8 +156,7 @@ class ConditionalCAML(InnerLoopAlgorithm):
     def _in_parts(
         self, size: int, batch: Sequence[Tensor], conditions: Tensor, weights: Tensor | None
     ) -> MetaOutput:
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        return chunked_loss(self._from_conditions, batch, weights, size, parameters, conditions)
+        return chunked_loss(self._from_conditions, batch, weights, size, self._trained(), conditions)
 
     def _from_conditions(
         self,

@@ -106,8 +106,9 @@ class Reptile(InnerLoopAlgorithm):
     def _refuse_loss_parameters(self) -> None:
         if self._trained_by_loss():
             raise ValueError(
-                "loss has parameters that require gradients, and Reptile has none for them: its outer step is the way "
-                "that the weights went; freeze them, or take an algorithm with a meta-gradient, such as MAML"
+                "loss has parameters or captures tensors that require gradients, and Reptile has none for them: its "
+                "outer step is the way that the weights went; freeze them, or take an algorithm with a meta-gradient, "
+                "such as MAML"
             )
 
     def _adapted(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmeta._trees import flatten, unbind, unflatten
 
+from ._captured import captured
 from ._exact import gradients_per_task, outside_inference_mode
 from ._losses import Loss
 
@@ -37,6 +38,9 @@ class CustomLoss(Loss):
         if self.mappable:
             return "autograd, mapped over tasks where torch.func can follow it"
         return "autograd, one task after the other: torch.func cannot map it"
+
+    def captured(self) -> list[Tensor]:
+        return captured(self.function)
 
     def kernel_targets(self, target: Tensor) -> Tensor:
         return self.function.kernel_targets(target)

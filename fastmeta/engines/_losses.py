@@ -37,6 +37,10 @@ class Loss:
     def why_not_in_kernels(self) -> str:
         return f"the kernels have no loss {self.name!r}"
 
+    def captured(self) -> list[Tensor]:
+        """Tensors that require gradients and belong to the loss alone, not being parameters of a module."""
+        return []
+
     def for_targets(self, *targets: Tensor) -> Loss:
         """The form in which the loss is to run on these: one in the kernels, if they give the same. The same object for
         the same form."""
