@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastmeta import ProtoNet, TaskBatch
+from fastmeta import ProtoNet, TaskBatch, functional
 from fastmeta.algorithms import (
     Contrastive,
     FiLMMLP,
@@ -337,3 +337,20 @@ def test_compiled_learners_look_at_labels_where_the_number_of_classes_is_theirs_
     batch = TaskBatch(torch.randn(2, 6, 4), labels, torch.randn(2, 6, 4), labels)
     net = ProtoNet(nn.Linear(4, 5))
     torch.testing.assert_close(torch.compile(net, backend="eager")(batch).loss, net(batch).loss)
+
+
+def test_names_of_classes_alone_leave_the_fused_loss(monkeypatch):
+    torch.manual_seed(0)
+    y = torch.arange(3).repeat_interleave(2).repeat(2, 1)
+    names = torch.tensor([[30, 71, 12], [5, 900, 7]])
+    x, net, calls = torch.randn(2, 6, 4), ProtoNet(nn.Linear(4, 5)), []
+    fused = functional.prototypical_loss
+    monkeypatch.setattr(functional, "prototypical_loss", lambda *args: calls.append(args) or fused(*args))
+    right = net(TaskBatch(x, y, x, y))
+    labels = names.gather(1, y)
+    found = net(TaskBatch(x, labels, x, labels))
+    assert len(calls) == 2 and found.logits is None
+    torch.testing.assert_close(found.task_loss, right.task_loss)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    net(TaskBatch(x, labels, x, labels, mask))  # padding has a class of its own
+    assert len(calls) == 2
