@@ -265,6 +265,7 @@ def test_no_tasks(name):
         assert net.predict(state, part.query_x, part.query_mask).shape == (*part.query_y.shape, 1)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop.*aten.._scaled_dot_product_flash_attention:UserWarning")
 # torch does not map over an LSTM, and a frozen encoder has no gradient
 @pytest.mark.parametrize("name", sorted(LEARNERS.keys() - {"matching-context", "contrastive", "mean", "nearest"}))
 def test_under_torch_func(name):
