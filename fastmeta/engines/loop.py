@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from fastmeta._trees import arguments, first, unbind
+from fastmeta._trees import Outputs, arguments, first, unbind
 
 from ..functional.run_again import call_again
-from ._base import InnerLoop, Parameters
+from ._base import InnerLoop, Parameters, is_shared
 from ._exact import dense_gradients, mappable, outside_inference_mode
 from ._losses import loss_of_task
 from ._steps import Steps
@@ -59,12 +59,20 @@ class LoopEngine(VmapEngine):
             fast = steps.take_alone(fast, _gradient_anyhow(task_loss, fast, x, y, second_order))
         return fast
 
+    def predictions(self, model: nn.Module, weights: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
+        slow, outputs = dict(model.named_parameters()), Outputs()
+        own = {name: w for name, w in weights.items() if not is_shared(w, slow[name])}
+        shared = slow | {name: w for name, w in weights.items() if name not in own}
+        found = []
+        for task, rows in enumerate(unbind(x)):
+            of_task = {name: t[task] for named in (own, buffers) for name, t in named.items()}
+            found.append(outputs.taken(self.call(model, shared | of_task, *arguments(rows))))
+        return outputs.put_back(_stacked(_some(found)))
+
     def mapped(self, function: Callable, in_dims: tuple) -> Callable:
         def run(*args):
             found = [function(*_of_task(args, in_dims, task)) for task in range(_tasks(args))]
-            if not found:
-                raise ValueError("there are no tasks, and what this model predicts is not known without one")
-            return _stacked(found)
+            return _stacked(_some(found))
 
         return run
 
@@ -89,6 +97,12 @@ def _gradient_anyhow(function: Callable, fast: dict[str, Tensor], x: Tensor, y: 
 
 def _tasks(args: tuple) -> int:
     return len(pytree.tree_leaves(args[-1])[0])
+
+
+def _some(found: list) -> list:
+    if not found:
+        raise ValueError("there are no tasks, and what this model predicts is not known without one")
+    return found
 
 
 def _stacked(found: list):

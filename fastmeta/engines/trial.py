@@ -51,7 +51,8 @@ def why_not_trusted(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tenso
         if reason is not None:
             warnings.warn(
                 f"tasks run one after the other (engine 'loop'), since engine {engine.name!r} cannot follow the model: "
-                f"{reason}",
+                f"{reason.rstrip('.')}. All at once would be faster: with that layer written in what torch.func "
+                "follows (docs/modules.md)",
                 stacklevel=2,
             )
     return found[key]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -71,23 +71,30 @@ class _Weights(DeviceContext):
     def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]):
         self.model, self.weights = model, weights
         active = (mode for mode in reversed(_get_current_function_mode_stack()) if isinstance(mode, DeviceContext))
-        self.outer = next(active, None)
-        super().__init__(torch.get_default_device() if self.outer is None else self.outer.device)
+        self.outer = next(active, None) if torch._C._len_torch_function_stack() else None
         self.plain_attention = not torch.backends.cuda.flash_sdp_enabled()  # so named, and of the CPU too
-        self.entered: list[ExitStack] = []  # a part may be run again while the module runs
+        self.entered: list[list[AbstractContextManager]] = []  # a part may be run again while the module runs
+
+    @property
+    def device(self) -> torch.device:  # for who looks through the modes for the default
+        return torch.device("cpu") if self.outer is None else self.outer.device
 
     def __enter__(self) -> _Weights:
-        with ExitStack() as stack:
-            for context in self._as_at_first():
-                stack.enter_context(context)
-            stack.enter_context(self._in_the_model())
-            _push_mode(self)
-            self.entered.append(stack.pop_all())
+        entered: list[AbstractContextManager] = []
+        try:
+            for context in (*self._as_at_first(), self._in_the_model()):
+                context.__enter__()
+                entered.append(context)
+        except BaseException:
+            _leave(entered, *sys.exc_info())
+            raise
+        _push_mode(self)
+        self.entered.append(entered)
         return self
 
     def __exit__(self, *error) -> None:
         _pop_mode()
-        self.entered.pop().__exit__(*error)
+        _leave(self.entered.pop(), *error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
@@ -102,6 +109,17 @@ class _Weights(DeviceContext):
             yield self.outer
         if self.plain_attention and torch.backends.cuda.flash_sdp_enabled():
             yield sdpa_kernel(SDPBackend.MATH)
+
+
+def _leave(contexts: list[AbstractContextManager], *error) -> None:
+    """Out of all of them, the last first, whatever one of them raises."""
+    while contexts:
+        try:
+            contexts.pop().__exit__(*error)
+        except BaseException:
+            if contexts:
+                _leave(contexts, *sys.exc_info())
+            raise
 
 
 class RefuseStaleWeights(TorchFunctionMode):
