@@ -8,6 +8,7 @@ from torch import nn
 
 from fastmeta import MAML
 from fastmeta.algorithms import ImplicitMAML, MAMLPlusPlus, MetaSGD
+from fastmeta.engines import trial
 from fastmeta.tasks import TaskBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:tasks run one after the other:UserWarning")
@@ -80,3 +81,25 @@ def test_a_gradient_that_is_nothing_but_rounding_is_no_reason_for_a_loop():
     x, y = torch.randn(2, 12, 1, 6, 6), torch.arange(3).repeat(2, 4)
     maml = MAML(model, loss=nn.CrossEntropyLoss(reduction="sum"))
     assert "vmap: picked" in maml.explain(TaskBatch(x, y, x, y))
+
+
+class Wrong(nn.Module):
+    """One that torch.func gets wrong without a word: it sees another weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = self.norm(self.a(x))
+        return self.b(h * 2 if torch._C._are_functorch_transforms_active() else h)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_rounding_is_told_from_a_wrong_gradient_in_float64(trusted, monkeypatch):
+    monkeypatch.setitem(trial._CLOSE, torch.float32, 0.0)  # as where a norm makes much of rounding
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)) if trusted else Wrong()
+    batch = TaskBatch(*[torch.randn(2, 5, 4), torch.zeros(2, 5, dtype=torch.int64)] * 2)
+    told = MAML(net, inner_steps=2).explain(batch)
+    assert ("loop: picked" in told) is not trusted
