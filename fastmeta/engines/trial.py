@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastmeta._trees import first, flatten, kind, split, tree_map
 
@@ -110,9 +111,22 @@ def _agree_in_double(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tens
     try:
         copied = copy.deepcopy(model).double()
         x, y = tree_map(wide, x), None if y is None else tree_map(wide, y)
-        return _agree(*(_values(which, copied, inner, x, y) for which in (engine, _LOOP)))
+        with _Autocast(first(x).device.type) as autocast:
+            plain = _values(_LOOP, copied, inner, x, y)
+        return not autocast.switched and _agree(_values(engine, copied, inner, x, y), plain)
     except Exception:  # what holds float32 by itself, or cannot be copied
         return False
+
+
+class _Autocast(TorchFunctionMode):
+    """Whether a module switches autocast on for a part of itself, which float64 is left out of."""
+
+    def __init__(self, device: str):
+        self.device, self.outside, self.switched = device, torch.is_autocast_enabled(device), False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.switched = self.switched or torch.is_autocast_enabled(self.device) != self.outside
+        return func(*args, **(kwargs or {}))
 
 
 def _values(
