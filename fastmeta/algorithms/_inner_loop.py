@@ -222,8 +222,8 @@ class InnerLoopAlgorithm(nn.Module):
         queries = first(targets[1]).shape[1] if len(targets) > 1 else 0
         loss = self.loss.for_targets(*targets)
         # what hands its weights out, or takes no step, has nothing to sweep
-        steps = self.inner_steps and len(targets) > 1 and len(first(targets[0])) and torch.is_grad_enabled()
-        sweep = bool(steps) and self.memory == "sweep"
+        sweep = self.memory == "sweep" and self.inner_steps > 0 and len(targets) > 1 and torch.is_grad_enabled()
+        sweep = sweep and len(first(targets[0])) > 0
         return InnerLoop(lr, self.inner_steps, self.first_order, loss, differentiable, queries, self.rule, sweep)
 
     def _trained_by_loss(self) -> list[Tensor]:
