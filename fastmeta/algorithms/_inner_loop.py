@@ -16,6 +16,7 @@ from ..engines import PLAIN, Engine, InnerLoop, Rates, Rule, as_loss, check_one_
 from ..engines.vmap import VmapEngine
 from ._arguments import check_batch, check_count, check_pair, check_size, check_tasks, check_weights
 from ._chunks import chunked_loss
+from ._in_turn import in_turn
 from ._lazy import initialise, lazy_layer
 from ._misfit import raise_misfit
 from ._rows import (
@@ -243,6 +244,11 @@ class InnerLoopAlgorithm(nn.Module):
         self, engine: Engine, model: nn.Module, inner: InnerLoop, batch: tuple, weights: Tensor | None
     ) -> MetaOutput:
         """What comes of tasks whose steps are taken one by one."""
+        if self._in_turn(engine, *batch, weights):
+            if not inner.sweep:
+                return in_turn(engine, model, inner, batch, weights, self._trained())
+            if model is self.model:
+                return self._chunked(1, batch, weights)
         if inner.sweep and isinstance(engine, VmapEngine):
             return swept(engine, model, inner, batch, weights, every=self.every, of_loss=self._trained_by_loss())
         support_x, support_y, query_x, query_y = batch

@@ -43,8 +43,6 @@ class RatedInnerLoop(InnerLoopAlgorithm):
             (task_loss, logits), mean = loop.meta_loss(slow, support_x, support_y, query_x, query_y, weights)
             return judged(inner.loss, logits, query_y, task_loss, mean)
         batch = support_x, support_y, query_x, query_y
-        if tail is self.model and self._in_turn(engine, *batch, weights):
-            return self._chunked(1, batch, weights)
         return self._queried(engine, tail, inner, batch, weights)
 
 

@@ -208,8 +208,6 @@ class MAML(InnerLoopAlgorithm):
                 (task_loss, logits), mean = loop.meta_loss(slow, support_x, support_y, query_x, query_y, weights)
                 return judged(inner.loss, logits, query_y, task_loss, mean)
             batch = support_x, support_y, query_x, query_y
-            if self._in_turn(engine, *batch, weights):
-                return self._chunked(1, batch, weights)
             return self._queried(engine, self.model, inner, batch, weights)
 
     def _engine(self, inner: InnerLoop, x: Tensor, y: Tensor | None = None) -> Engine:

@@ -40,19 +40,30 @@ class LoopEngine(VmapEngine):
         if not inner.steps or not len(first(support_x)):
             return super().adapt(model, inner, support_x, support_y)
         check_statistics(model)
-        names = self.moving(model, inner, support_x, support_y)
+        names, slow = self.moving(model, inner, support_x, support_y), dict(model.named_parameters())
         tasks = zip(unbind(support_x), unbind(support_y), strict=True)
-        found = [self._adapted(model, inner, names, x, y) for x, y in tasks]
-        return dict(model.named_parameters()) | _stacked(found)
+        return slow | _stacked([self._adapted(model, inner, slow, names, x, y) for x, y in tasks])
 
-    def _adapted(self, model: nn.Module, inner: InnerLoop, names: list[str], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def in_turn(
+        self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
+    ) -> Iterator[Any]:
+        """`query` of one task after the other, `[Q, C]` each, of which no more than the last has a graph here."""
+        check_statistics(model)
+        names, slow = self.moving(model, inner, support_x, support_y), dict(model.named_parameters())
+        for x, y, queries in zip(unbind(support_x), unbind(support_y), unbind(query_x), strict=True):
+            fast = self._adapted(model, inner, slow, names, x, y)
+            yield self.call(model, {**slow, **fast, **_buffers(model)}, *arguments(queries))
+            del fast
+
+    def _adapted(
+        self, model: nn.Module, inner: InnerLoop, slow: dict[str, Tensor], names: list[str], x: Tensor, y: Tensor
+    ) -> dict[str, Tensor]:
         """The weights that adapt, `[*shape]`, after the steps of one task."""
-        slow, steps = dict(model.named_parameters()), Steps(inner.lr, inner.rule)
+        steps = Steps(inner.lr, inner.rule)
         fast, second_order = {name: slow[name] for name in names}, torch.is_grad_enabled() and not inner.first_order
 
         def task_loss(fast, x, y):
-            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            prediction = self.call(model, {**slow, **fast, **buffers}, *arguments(x))
+            prediction = self.call(model, {**slow, **fast, **_buffers(model)}, *arguments(x))
             return loss_of_task(inner.loss, prediction, y, "support_y")
 
         for _ in range(inner.steps):
@@ -88,6 +99,11 @@ class LoopEngine(VmapEngine):
             return _stacked(found)
 
         return run
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """A task's own, for `forward` to write into."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 @outside_inference_mode
