@@ -24,7 +24,9 @@ from fastmeta.dispatch.spec import REGISTRY, Args, OpSpec
 METRICS = ("sqeuclidean", "euclidean", "cosine", "dot", "manhattan")
 ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid", "silu", "gelu", "sine")
 LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "huber", "maximum_entropy")
-_ENUMS = {"metric": METRICS, "activation": ACTIVATIONS, "loss": LOSSES}
+NORMS = ("none", "batch", "group", "given")
+POOLS = ("none", "max", "average")
+_ENUMS = {"metric": METRICS, "activation": ACTIVATIONS, "loss": LOSSES, "norm": NORMS, "pool": POOLS}
 
 # how often each (op, backend) ran since the start of the process
 calls: Counter[tuple[str, str]] = Counter()
@@ -183,7 +185,7 @@ def _triton_why_not(spec: OpSpec, args: Args) -> str | None:
 
 
 def _run_triton(spec: OpSpec, args: Args):
-    return getattr(importlib.import_module(f"fastmeta.kernels.{spec.name.removesuffix('_bwd')}"), spec.name)(
+    return getattr(importlib.import_module(f"fastmeta.kernels.{spec.name.split('_bwd')[0]}"), spec.name)(
         *_contiguous(args)
     )
 

@@ -67,6 +67,7 @@ def derive_backward(spec: OpSpec) -> dict:
     grads = [f"grad_{i}" if len(returns) > 1 else "grad" for i in range(len(returns))]
     types = dict(zip(spec.argument_names, spec.argument_types, strict=True))
     count = len(grads)
+    needs_name = "needs" if "needs" not in types else "second_needs"  # the gradient of a gradient has both
     pull = vjp_of_reference(spec)
 
     def unpack(outputs):
@@ -90,7 +91,7 @@ def derive_backward(spec: OpSpec) -> dict:
     return {
         "name": f"{spec.name}_bwd",
         "arguments": ", ".join(
-            [f"{kind} {name}" for kind, name in zip(returns, grads, strict=True)] + [spec.arguments, "int needs"]
+            [f"{kind} {name}" for kind, name in zip(returns, grads, strict=True)] + [spec.arguments, f"int {needs_name}"]
         ),
         "returns": f"({outputs})" if len(spec.differentiable) > 1 else outputs,
         "summary": f"gradient of `{spec.name}`",

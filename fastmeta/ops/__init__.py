@@ -7,6 +7,8 @@ from fastmeta.ops import (  # noqa: F401  (importing an op registers it)
     fast_weight_update,
     functional_mlp,
     meta_loss_mlp,
+    norm_act_pool,
     pairwise_distance,
     prototypical_loss,
+    task_conv2d,
 )
