@@ -37,6 +37,26 @@ STABLE_TORCH_LIBRARY(fastmeta_native, m) {
       "contrastive_loss_with_gradient(Tensor embeddings, float temperature, Tensor scale, int needs) "
       "-> (Tensor, Tensor)");
   m.def(
+      "task_conv2d(Tensor x, Tensor weight, Tensor[] bias, int stride_h, int stride_w, int pad_h, int pad_w, "
+      "int dilation_h, int dilation_w, int groups) -> Tensor");
+  m.def(
+      "task_conv2d_bwd_data(Tensor grad, Tensor weight, int height, int width, int stride_h, int stride_w, int pad_h, "
+      "int pad_w, int dilation_h, int dilation_w, int groups) -> Tensor");
+  m.def(
+      "task_conv2d_bwd_weight(Tensor grad, Tensor x, int kernel_h, int kernel_w, int stride_h, int stride_w, "
+      "int pad_h, int pad_w, int dilation_h, int dilation_w, int groups) -> Tensor");
+  m.def("norm_moments(Tensor x, int norm, int groups) -> (Tensor, Tensor)");
+  m.def(
+      "norm_act_pool(Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] moments, int norm, int groups, float eps, "
+      "int activation, float slope, int pool) -> Tensor");
+  m.def(
+      "norm_act_pool_bwd(Tensor grad, Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] moments, int norm, "
+      "int groups, float eps, int activation, float slope, int pool, int needs) -> (Tensor, Tensor[], Tensor[])");
+  m.def(
+      "norm_act_pool_bwd_bwd(Tensor grad_0, Tensor[] grad_1, Tensor[] grad_2, Tensor grad, Tensor x, Tensor[] weight, "
+      "Tensor[] bias, Tensor[] moments, int norm, int groups, float eps, int activation, float slope, int pool, "
+      "int needs, int second_needs) -> (Tensor, Tensor, Tensor[], Tensor[])");
+  m.def(
       "adapt_mlp(Tensor support_x, Tensor support_y, Tensor support_weight, Tensor gram_support, Tensor[] weights, "
       "Tensor[] biases, Tensor rates, Tensor[] element_rates, int loss, int activation, float delta, float momentum, "
       "float weight_decay, bool first_order) -> (Tensor[], Tensor[], Tensor)");
