@@ -33,6 +33,7 @@ from wrong_values import (
     labels,
     layers,
     mask,
+    may,
     module,
     number,
     one_of,
@@ -112,6 +113,17 @@ case("contrastive_loss", functional.contrastive_loss, first=floats(T, S, D), sec
      temperature=number(0.5, 0, open=True), normalise=flag(True), weights=floats(T, or_none=True))  # fmt: skip
 case("functional_mlp", functional.functional_mlp, x=floats(T, S, D), weights=layers((4, D), (N, 4)),
      biases=layers((4,), (N,), or_none=True), activation=choice("relu", "tanh", "sine", "gelu"))  # fmt: skip
+STRIDES = {"stride": may(count(1), {"list"}), "dilation": may(count(1), {"list"}), "groups": count(1)}
+case("task_conv2d", functional.task_conv2d, x=floats(T, S, D, 4, 4), weight=floats(T, N, D, 3, 3),
+     bias=floats(T, N, or_none=True), padding=may(count(1, 0), {"list"}), **STRIDES)  # fmt: skip
+case("task_conv1d", functional.task_conv1d, x=floats(T, S, D, 4), weight=floats(T, N, D, 3),
+     bias=floats(T, N, or_none=True), padding=choice("same", "valid", tensor=True), **STRIDES)  # fmt: skip
+case("norm_act_pool", functional.norm_act_pool, x=floats(T, S, D, 4, 4), weight=floats(T, D, or_none=True),
+     bias=floats(T, D, or_none=True), norm=choice("batch", "instance", "group", "layer", "none"), eps=number(0.1, 0),
+     activation=choice("relu", "leaky_relu", "gelu", "silu", "identity"), slope=number(0.1, 0),
+     pool=choice("none", "max", "average"), return_moments=flag())  # fmt: skip
+case("norm_act_pool, group", functional.norm_act_pool, {"norm": "group"}, x=floats(T, S, D, 4, alone=True),
+     groups=count(5))  # fmt: skip
 MLP = {"weights": layers((4, D), (N, 4)), "biases": layers((4,), (N,), or_none=True)}
 LOOP = {
     "lr": number(0.1, 0), "steps": count(2, 0), "activation": choice("relu", "tanh"), "first_order": flag(),

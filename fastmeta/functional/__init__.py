@@ -4,9 +4,11 @@ Each runs on the fastest backend that can serve its call (C++ on the CPU, CUDA o
 elsewhere), is differentiable twice and more, and works under `torch.func`, `torch.compile` and autocast. Tensors may
 have any strides; float32 and float64 run natively everywhere, float16 and bfloat16 on GPU kernels with float32 sums.
 
-Sizes: T tasks, S support rows, Q query rows, N classes ("way"), D embedding width.
+Sizes: T tasks, S support rows, Q query rows, N classes ("way"), D embedding width; B rows, C channels of H x W pixels.
 """
 
+from .blocks import norm_act_pool
+from .convolutions import task_conv1d, task_conv2d
 from .embeddings import class_prototypes, contrastive_loss, pairwise_distance, prototypical_loss
 from .inner_loops import adapt_mlp, meta_loss_mlp
 from .meta_gradient import meta_gradient, meta_loss
@@ -24,6 +26,9 @@ __all__ = [
     "meta_gradient",
     "meta_loss",
     "meta_loss_mlp",
+    "norm_act_pool",
     "pairwise_distance",
     "prototypical_loss",
+    "task_conv1d",
+    "task_conv2d",
 ]
