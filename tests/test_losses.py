@@ -300,6 +300,14 @@ def test_the_named_loss_says_what_ignores_rows(engine):
         MAML(make_net(), engine=engine)(make_batch("ignored"))
 
 
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["rate", "rates"])
+def test_plain_autograd_looks_at_a_tasks_labels_once(monkeypatch, lr):
+    names = []
+    monkeypatch.setattr("fastmeta.engines._losses.label_range", lambda name, *_, **__: names.append(name))
+    MAML(make_net(), inner_lr=lr, inner_steps=3, engine="loop")(make_batch())
+    assert sorted(names) == ["query_y"] * T + ["support_y"] * T
+
+
 # accuracy ------------------------------------------------------------------------------------------------------------
 
 

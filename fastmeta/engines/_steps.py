@@ -68,6 +68,7 @@ class Steps:
     def take_alone(self, fast: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same of one task, without a dimension of tasks."""
         if self.rule == PLAIN and isinstance(self.lr, float):
+            self.taken += 1
             return {name: torch.add(w, gradients[name], alpha=-self.lr) for name, w in fast.items()}
         moved = self.take(*({name: t.unsqueeze(0) for name, t in of.items()} for of in (fast, gradients)))
         return {name: w.squeeze(0) for name, w in moved.items()}

@@ -8,7 +8,7 @@ allowed. Buffers are as in the vmap engine: each task has its own copy, and what
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from torch.utils import _pytree as pytree
 from fastmeta._trees import Outputs, arguments, first, unbind
 
 from ..functional.run_again import call_again
+from ..functional.second_order import twice_differentiable
 from ._base import InnerLoop, Parameters, is_shared
-from ._exact import dense_gradients, mappable, outside_inference_mode
+from ._exact import dense_gradients, outside_inference_mode
 from ._losses import loss_of_task
 from ._steps import Steps
 from .vmap import VmapEngine, check_statistics
@@ -64,6 +65,8 @@ class LoopEngine(VmapEngine):
 
         def task_loss(fast, x, y):
             prediction = self.call(model, {**slow, **fast, **_buffers(model)}, *arguments(x))
+            if steps.taken:  # the first step has checked that they fit
+                return inner.loss.one_task(prediction, y)
             return loss_of_task(inner.loss, prediction, y, "support_y")
 
         for _ in range(inner.steps):
@@ -140,21 +143,20 @@ def _part(arg, dim: int | dict | None, task: int):
 
 
 def _gradient(function: Callable, args: list, second_order: bool):
-    """The gradient of one task's loss for the first argument, zeros where the loss does not depend on it."""
-    leaves, structure = pytree.tree_flatten(args[0])
+    """The gradient of one task's loss for the first argument, a tensor or a dict of them, zeros where the loss does not
+    depend on it."""
+    at, rest = args[0], args[1:]
+    names = list(at) if isinstance(at, dict) else None
     # what has no graph behind it is differentiated for all the same
-    leaves = [leaf if second_order and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
-    exact = _twice_differentiable(any(leaf.is_cuda for leaf in leaves)) if second_order else nullcontext()
+    leaves = [
+        leaf if second_order and leaf.requires_grad else leaf.detach().requires_grad_()
+        for leaf in ([at] if names is None else at.values())
+    ]
+    exact = twice_differentiable(any(leaf.is_cuda for leaf in leaves)) if second_order else nullcontext()
     with torch.enable_grad(), exact:
-        loss = function(pytree.tree_unflatten(leaves, structure), *args[1:])
-        if not (loss.requires_grad and leaves):
-            return pytree.tree_map(torch.zeros_like, args[0])
-        gradients = torch.autograd.grad(loss, leaves, create_graph=second_order, materialize_grads=True)
-    return pytree.tree_unflatten(gradients, structure)
-
-
-@contextmanager
-def _twice_differentiable(cuda: bool) -> Iterator[None]:
-    """Fused attention has no second derivative, nor have cuDNN's recurrent layers; their plain forms have."""
-    with mappable() if cuda else sdpa_kernel(SDPBackend.MATH):
-        yield
+        loss = function(leaves[0] if names is None else dict(zip(names, leaves, strict=True)), *rest)
+        if loss.requires_grad and leaves:
+            found = torch.autograd.grad(loss, leaves, create_graph=second_order, materialize_grads=True)
+        else:
+            found = [torch.zeros_like(leaf) for leaf in leaves]
+    return found[0] if names is None else dict(zip(names, found, strict=True))

@@ -120,7 +120,7 @@ class InnerLoop:
         return Swept(way_back.v, list(way_back.rates.values()), way_back.also_v, self._reached)
 
     def _step(self, state: _State, step: int) -> tuple[_State, Tensor]:
-        with self._exact():
+        with self._exact(state.weights):
             loss, _, gradients = self._gradient(state.weights, step, create_graph=False)
         with torch.no_grad():
             momenta = self._momenta(state, gradients)
@@ -162,9 +162,9 @@ class InnerLoop:
             )
         return found
 
-    def _exact(self):
+    def _exact(self, weights: Weights):
         # in both passes: other kernels would round differently and draw other random numbers
-        return nullcontext() if self.first_order else twice_differentiable()
+        return nullcontext() if self.first_order else twice_differentiable(any(w.is_cuda for w in weights))
 
     def _states_backwards(self) -> Iterator[tuple[int, _State | None]]:
         steps = len(self.rates)
@@ -189,7 +189,7 @@ class InnerLoop:
         loss, hessian_r = None, [None] * len(r)
         if state is not None:
             self._restore_random(step)
-            with self._exact():
+            with self._exact(state.weights):
                 loss, leaves, gradients = self._gradient(state.weights, step, create_graph=not self.first_order)
                 if not self.first_order:
                     hessian_r = way_back.add_second_derivatives(gradients, leaves, r)

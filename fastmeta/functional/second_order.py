@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,10 +13,10 @@ _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
 @contextmanager
-def twice_differentiable() -> Iterator[None]:
+def twice_differentiable(cuda: bool) -> Iterator[None]:
     """While active, attention and recurrent layers run by kernels that plain autograd can differentiate twice: those of
-    fused attention and of cuDNN's recurrent layers have no second derivative."""
-    with sdpa_kernel(SDPBackend.MATH), _WithoutCudnn():
+    fused attention and, on CUDA tensors, of cuDNN's recurrent layers have no second derivative."""
+    with sdpa_kernel(SDPBackend.MATH), _WithoutCudnn() if cuda else nullcontext():
         yield
 
 
