@@ -239,6 +239,37 @@ def test_norms_with_statistics():
     assert all(torch.equal(b, before[name]) for name, b in net.state_dict().items())
 
 
+class Counting(nn.Module):
+    """What it gives depends on how often it has run with these buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, WAYS)
+        self.register_buffer("calls", torch.ones(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.b(torch.tanh(self.a(x))) / self.calls
+
+
+def spectral():
+    """A step of power iteration in each call, from where the last one came to."""
+    layers = (nn.Linear(4, 6), nn.Linear(6, WAYS))
+    return nn.Sequential(*(nn.utils.parametrizations.spectral_norm(layer) for layer in layers))
+
+
+@pytest.mark.parametrize("make_net, engine", [(Counting, "vmap"), (Counting, "loop"), (spectral, "loop")])
+def test_buffers_on_which_values_depend_are_new_in_each_step(make_net, engine):
+    torch.manual_seed(0)
+    net, batch = make_net().double(), TaskBatch(*tasks("mlp"))
+    before = copy.deepcopy(net.state_dict())
+    losses, logits, right = plain(net, batch, lr=0.3, steps=3)
+    out, found = sweep(net, engine=engine, every=2).gradients(batch)
+    check((out.task_loss, out.logits), (losses, logits))
+    check(found, {f"model.{name}": gradient for name, gradient in right.items()})
+    assert all(torch.equal(b, before[name]) for name, b in net.state_dict().items())
+
+
 def test_without_gradients_nothing_changes():
     net, batch = make("LSTM"), TaskBatch(*tasks("LSTM"))
     maml, graph = sweep(net), MAML(net, inner_lr=0.3, inner_steps=3)
