@@ -27,7 +27,7 @@ step build "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --
 step info "$PYTHON" -m fastmeta info
 step tests "$PYTHON" -m pytest --numprocesses "$WORKERS" --tb short --junitxml "$OUT/tests.xml" tests/test_ops.py \
     tests/test_transforms.py tests/ops tests/test_errors.py tests/test_properties.py tests/test_engines.py \
-    tests/test_algorithms.py tests/test_inner_loops.py tests/test_lowrank_module.py tests/test_linears.py \
+    tests/test_formulas.py tests/test_algorithms.py tests/test_inner_loops.py tests/test_lowrank_module.py tests/test_linears.py \
     tests/test_irl.py tests/algorithms
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
 for tool in memcheck racecheck; do

@@ -1,5 +1,4 @@
-"""Inputs, targets and predictions of several tensors give what plain autograd gives, one task at a time; lazy layers
-are initialised as by a plain call."""
+"""Inputs, targets and predictions of several tensors give what plain autograd gives, one task at a time."""
 
 import warnings
 from collections import OrderedDict
@@ -18,9 +17,7 @@ from fastmeta.algorithms import (
     BOIL,
     CAVIA,
     MAML,
-    ConditionalCAML,
     Contrastive,
-    FiLMMLP,
     GradientHead,
     ImplicitMAML,
     MAMLPlusPlus,
@@ -402,74 +399,6 @@ def test_explain_and_engines_that_take_one_tensor():
     assert "vmap: picked" in text
 
 
-def test_named_losses_take_one_tensor():
-    batch = batches("tuple")[0]
-    what = r"takes one tensor, but the model returned a tuple \(\[0\] \[(6|10), 3\], \[1\] \[(6|10), 6\]\)"
-    for learner in (MAML, ANIL, Reptile, ImplicitMAML):
-        with pytest.raises(ValueError, match=what):
-            learner(make("tuple", "tuple"))(batch)
-    with pytest.raises(ValueError, match="but the model returned a tuple"):
-        MAML(make("tuple", "tuple"), inner_steps=0)(batch)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda b: b._replace(support_x=b.support_x | {"mask": b.support_x["mask"][:, 1:]}),
-         r"support_x\['mask'\] and support_x\['x'\] must begin with the same tasks and examples.*\(3, 5, 4\)"),
-        (lambda b: b._replace(query_y=b.query_y[:, 1:]),
-         r"query_x\['mask'\] and query_y must begin with the same tasks and examples"),
-        (lambda b: b._replace(query_y={"labels": b.query_y, "mask": b.query_y[0]}),
-         r"query_x\['mask'\] and query_y\['mask'\] must begin with"),
-        (lambda b: b._replace(support_x={"x": None}), "support_x must hold a tensor"),
-        (lambda b: b._replace(support_y=None), "support_y must hold a tensor"),
-        (lambda b: b._replace(query_x={"mask": b.query_x["mask"][1:], "x": b.query_x["x"][1:]}, query_y=b.query_y[1:]),
-         "support_x has 3 tasks, query_x has 2"),
-    ],
-)  # fmt: skip
-def test_batches_that_do_not_fit_together(change, message):
-    batch = batches("dict")[0]
-    with pytest.raises(ValueError, match=message):
-        MAML(make("dict", "tensor"))(change(batch))
-
-
-def test_what_cannot_be_told_apart_by_task():
-    batch = batches("dict")[0]
-    maml = MAML(make("dict", "tensor"))
-    with pytest.raises(TypeError, match=r"support_x\['x'\] is a ndarray, which cannot be told apart"):
-        maml(batch._replace(support_x=batch.support_x | {"x": batch.support_x["x"].numpy()}))
-    net = make("dict", "tuple")
-    for engine in ("vmap", "loop"):
-        maml = MAML(net, loss=lambda p, t: F.cross_entropy(p[0], t), engine=engine)
-        net.pack = lambda y, h: (y, torch.distributions.Normal(h, 1.0))
-        with pytest.raises(TypeError, match=r"the model's output\[1\] is a Normal"):
-            maml(batch)
-        net.pack = lambda y, h: None
-        with pytest.raises(ValueError, match="the model must return tensors, got NoneType"):
-            MAML(net, loss=lambda p, t: t.sum() * 0.0, engine=engine)(batch)
-    net.pack = lambda y, h: (y, float(h.detach().sum()))  # a number that differs, which a loss might use
-    for task_chunk in (None, 1):
-        with pytest.raises(ValueError, match="must be alike for all tasks|must be alike but for"):
-            with torch.set_grad_enabled(task_chunk is not None):
-                MAML(net, loss=maml.loss.one_task, engine="loop", task_chunk=task_chunk)(batch)
-    state = maml.adapt(*batch[:2])
-    with pytest.raises(ValueError, match=r"query_x\['mask'\] and query_x\['x'\] must begin"):
-        maml.predict(state, batch.query_x | {"mask": batch.query_x["mask"][1:]})
-    with pytest.raises(ValueError, match="query_x has 2 tasks, state has 3"):
-        maml.predict(state, {"mask": batch.query_x["mask"][1:], "x": batch.query_x["x"][1:]})
-
-
-def test_encoders_return_one_tensor_and_take_what_agrees():
-    batch = batches("dict")[0]
-    with pytest.raises(ValueError, match=r"encoder must return embeddings \[B, D\], got a dict \(\['hidden'\]"):
-        ProtoNet(make("dict", "dict"))(batch)
-    learner = ProtoNet(make("dict", "tensor"))
-    with pytest.raises(ValueError, match=r"support_x\['mask'\] and query_x\['mask'\] must agree"):
-        learner(batch._replace(query_x=batch.query_x | {"mask": batch.query_x["mask"][..., 1:]}))
-    with pytest.raises(ValueError, match="must hold the same tensors"):
-        learner(batch._replace(query_x={"x": batch.query_x["x"]}))
-
-
 def test_leaves_that_go_wrong_when_mapped_are_seen():
     """The trial compares all of the output, not the loss alone."""
     net = make("tuple", "tuple")
@@ -553,81 +482,3 @@ def test_leading_layers_of_several_tensors_run_in_the_inner_loop():
     out = ANIL(net, inner_lr=0.3, inner_steps=2)(batch)
     check(out.task_loss.detach(), right[0])
     check(gradient(out, net), right[2])
-
-
-def lazy():
-    return nn.Sequential(
-        nn.LazyLinear(7), nn.LazyBatchNorm1d(), nn.Dropout(0.5), nn.Unflatten(1, (1, 7)), nn.LazyConv1d(2, 3),
-        nn.BatchNorm1d(2), nn.Tanh(), nn.Flatten(), nn.LazyLinear(WAYS),
-    )  # fmt: skip
-
-
-LAZY = {
-    "maml": lambda net: MAML(net),
-    "maml, gradients": lambda net: MAML(net),
-    "maml, explain": lambda net: MAML(net),
-    "adapt": lambda net: MAML(net),
-    "anil": lambda net: ANIL(net, adapts="body"),
-    "imaml": lambda net: ImplicitMAML(net),
-    "reptile": lambda net: Reptile(net, batch_size=None),
-    "chunks": lambda net: BOIL(net, task_chunk=1),
-}
-
-
-@pytest.mark.filterwarnings("ignore:tasks run one after the other:UserWarning", "ignore:Lazy modules")
-@pytest.mark.parametrize("name", LAZY)
-def test_lazy_layers_are_initialised_by_a_plain_call(name):
-    """The same numbers; statistics and modes as they were."""
-    g = torch.Generator().manual_seed(0)
-    batch = TaskBatch(*(torch.randn(3, n, 5, generator=g) if i else torch.arange(3 * n).view(3, n) % WAYS
-                        for n in (6, 4) for i in (1, 0)))  # fmt: skip
-    torch.manual_seed(1)
-    right = lazy()
-    right(batch.support_x[0])
-    right.apply(lambda layer: layer.reset_running_stats() if hasattr(layer, "reset_running_stats") else None)
-    torch.manual_seed(1)
-    net = lazy()
-    net[7].eval()
-    net[5].num_batches_tracked += 1  # as if trained before
-    learner = LAZY[name](net)
-    if name == "maml, gradients":
-        learner.gradients(batch)
-    elif name == "maml, explain":
-        learner.explain(batch)
-    elif name == "adapt":
-        with torch.inference_mode():
-            learner.adapt(*batch[:2])
-    else:
-        learner(batch)
-    for layer, other in zip(net.modules(), right.modules(), strict=True):
-        assert type(layer) is type(other) and layer.training == (layer is not net[7])
-        assert not any(p.is_inference() for p in layer.parameters())
-    check(dict(net.named_parameters()), dict(right.named_parameters()))
-    check(dict(net[1].named_buffers()), dict(right[1].named_buffers()))
-    assert net[5].num_batches_tracked == 1
-
-
-@pytest.mark.filterwarnings("ignore:Lazy modules")
-def test_lazy_layers_elsewhere():
-    """With a context, in an encoder, of several inputs; refused by name where rates are made at once."""
-    batch = flat_batch()
-    torch.manual_seed(0)
-    cavia = CAVIA(nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.LazyLinear(WAYS)).double(), 3)
-    out = cavia(batch)
-    assert cavia.model[0].in_features == 2 * WIDTH + 3
-    check(CAVIA(cavia.model, 3)(batch).task_loss, out.task_loss)
-    net = ProtoNet(nn.LazyLinear(6).double())
-    assert net(batch).loss.isfinite() and net.encoder.in_features == 2 * WIDTH
-    encoder = nn.Sequential(nn.LazyLinear(4), nn.BatchNorm1d(4)).double()
-    base = FiLMMLP(4, [2 * WIDTH, 5, WAYS]).double()
-    base.layers[0] = nn.LazyLinear(5).double()
-    assert ConditionalCAML(encoder, base)(batch).loss.isfinite() and base.layers[0].in_features == 2 * WIDTH
-    assert encoder[1].num_batches_tracked == 1
-    for options in ({"learn_inner_lr": True}, {"inner_lr": {"": 0.1, "2": 0.2}}):
-        assert MAML(nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.LazyLinear(WAYS)).double(), **options)(batch).loss > 0
-    model = make("dict", "tensor")
-    model.first = nn.LazyLinear(6).double()
-    assert MAML(model)(batches("dict")[0]).loss.isfinite() and model.first.in_features == WIDTH
-    for learner in (MetaSGD, MAMLPlusPlus):
-        with pytest.raises(ValueError, match="layer '0' is lazy.*run the model once on an example first"):
-            learner(nn.Sequential(nn.LazyLinear(6)))
