@@ -196,7 +196,7 @@ def test_explain_names_the_pick_and_the_reasons():
     assert "lowrank: picked" in text and "<lambda>" in text
 
 
-@pytest.mark.parametrize("engine", ["fused", "layerwise"])
+@pytest.mark.parametrize("engine", ["fused"])
 def test_forced_engine_raises_with_the_reason(engine):
     batch = make_batch("cross_entropy")
     with pytest.raises(ValueError, match=f"{engine}.*residual"):

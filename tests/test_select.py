@@ -16,10 +16,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:tasks run one after the other:Us
 
 @pytest.mark.parametrize(("channels", "queries", "mapped"), [(4, 15, True), (64, 75, False)])
 def test_convolutions_are_mapped_where_there_is_little_in_a_call(channels, queries, mapped):
-    """On a CPU a loop over the tasks is faster for large activations, several times slower for small ones."""
-    model = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(channels * 784, 5))
+    """On a CPU a loop over the tasks is faster for large activations, several times slower for small ones: where there
+    is no kernel for them, as in three dimensions."""
+    conv = nn.Conv3d(1, channels, (1, 3, 3), padding=(0, 1, 1))
+    model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(channels * 784, 5))
     labels = [torch.zeros(8, rows, dtype=torch.int64) for rows in (5, queries)]
-    batch = TaskBatch(torch.randn(8, 5, 1, 28, 28), labels[0], torch.randn(8, queries, 1, 28, 28), labels[1])
+    batch = TaskBatch(torch.randn(8, 5, 1, 1, 28, 28), labels[0], torch.randn(8, queries, 1, 1, 28, 28), labels[1])
     told = MAML(model).explain(batch)
     assert ("loop: picked" in told) is not mapped
     assert ("slower than a loop" in told) is not mapped
@@ -80,7 +82,7 @@ def test_a_gradient_that_is_nothing_but_rounding_is_no_reason_for_a_loop():
     )  # fmt: skip
     x, y = torch.randn(2, 12, 1, 6, 6), torch.arange(3).repeat(2, 4)
     maml = MAML(model, loss=nn.CrossEntropyLoss(reduction="sum"))
-    assert "vmap: picked" in maml.explain(TaskBatch(x, y, x, y))
+    assert "layerwise: picked" in maml.explain(TaskBatch(x, y, x, y))
 
 
 class Wrong(nn.Module):

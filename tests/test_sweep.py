@@ -130,7 +130,7 @@ def test_kernels_sweep_already():
     assert maml._direct is not None
     said = maml.explain(batch)
     assert "exact second order, no graph over the steps" in said and "fused: picked" in said
-    for engine in ("lowrank", "layerwise"):
+    for engine in ("lowrank",):
         assert f"{engine}: cannot serve: memory='sweep' was asked for, and it keeps" in said
         with pytest.raises(ValueError, match=f"engine '{engine}' cannot serve .* memory='sweep' was asked for"):
             sweep(net, engine=engine)(batch)

@@ -16,7 +16,7 @@ from fastmeta.dispatch.eager import mean_gradient
 from fastmeta.engines import InnerLoop, choose
 from fastmeta.engines.fused import FusedEngine
 from fastmeta.engines.inspect import Snapshot, mlp_spec, parameters_of
-from fastmeta.engines.layerwise import rows
+from fastmeta.engines.layer_formulas import rows
 from fastmeta.functional import checks
 from fastmeta.functional.inner_loops import dense_arguments
 from fastmeta.ops.meta_loss_mlp import SPEC

@@ -11,7 +11,7 @@ from fastmeta._trees import first
 
 from ..engines import InnerLoop, Loss, module_engine
 from ..engines.inspect import MLPSpec, mlp_spec
-from ..engines.layerwise import backward, forward, layers, rows, why_no_formulas
+from ..engines.layer_formulas import backward, forward, layers, rows, why_no_formulas
 from ..engines.vmap import buffers_per_task
 
 

@@ -13,6 +13,7 @@ from fastmeta.functional import checks
 
 from ..batch import TaskBatch
 from ..engines import PLAIN, Engine, InnerLoop, Rates, Rule, as_loss, check_one_tensor, choose
+from ..engines.layerwise import has_formulas
 from ..engines.vmap import VmapEngine
 from ._arguments import check_batch, check_count, check_pair, check_size, check_tasks, check_weights
 from ._chunks import chunked_loss
@@ -249,7 +250,7 @@ class InnerLoopAlgorithm(nn.Module):
                 return in_turn(engine, model, inner, batch, weights, self._trained())
             if model is self.model:
                 return self._chunked(1, batch, weights)
-        if inner.sweep and isinstance(engine, VmapEngine):
+        if inner.sweep and isinstance(engine, VmapEngine) and not _by_formulas(engine, model, inner, batch[0]):
             return swept(engine, model, inner, batch, weights, every=self.every, of_loss=self._trained_by_loss())
         support_x, support_y, query_x, query_y = batch
         logits = engine.query(model, inner, support_x, support_y, query_x)
@@ -268,6 +269,11 @@ class InnerLoopAlgorithm(nn.Module):
 
     def _in_chunks(self, batch: Sequence[Tensor]) -> bool:
         return self.task_chunk is not None and len(first(batch[0])) > self.task_chunk
+
+
+def _by_formulas(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor) -> bool:
+    """Whether the engine keeps no graph anyway, in formulas of first order."""
+    return engine.name == "layerwise" and has_formulas(model, inner, x)
 
 
 def adapted_convolutions(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastmeta._trees import tree_map
 
 from ..engines import ENGINES, Engine, InnerLoop, Rates, module_engine
+from ..engines.layerwise import has_formulas
 from ._encoder import encoded
 from ._inner_loop import InnerLoopAlgorithm
 from .output import MetaOutput, judged
@@ -66,7 +67,8 @@ class LearnedRates(RatedInnerLoop):
 
 def engine_for_rates(model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor) -> Engine:
     """The kernels where they serve the model and its rates, formulas where the model has them, or what runs it."""
-    for name in ("fused", "layerwise"):
-        if ENGINES[name].why_not(model, inner, x) is None:
-            return ENGINES[name]
+    if ENGINES["fused"].why_not(model, inner, x) is None:
+        return ENGINES["fused"]
+    if has_formulas(model, inner, x):
+        return ENGINES["layerwise"]
     return module_engine(model, inner, x, y)

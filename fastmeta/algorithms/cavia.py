@@ -15,7 +15,7 @@ from fastmeta._trees import Outputs, arguments, first, flatten, unflatten
 
 from ..engines import loss_of_task, module_engine
 from ..engines.inspect import mlp_spec
-from ..engines.layerwise import forward, layers, why_no_formulas
+from ..engines.layer_formulas import forward, layers, why_no_formulas
 from ..engines.vmap import VmapEngine, buffers_per_task
 from ._arguments import check_count, check_number
 from ._gradients import layer_gradients

@@ -11,7 +11,7 @@ from fastmeta._trees import first, requires_grad
 
 from ..engines import InnerLoop, Loss, module_engine
 from ..engines.inspect import mlp_spec
-from ..engines.layerwise import why_no_formulas
+from ..engines.layer_formulas import why_no_formulas
 from ..engines.vmap import buffers_per_task
 from ..functional.known_gradients import with_gradients
 from ._arguments import check_count, check_number

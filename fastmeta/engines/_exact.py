@@ -75,7 +75,7 @@ class _Rewritten(TorchFunctionMode):
 def mappable() -> Iterator[None]:
     """While active, recurrent layers, embeddings and attention run in a form that can be mapped over
     tasks, at once and not one by one."""
-    with sdpa_kernel(SDPBackend.MATH), _Rewritten(_MAPPABLE):
+    with sdpa_kernel(SDPBackend.MATH), _Rewritten(MAPPABLE):
         yield
 
 
@@ -148,11 +148,11 @@ def dense_gradients() -> Iterator[None]:
 
 
 _DENSE = {F.embedding: _dense_embedding, F.embedding_bag: _dense_embedding_bag}
-_MAPPABLE = {**_DENSE, **WRITTEN_OUT, F.embedding: _embedding}
+MAPPABLE = {**_DENSE, **WRITTEN_OUT, F.embedding: _embedding}
 _REWRITTEN = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
-    **_MAPPABLE,
+    **MAPPABLE,
 }

@@ -18,6 +18,8 @@ from fastmeta._trees import described
 from fastmeta.dispatch.labels import IGNORING, label_range, readable
 from fastmeta.values import dtype_of
 
+from ._task_tensor import TaskTensor
+
 
 class Loss:
     """A loss of each task, of predictions `[T, B, ...]` and targets `[T, B, ...]`."""
@@ -219,6 +221,9 @@ def check_one_tensor(loss: Loss, name: str, target: Tensor) -> None:
 
 def loss_of_task(loss: Loss, prediction: Tensor, target: Tensor, name: str) -> Tensor:
     """The loss of one task's prediction `[B, ...]`, after `check_prediction`."""
+    if isinstance(prediction, TaskTensor) and isinstance(target, TaskTensor):  # of all tasks
+        check_prediction(loss, prediction.values, target.values, name)
+        return TaskTensor(loss.per_task(prediction.values, target.values))
     if isinstance(prediction, Tensor) and isinstance(target, Tensor):
         loss.check((1, *prediction.shape), target.unsqueeze(0), name)
     else:

@@ -16,14 +16,14 @@ from ._base import InnerLoop, Parameters
 from ._steps import Rates, adapting, rate_of_steps
 from .fused_loop import FusedLoop
 from .inspect import MLPSpec, mlp_spec, parameters_of
-from .layerwise import LayerwiseEngine, rows, why_no_formulas
+from .layer_formulas import LayerFormulas, rows, why_no_formulas
 
 # Weights of one task that a worker holds beside each other (weights, momentum, adjoints): above, they leave its
 # second-level cache, and products that the tasks share are faster.
 _MOST_WEIGHTS = 256 * 1024
 
 
-class FusedEngine(LayerwiseEngine):
+class FusedEngine(LayerFormulas):
     """Whole inner loops in one kernel: MLPs with one activation, and a loss that the kernels know."""
 
     name = "fused"

@@ -11,7 +11,7 @@ from fastmeta.functional.inner_loops import MetaLoss, adapt_mlp, mean_meta_loss_
 
 from ._base import InnerLoop, Parameters
 from .inspect import MLPSpec
-from .layerwise import rows
+from .layer_formulas import rows
 
 
 class FusedLoop(NamedTuple):

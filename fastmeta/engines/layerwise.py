@@ -1,158 +1,156 @@
-"""The engine for multi-layer perceptrons: every task's own weights, layer by layer, in batched matrix products.
+"""The engine for nets of layers: every layer runs once for all tasks, with each task's own weights.
 
-The inner gradient is written out as formulas instead of being asked from autograd::
-
-    z_l = a_{l-1} W_l^T + b_l        a_l = f(z_l)                           forward, rows of one task [S, *]
-    d_L = dloss/dz_L                 d_{l-1} = (d_l W_l) * f'(z_{l-1})      backward
-    W_l <- W_l - lr d_l^T a_{l-1}    b_l <- b_l - lr column sums of d_l     update
-
-All of it are differentiable torch operations, so the exact second-order meta-gradient is one plain backward
-pass: no double backward, no functional transforms. In the first step the weights are those of all tasks, and
-every product with them is one dense matrix product over all rows.
+A multi-layer perceptron has formulas (`layer_formulas.py`). Any other module is run as it is, once, with tensors that
+hold all tasks (`_task_tensor.py`). What it computes are then plain torch operations and ops of this package with a task
+dimension, so plain autograd finds the inner gradients and theirs: no transforms, no loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
-from . import _activations
-from ._base import KEEPS_GRAPH, InnerLoop, Parameters
-from ._steps import PLAIN, Steps, adapting
-from .inspect import MLPSpec, mlp_spec, parameters_of
+from fastmeta._trees import arguments, flatten, tree_map, unflatten
 
-SEVERAL = "inputs are several tensors"
+from . import _layer_rules  # noqa: F401  (registers the rules)
+from ._base import InnerLoop, Parameters, is_shared
+from ._exact import outside_inference_mode
+from ._task_tensor import TaskTensor
+from .layer_formulas import LayerFormulas, why_no_formulas
+from .vmap import VmapEngine
+
+_FORMULAS = LayerFormulas()
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
-class LayerwiseEngine:
-    """Explicit formulas on per-task weights: MLPs with any loss."""
+def has_formulas(model: nn.Module, inner: InnerLoop, x: Tensor) -> bool:
+    """Whether the formulas serve this, for which the module does not run."""
+    return _FORMULAS.why_not(model, inner, x) is None
+
+
+def has_convolutions(model: nn.Module) -> bool:
+    return any(isinstance(layer, _CONVOLUTIONS) for layer in model.modules())
+
+
+class LayerwiseEngine(VmapEngine):
+    """Layer by layer on per-task weights: MLPs by formulas, nets of convolutions by kernels."""
 
     name = "layerwise"
 
     def why_not(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
-        return why_no_formulas(model, support_x) or (KEEPS_GRAPH if inner.sweep and not inner.first_order else None)
-
-    def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
+        if has_formulas(model, inner, support_x):
+            return None
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return "it takes inner gradients by plain autograd, outside of torch.compile and torch.func"
         return None
 
+    def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:
+        if has_formulas(model, inner, support_x) or has_convolutions(model):
+            return None
+        return "no layer of the model has a kernel of its own for tasks with different weights"
+
     def adapt(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
-        spec = mlp_spec(model)
-        slow = dict(model.named_parameters())
-        weights, biases = layers(spec, slow)
-        names = set(adapting(slow, inner.lr))
-        adapt_weight, adapt_bias = ([n in names for n in group] for group in (spec.weights, spec.biases))
-        # everything backward is linear in the loss's gradient: there the step size goes in once, if nothing else does
-        steps = Steps(inner.lr, inner.rule) if isinstance(inner.lr, Mapping) or inner.rule != PLAIN else None
-        factor = -inner.lr if steps is None else 1.0
-        # a factor of the steps' gradients, which count as constants in first order
-        x = rows(spec, support_x.detach() if inner.first_order else support_x)
-        constant = None
-        for _ in range(inner.steps):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not inner.first_order):
-                inputs, pre, prediction = forward(spec, weights, biases, x)
-                if constant is None:
-                    inner.loss.check(prediction.shape, support_y, "support_y")
-                    constant = inner.loss.constant(support_y, prediction)
-                gradient = inner.loss.gradient(prediction, constant) * factor
-                deltas = backward(spec, weights, inputs, pre, prediction, gradient)
-            if steps is not None:
-                weights, biases = _taken(steps, spec, weights, biases, names, inputs, deltas)
-                continue
-            for layer, (delta, a) in enumerate(zip(deltas, inputs, strict=True)):
-                if adapt_weight[layer]:
-                    weights[layer] = torch.baddbmm(weights[layer], delta.mT, a)
-                if adapt_bias[layer]:
-                    biases[layer] = biases[layer] + delta.sum(1)
-        return (
-            slow
-            | dict(zip(spec.weights, weights, strict=True))
-            | {name: b for name, b in zip(spec.biases, biases, strict=True) if name is not None}
-        )
+        if has_formulas(model, inner, support_x):
+            return _FORMULAS.adapt(model, inner, support_x, support_y)
+        return super().adapt(model, inner, support_x, support_y)
 
     def query(
         self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor, query_x: Tensor
     ) -> Tensor:
-        return self.predict(model, self.adapt(model, inner, support_x, support_y), query_x)
+        if has_formulas(model, inner, support_x):
+            return _FORMULAS.query(model, inner, support_x, support_y, query_x)
+        return super().query(model, inner, support_x, support_y, query_x)
 
     def predict(self, model: nn.Module, weights: Parameters, x: Tensor) -> Tensor:
-        spec = mlp_spec(model)
-        return forward(spec, *layers(spec, weights), rows(spec, x))[2]
+        if why_no_formulas(model, x) is None:
+            return _FORMULAS.predict(model, weights, x)
+        return super().predict(model, weights, x)
+
+    def predictions(self, model: nn.Module, weights: Parameters, buffers: Parameters, x: Tensor) -> Tensor:
+        slow = dict(model.named_parameters())
+        weights = slow | dict(weights)
+        own = {n: w if is_shared(w, slow[n]) else TaskTensor(w) for n, w in weights.items()}
+        rows, inputs = flatten(x)
+        args, kwargs = arguments(unflatten(inputs, [TaskTensor(leaf) for leaf in rows]))
+        with self.exact():
+            output = self.call(model, {**own, **{n: TaskTensor(b) for n, b in buffers.items()}}, args, kwargs)
+        return tree_map(lambda leaf: _behind(leaf, len(rows[0])), output, "the model's output")
+
+    def gradients(
+        self, model: nn.Module, inner: InnerLoop, fast: Parameters, buffers: Parameters, x: Tensor, y: Tensor
+    ) -> dict[str, Tensor]:
+        slow, tasks = dict(model.named_parameters()), len(flatten(x)[0][0])
+        own = {n: w.unsqueeze(0).expand(tasks, *w.shape) if is_shared(w, slow[n]) else w for n, w in fast.items()}
+
+        def losses(own):
+            return self.losses(model, inner, own, buffers, x, y)
+
+        return _gradients(losses, own, torch.is_grad_enabled() and not inner.first_order)
+
+    def mapped(self, function: Callable, in_dims: tuple) -> Callable:
+        def run(*args):
+            tasks = len(pytree.tree_leaves(args[-1])[0])
+            wrapped = [_wrapped(arg, dim) for arg, dim in zip(args, in_dims, strict=True)]
+            with self.exact():
+                found = function(*wrapped)
+            return pytree.tree_map_only(Tensor, lambda leaf: _behind(leaf, tasks), found)
+
+        return run
+
+    def exact(self) -> AbstractContextManager:
+        return sdpa_kernel(SDPBackend.MATH)
+
+    def gradients_per_task(self, function: Callable, in_dims: tuple, *, second_order: bool) -> Callable:
+        run = self.mapped(function, (0, *in_dims[1:]))
+
+        def gradients(params, *rest):
+            tasks = len(pytree.tree_leaves(rest[-1] if rest else params)[0])
+            leaves, structure = pytree.tree_flatten(params)
+            own = zip(leaves, _dims(params, in_dims[0]), strict=True)
+            own = [w.unsqueeze(0).expand(tasks, *w.shape) if dim is None else w for w, dim in own]
+
+            def losses(named: dict[str, Tensor]) -> Tensor:
+                return run(pytree.tree_unflatten(list(named.values()), structure), *rest)
+
+            found = _gradients(losses, {str(i): w for i, w in enumerate(own)}, second_order)
+            return pytree.tree_unflatten(list(found.values()), structure)
+
+        return gradients
 
 
-def _taken(
-    steps: Steps, spec: MLPSpec, weights: list[Tensor], biases: list, names: set[str], inputs, deltas
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Weights and biases after a step of any kind, for which the gradients themselves are formed."""
-    gradients = {}
-    for weight, bias, delta, a in zip(spec.weights, spec.biases, deltas, inputs, strict=True):
-        if weight in names:
-            gradients[weight] = torch.matmul(delta.mT, a)
-        if bias in names:
-            gradients[bias] = delta.sum(1)
-    named = dict(zip((*spec.weights, *spec.biases), (*weights, *biases), strict=True))
-    return layers(spec, named | steps.take({name: named[name] for name in gradients}, gradients))
+def _dims(params: Any, dims: Any) -> list:
+    if not isinstance(dims, dict):
+        return [dims] * len(pytree.tree_leaves(params))
+    return [dims[name] for name in params]
 
 
-def why_no_formulas(model: nn.Module, support_x: Tensor) -> str | None:
-    """None if the model is an MLP that explicit formulas can serve on this input, else the reason."""
-    if not isinstance(support_x, Tensor):
-        return SEVERAL
-    spec = mlp_spec(model)
-    if isinstance(spec, str):
-        return spec
-    features = support_x.shape[2:].numel()
-    if spec.flatten and features != spec.in_features:
-        return f"its reshape would mix examples: an example has {features} values, a row {spec.in_features}"
-    if not spec.flatten and support_x.dim() != 3:
-        return f"examples of shape {tuple(support_x.shape[2:])} are not rows of features"
-    dtypes = {p.dtype for p in parameters_of(model).values()} | {support_x.dtype}
-    if len(dtypes) != 1:
-        return f"parameters and inputs mix dtypes: {', '.join(sorted(str(d) for d in dtypes))}"
-    if torch.is_autocast_enabled(support_x.device.type):
-        return "autocast is on, which would round the fast weights"
-    return None
+def _wrapped(arg: Any, dim: Any) -> Any:
+    if isinstance(arg, dict):
+        return {key: _wrapped(value, dim[key] if isinstance(dim, dict) else dim) for key, value in arg.items()}
+    if isinstance(arg, list):
+        return [_wrapped(value, dim) for value in arg]
+    return TaskTensor(arg) if dim == 0 else arg
 
 
-def rows(spec: MLPSpec, x: Tensor) -> Tensor:
-    """`[T, B, ...]` as `[T, B, I]`."""
-    return x.flatten(2) if spec.flatten else x
+def _behind(leaf: Tensor, tasks: int) -> Tensor:
+    return leaf.values if isinstance(leaf, TaskTensor) else leaf.unsqueeze(0).expand(tasks, *leaf.shape)
 
 
-def layers(spec: MLPSpec, named: Parameters) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Weights and biases in the order of the layers."""
-    return [named[n] for n in spec.weights], [None if n is None else named[n] for n in spec.biases]
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if weight.dim() == 2:
-        if bias is None or bias.dim() == 1:
-            return F.linear(x, weight, bias)
-        return F.linear(x, weight) + bias.unsqueeze(1)
-    if bias is None:
-        return torch.bmm(x, weight.mT)
-    return torch.baddbmm(bias if bias.dim() == 1 else bias.unsqueeze(1), x, weight.mT)
-
-
-def forward(spec: MLPSpec, weights: list[Tensor], biases: list[Tensor | None], x: Tensor):
-    """The layers' inputs, their pre-activations, and the prediction."""
-    inputs, pre = [], []
-    for weight, bias, activation in zip(weights, biases, spec.activations, strict=True):
-        inputs.append(x)
-        pre.append(_linear(x, weight, bias))
-        x = _activations.apply(activation, pre[-1])
-    return inputs, pre, x
-
-
-def backward(spec: MLPSpec, weights, inputs, pre, prediction: Tensor, gradient: Tensor) -> list[Tensor]:
-    """From the gradient at the prediction to the gradients at every layer's pre-activation, `[T, S, O_l]`."""
-    outputs = [*inputs[1:], prediction]
-    deltas: list[Tensor] = []
-    for layer in reversed(range(len(weights))):
-        delta = _activations.backward(spec.activations[layer], gradient, pre[layer], outputs[layer])
-        deltas.append(delta)
-        if layer:
-            gradient = torch.matmul(delta, weights[layer])
-    return deltas[::-1]
+@outside_inference_mode
+def _gradients(losses: Callable, own: dict[str, Tensor], second_order: bool) -> dict[str, Tensor]:
+    """Of every task's loss, one of `[T]`, for its own weights `[T, *shape]`: the tasks do not meet."""
+    leaves = {n: w if second_order and w.requires_grad else w.detach().requires_grad_() for n, w in own.items()}
+    with torch.enable_grad():
+        total = losses(leaves).sum()
+        if not (total.requires_grad and leaves):
+            return {name: torch.zeros_like(w) for name, w in own.items()}
+        found = torch.autograd.grad(
+            total, list(leaves.values()), create_graph=second_order, materialize_grads=True
+        )
+    return dict(zip(leaves, found, strict=True))

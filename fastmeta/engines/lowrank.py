@@ -28,7 +28,7 @@ from . import _activations
 from ._base import KEEPS_GRAPH, Engine, InnerLoop, Parameters
 from ._steps import PLAIN
 from .inspect import MLPSpec, mlp_spec
-from .layerwise import LayerwiseEngine, rows, why_no_formulas
+from .layer_formulas import LayerFormulas, rows, why_no_formulas
 from .lowrank_module import LowRankModuleEngine
 
 
@@ -65,7 +65,7 @@ def _form(model: nn.Module, x: Tensor) -> Engine:
     return _PROBES if why_no_formulas(model, x) else _FORMULAS
 
 
-class _LowRankFormulas(LayerwiseEngine):
+class _LowRankFormulas(LayerFormulas):
     name = "lowrank"
 
     def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:

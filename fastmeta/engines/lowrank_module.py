@@ -30,7 +30,7 @@ from ._exact import mappable, outside_inference_mode, twice_differentiable
 from ._linears import Answer, LowRank, Mapped
 from ._losses import check_prediction
 from ._trace import PathChanged, Trace, Use, forget, give_up, is_part, traced
-from .layerwise import SEVERAL
+from .layer_formulas import SEVERAL
 from .vmap import VmapEngine, buffers_per_task
 
 # Low rank pays while the rows that have changed a layer are at most this many times its width: measured even on a CPU.

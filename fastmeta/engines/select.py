@@ -11,7 +11,8 @@ from . import _convolutions as convolutions
 from ._base import Engine, InnerLoop
 from .fused import FusedEngine
 from .inspect import hooked_layer
-from .layerwise import LayerwiseEngine, why_no_formulas
+from .layer_formulas import why_no_formulas
+from .layerwise import LayerwiseEngine, has_convolutions, has_formulas
 from .loop import LoopEngine
 from .lowrank import LowRankEngine
 from .trial import why_not_trusted
@@ -45,9 +46,16 @@ def choose(
 def module_engine(model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None = None) -> VmapEngine:
     """The engine that runs the module itself, whatever its layers: mapped over tasks, or one task after the other where
     `choose("auto", ...)` would not map it."""
-    engine = ENGINES["vmap"]
-    if _why_not_mapped(engine, model, inner, x) is None and why_not_trusted(engine, model, inner, x, y) is None:
-        return engine
+    layerwise, vmap = ENGINES["layerwise"], ENGINES["vmap"]
+    if (
+        has_convolutions(model)
+        and layerwise.why_not(model, inner, x) is None
+        and _why_not_mapped(layerwise, model, inner, x) is None
+        and why_not_trusted(layerwise, model, inner, x, y) is None
+    ):
+        return layerwise
+    if _why_not_mapped(vmap, model, inner, x) is None and why_not_trusted(vmap, model, inner, x, y) is None:
+        return vmap
     return ENGINES["loop"]
 
 
@@ -57,23 +65,29 @@ def _automatic(model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) 
             continue
         if engine.why_not(model, inner, x) is not None or engine.why_slow(model, inner, x) is not None:
             continue
-        if not _maps(engine, model, inner, x) or why_not_trusted(engine, model, inner, x, y) is None:
+        if not _runs(engine, model, inner, x) or why_not_trusted(engine, model, inner, x, y) is None:
             return name
     raise AssertionError("the last engine serves everything")
 
 
-def _maps(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor) -> bool:
-    """Whether the engine runs the module itself under `torch.func`."""
+def _runs(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor) -> bool:
+    """Whether the engine runs the module itself for all tasks at once."""
+    if engine.name == "layerwise":
+        return not has_formulas(model, inner, x)
     return engine.name == "vmap" or engine.name == "lowrank" and why_no_formulas(model, x) is not None
 
 
 def _why_not_mapped(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor) -> str | None:
-    """Why the module should not be mapped over tasks, although it can be."""
-    if not _maps(engine, model, inner, x):
+    """Why the module should not run for all tasks at once, although it can."""
+    if not _runs(engine, model, inner, x):
         return None
     hooked = hooked_layer(model)
     if hooked is not None:
-        return f"layer {hooked!r} has hooks, which would see torch.func's wrappers of all tasks"
+        return f"layer {hooked!r} has hooks, which would see wrappers of all tasks' tensors"
+    if engine.name == "layerwise":
+        return None
+    if engine.name == "lowrank" and has_convolutions(model):
+        return "the model has convolutions, which the engine `layerwise` has kernels for"
     return convolutions.why_not_mapped(model, inner, x)
 
 
@@ -114,7 +128,7 @@ def explain(
 
 def _why_passed_over(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor, y: Tensor | None) -> str:
     reason = _why_not_mapped(engine, model, inner, x) or engine.why_slow(model, inner, x)
-    if reason is None and _maps(engine, model, inner, x):
+    if reason is None and _runs(engine, model, inner, x):
         found = why_not_trusted(engine, model, inner, x, y)
         if found is not None:
             return f"cannot serve, as a trial on one task showed: {found}"
