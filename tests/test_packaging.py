@@ -22,7 +22,7 @@ else:
 ROOT = Path(__file__).parent.parent
 PACKAGE, KERNELS = ROOT / "fastmeta", ROOT / "kernels" / "triton"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-OPS = [name for name in REGISTRY if not name.endswith("_bwd")]
+OPS = sorted({spec.file for spec in REGISTRY.values()})
 
 
 def packages_on_disk():

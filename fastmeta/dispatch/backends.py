@@ -185,7 +185,7 @@ def _triton_why_not(spec: OpSpec, args: Args) -> str | None:
 
 
 def _run_triton(spec: OpSpec, args: Args):
-    return getattr(importlib.import_module(f"fastmeta.kernels.{spec.name.split('_bwd')[0]}"), spec.name)(
+    return getattr(importlib.import_module(f"fastmeta.kernels.{spec.file}"), spec.name)(
         *_contiguous(args)
     )
 

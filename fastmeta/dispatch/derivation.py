@@ -91,7 +91,8 @@ def derive_backward(spec: OpSpec) -> dict:
     return {
         "name": f"{spec.name}_bwd",
         "arguments": ", ".join(
-            [*(f"{kind} {name}" for kind, name in zip(returns, grads, strict=True)), spec.arguments, f"int {needs_name}"]
+            [f"{kind} {name}" for kind, name in zip(returns, grads, strict=True)]
+            + [spec.arguments, f"int {needs_name}"]
         ),
         "returns": f"({outputs})" if len(spec.differentiable) > 1 else outputs,
         "summary": f"gradient of `{spec.name}`",

@@ -68,6 +68,13 @@ class OpSpec:
     exact_at_ties: bool = True
     ranks: tuple[tuple[str, int], ...] = ()  # dimensions of lists that may come without the task dimension
 
+    family: str = ""  # the file that it stands in, where that is not its name
+
+    @cached_property
+    def file(self) -> str:
+        """The basename of the files with the op, on every backend: its own name, or whose gradient or part it is."""
+        return self.family or self.name.split("_bwd")[0]
+
     @cached_property
     def schema(self) -> str:
         return f"{self.name}({self.arguments}) -> {self.returns}"

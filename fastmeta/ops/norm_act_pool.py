@@ -199,6 +199,7 @@ def moments_workloads(make: Make):
 MOMENTS = register(
     Op(
         name="norm_moments",
+        family="norm_act_pool",
         arguments="Tensor x, str norm, int groups",
         returns="(Tensor, Tensor)",
         summary="mean and variance for `norm_act_pool`",
