@@ -3,6 +3,7 @@
 
 #include "class_prototypes_kernel.h"
 #include "contrastive_loss_kernel.h"
+#include "conv/kernel.h"
 #include "fast_weight_update_kernel.h"
 #include "functional_mlp_kernel.h"
 #include "functional_mlp_lanes.h"
@@ -44,7 +45,9 @@ constexpr cpu::Kernels<T> table() {
           pack_transposed<T>,
           sum_partials<T>,
           inner_loop<T>,
-          inner_loop_gradient<T>};
+          inner_loop_gradient<T>,
+          conv<T>,
+          conv_weight<T>};
 }
 
 }  // namespace FASTMETA_ISA

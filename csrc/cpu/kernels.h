@@ -7,6 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "conv/geometry.h"
 #include "inner_loop/operands.h"
 
 namespace fastmeta::cpu {
@@ -155,6 +156,8 @@ struct Kernels {
   void (*sum_partials)(const T* from, int64_t parts, int64_t part_stride, T* to, int64_t n);
   void (*inner_loop)(const InnerLoop<T>&, int64_t begin, int64_t end, int64_t group);
   void (*inner_loop_gradient)(const InnerLoop<T>&, int64_t begin, int64_t end, int64_t group);
+  void (*conv)(const ConvItem<T>&);
+  void (*conv_weight)(const ConvWeightItem<T>&);
 };
 
 struct Isa {

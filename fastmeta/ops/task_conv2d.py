@@ -253,7 +253,7 @@ SPEC = register(
         samples=samples,
         workloads=workloads,
         autocast="lower",
-        backends=("reference",),
+        backends=("cpp", "reference"),
     )
 )
 DATA = register(
@@ -268,7 +268,7 @@ DATA = register(
         backward=data_backward,
         samples=data_samples,
         workloads=data_workloads,
-        backends=("reference",),
+        backends=("cpp", "reference"),
     )
 )
 WEIGHT = register(
@@ -283,6 +283,6 @@ WEIGHT = register(
         backward=weight_backward,
         samples=weight_samples,
         workloads=weight_workloads,
-        backends=("reference",),
+        backends=("cpp", "reference"),
     )
 )
