@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastmeta.dispatch.arguments import as_list, flat_outputs, is_list
 from fastmeta.dispatch.spec import Args, OpSpec
@@ -25,12 +26,16 @@ def vjp_of_reference(spec: OpSpec):
             return tuple(flat_outputs(outputs)[: spec.differentiable_outputs])
 
         flat_grads = flat_outputs(grads)[: spec.differentiable_outputs]
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             outputs, pull = torch.func.vjp(function, *inputs)
             results = pull(tuple(_like(grad, output) for grad, output in zip(flat_grads, outputs, strict=True)))
-        else:  # nothing will be differentiated further: plain autograd is the cheaper way
+        else:  # plain autograd is the cheaper way, and goes where a dispatch mode looks on
+            further = torch.is_grad_enabled()  # else nothing will be differentiated again
             with torch.enable_grad():
-                inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+                # each a tensor of its own, though the same may stand in two places
+                inputs = [
+                    t.view_as(t) if further and t.requires_grad else t.detach().requires_grad_() for t in inputs
+                ]
                 outputs = function(*inputs)
             if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradCPU):
                 raise AssertionError(f"{spec.name}: differentiated where autograd is switched off by key")
@@ -39,11 +44,10 @@ def vjp_of_reference(spec: OpSpec):
                 for grad, output in zip(flat_grads, outputs, strict=True)
                 if output.requires_grad
             ]
-            results = (
-                torch.autograd.grad([o for o, _ in live], inputs, [g for _, g in live], allow_unused=True)
-                if live
-                else [None] * len(inputs)
-            )
+            results = [None] * len(inputs)
+            if live:
+                ends, pulled = zip(*live, strict=True)
+                results = torch.autograd.grad(ends, inputs, pulled, create_graph=further, allow_unused=True)
         found = iter(results)
         gradients = []
         for bit, position in enumerate(spec.differentiable_positions):
