@@ -309,7 +309,7 @@ def test_errors():
 
     with pytest.raises(RuntimeError, match="the support loss must give the same again .* in step 2 it was"):
         sweep("LSTM", loss=noisy, engine="loop")(batch)
-    for options, message in (({"memory": "little"}, "memory must be one of graph, sweep; got 'little'"),
+    for options, message in (({"memory": "little"}, "memory must be one of auto, graph, sweep; got 'little'"),
                              ({"every": 0}, "every must be at least 1")):  # fmt: skip
         for cls in (MAML, ANIL):
             with pytest.raises(ValueError, match=message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,11 @@ from fastmeta._trees import arguments, first, requires_grad, split, tree_map, un
 from fastmeta.functional import checks
 
 from ..batch import TaskBatch
-from ..engines import PLAIN, Engine, InnerLoop, Rates, Rule, as_loss, check_one_tensor, choose
+from ..dispatch.labels import readable
+from ..engines import PLAIN, Engine, InnerLoop, Rates, Rule, _graph_size, as_loss, check_one_tensor, choose
 from ..engines.layerwise import has_formulas
 from ..engines.vmap import VmapEngine
+from ..functional.reverse_sweep import ChangedAgain
 from ._arguments import check_batch, check_count, check_pair, check_size, check_tasks, check_weights
 from ._chunks import chunked_loss
 from ._in_turn import in_turn
@@ -35,6 +38,8 @@ from ._sweep import MEMORY, swept
 from .fast_weights import FastWeights
 from .output import MetaOutput, judged, weighted
 
+_changing: WeakSet[InnerLoopAlgorithm] = WeakSet()  # whose support loss is another when it is called again
+
 
 class InnerLoopAlgorithm(nn.Module):
     """`adapt`, `predict` and `forward` around an inner loop.
@@ -54,7 +59,7 @@ class InnerLoopAlgorithm(nn.Module):
         loss: str | Callable[[Tensor, Tensor], Tensor],
         first_order: bool = False,
         task_chunk: int | None = None,
-        memory: str = "graph",
+        memory: str = "auto",
         every: int = 1,
     ):
         super().__init__()
@@ -173,7 +178,7 @@ class InnerLoopAlgorithm(nn.Module):
         return (
             f"inner_steps={self.inner_steps}, first_order={self.first_order}, loss={self.loss.name!r}, "
             f"task_chunk={self.task_chunk}"
-            + (f", memory={self.memory!r}, every={self.every}" if self.memory != "graph" else "")
+            + (f", memory={self.memory!r}, every={self.every}" if self.memory != "auto" else "")
             + (f", {self.rule}" if self.rule != PLAIN else "")
         )
 
@@ -245,16 +250,49 @@ class InnerLoopAlgorithm(nn.Module):
         self, engine: Engine, model: nn.Module, inner: InnerLoop, batch: tuple, weights: Tensor | None
     ) -> MetaOutput:
         """What comes of tasks whose steps are taken one by one."""
+        sweep = inner.sweep or self._sweeps_of_itself(engine, model, inner, batch, weights)
         if self._in_turn(engine, *batch, weights):
-            if not inner.sweep:
+            if not sweep:
                 return in_turn(engine, model, inner, batch, weights, self._trained())
             if model is self.model:
                 return self._chunked(1, batch, weights)
-        if inner.sweep and isinstance(engine, VmapEngine) and not _by_formulas(engine, model, inner, batch[0]):
-            return swept(engine, model, inner, batch, weights, every=self.every, of_loss=self._trained_by_loss())
-        support_x, support_y, query_x, query_y = batch
-        logits = engine.query(model, inner, support_x, support_y, query_x)
-        return weighted(judged(inner.loss, logits, query_y), weights)
+
+        def with_graph() -> MetaOutput:
+            support_x, support_y, query_x, query_y = batch
+            logits = engine.query(model, inner, support_x, support_y, query_x)
+            return weighted(judged(inner.loss, logits, query_y), weights)
+
+        if not (sweep and isinstance(engine, VmapEngine)) or _by_formulas(engine, model, inner, batch[0]):
+            return with_graph()
+        options = {"every": self.every, "of_loss": self._trained_by_loss()}
+        if inner.sweep:
+            return swept(engine, model, inner, batch, weights, **options)
+        try:
+            return swept(engine, model, inner, batch, weights, **options, again=with_graph)
+        except ChangedAgain:
+            _changing.add(self)
+            return with_graph()
+
+    def _sweeps_of_itself(
+        self, engine: Engine, model: nn.Module, inner: InnerLoop, batch: Sequence[Tensor], weights: Tensor | None
+    ) -> bool:
+        """Whether memory="auto" sweeps: where a graph over the steps would be large, and gradients go nowhere but to
+        what is trained."""
+        if self.memory != "auto" or inner.sweep or inner.first_order or inner.steps < 2:  # a graph of one step, at most
+            return False
+        if not isinstance(engine, VmapEngine) or not torch.is_grad_enabled() or self in _changing:
+            return False
+        support_x, tasks = first(batch[0]), 1 if engine.name == "loop" else len(first(batch[0]))
+        if not support_x.numel() or not readable(first(batch[1])) or torch._C._are_functorch_transforms_active():
+            return False
+        if any(part is not None and requires_grad(part) for part in (*batch, weights)) or not self._trained():
+            return False
+        if _by_formulas(engine, model, inner, batch[0]):
+            return False
+        if engine.name == "loop" and len(support_x) > 1 and model is not self.model:  # not in turn, if swept
+            return False
+        size = _graph_size.graph_size(model, inner, split(batch[0], tasks)[0])
+        return size is not None and size >= _graph_size.LARGE
 
     def _chunked(self, size: int, batch: Sequence[Tensor], weights: Tensor | None) -> MetaOutput:
         return chunked_loss(self._tasks, batch, weights, size, self._trained())

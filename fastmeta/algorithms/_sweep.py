@@ -6,7 +6,7 @@ not meet, each task's Hessian-vector product is its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -19,9 +19,11 @@ from ..engines._steps import clipped, rates_at
 from ..engines.vmap import VmapEngine, buffers_per_task
 from ..functional import reverse_sweep
 from ..functional.known_gradients import with_gradients
+from ..functional.reverse_sweep import RandomState
+from ._graph_again import with_graph_again
 from .output import MetaOutput, detached, judged, weighted
 
-MEMORY = ("graph", "sweep")
+MEMORY = ("auto", "graph", "sweep")
 
 
 def swept(
@@ -33,9 +35,11 @@ def swept(
     *,
     every: int,
     of_loss: Sequence[Tensor],
+    again: Callable[[], MetaOutput] | None = None,
 ) -> MetaOutput:
     """What comes of tasks, without a graph but for the loss's: its gradients with respect to the model, the rates,
-    `of_loss` and whatever requires gradients in the batch and the weights are known. `every` as in `reverse_sweep`."""
+    `of_loss` and whatever requires gradients in the batch and the weights are known. `every` as in `reverse_sweep`.
+    `again` gives the same with a graph, for who wants more of it."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("memory='sweep' cannot run under transforms of torch.func: take memory='graph'")
     given: list[Tensor] = []
@@ -55,6 +59,7 @@ def swept(
     shared = [p for name, p in slow.items() if p.requires_grad and name not in names]
     shared += [p for p in of_loss if all(p is not other for other in shared)]
     output: MetaOutput | None = None
+    random = RandomState(sorted({p.device.index for p in slow.values() if p.is_cuda}))
 
     def support_loss(fast: list[Tensor], step: int) -> Tensor:
         buffers = buffers_per_task(model, tasks)
@@ -89,7 +94,20 @@ def swept(
     _, adjoint, of_also = loop.outer_gradient(query_loss, fast, also)
     found = loop.sweep(adjoint, also, of_also)
     of_slow = [g.sum(0) if reached else None for g, reached in zip(found.gradients, found.reached, strict=True)]
-    rates, of_rates = zip(*found.rate_gradients, strict=True) if found.rate_gradients else ((), ())
-    known = [*of_slow, *of_rates, *found.also_gradients]
-    receivers = [*(slow[name] for name in names), *rates, *shared, *given]
+    learned, of_learned = _of_learned_rates(inner, found.rate_gradients)
+    known = [*of_slow, *of_learned, *found.also_gradients]
+    receivers = [*(slow[name] for name in names), *learned, *shared, *given]
+    if again is not None:
+        return with_graph_again(output, known, receivers, again, random)
     return output._replace(loss=with_gradients(output.loss, known, receivers))
+
+
+def _of_learned_rates(
+    inner: InnerLoop, found: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+    """The loop's rates that are trained, and their gradients, from those of the steps' rates."""
+    if not found:
+        return [], []
+    learned = list({id(rate): rate for rate in inner.lr.values() if rate.requires_grad}.values())
+    of_steps, gradients = zip(*found, strict=True)
+    return learned, torch.autograd.grad(of_steps, learned, gradients, allow_unused=True)

@@ -46,7 +46,8 @@ class ANIL(RatedInnerLoop):
         first_order: drop the second derivatives.
         loss: as in `MAML`.
         task_chunk: at most this many tasks at a time, to bound memory; as in `MAML`.
-        memory, every: `"sweep"` finds the gradient without a graph over the steps; as in `MAML`.
+        memory, every: `"sweep"` finds the gradient without a graph over the steps, `"auto"` (default) where that would
+            be large; as in `MAML`.
 
     Raises:
         TypeError, ValueError: arguments out of range, no parameter that adapts (of those that require gradients, when
@@ -68,7 +69,7 @@ class ANIL(RatedInnerLoop):
         first_order: bool = False,
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
         task_chunk: int | None = None,
-        memory: str = "graph",
+        memory: str = "auto",
         every: int = 1,
     ):
         if not callable(adapts) and not (isinstance(adapts, str) and adapts in HEAD_OR_BODY):

@@ -38,7 +38,8 @@ class MetaSGD(LearnedRates):
         first_order: drop the second derivatives; the rates' own gradient stays.
         loss: as in `MAML`.
         task_chunk: at most this many tasks at a time, to bound memory; as in `MAML`.
-        memory, every: `"sweep"` finds the gradient without a graph over the steps; as in `MAML`.
+        memory, every: `"sweep"` finds the gradient without a graph over the steps, `"auto"` (default) where that would
+            be large; as in `MAML`.
 
     Multi-layer perceptrons run in the fused inner loops, other modules under `torch.func`.
 
@@ -59,7 +60,7 @@ class MetaSGD(LearnedRates):
         first_order: bool = False,
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
         task_chunk: int | None = None,
-        memory: str = "graph",
+        memory: str = "auto",
         every: int = 1,
     ):
         check_initialised(values.module("model", model), "MetaSGD")

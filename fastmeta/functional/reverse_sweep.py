@@ -76,7 +76,7 @@ class InnerLoop:
         self.clip, self.allow_unused, self.name = clip, allow_unused, name
         self.losses: list[Tensor] = []  # of each step, `[]`
         self._kept: list[_State] = []
-        self._random: list[_RandomState] = []
+        self._random: list[RandomState] = []
         self._reached: list[bool] = []
 
     def adapt(self, weights: Weights, *, sweep: bool = True) -> Weights:
@@ -91,7 +91,7 @@ class InnerLoop:
                     momenta_too = learned or self.every > 1
                     self._kept.append(state if momenta_too else state._replace(momenta=None))
                 if self.preserve_rng_state:
-                    self._random.append(_RandomState(devices))
+                    self._random.append(RandomState(devices))
             state, loss = self._step(state, step)
             self.losses.append(loss)
         return state.weights
@@ -212,7 +212,7 @@ class InnerLoop:
     @contextmanager
     def _random_numbers_as_before(self) -> Iterator[None]:
         """What runs again leaves the generators where they are."""
-        before = _RandomState(self._random[0].devices) if self._random else None
+        before = RandomState(self._random[0].devices) if self._random else None
         try:
             yield
         finally:
@@ -228,12 +228,16 @@ class InnerLoop:
         allowed = max(torch.finfo(t.dtype).eps for t in (pairs, *weights)) ** 0.5
         for step, (first, second) in zip(steps, pairs.tolist(), strict=True):
             if abs(first - second) > allowed * max(abs(first), abs(second), 0.01):
-                raise RuntimeError(
+                raise ChangedAgain(
                     f"{self.name} must give the same again when it is called again: in step {step} it was {first:.9g}, "
                     f"then {second:.9g}. The data must be fixed (draw and augment them before), buffers must not "
                     "change what it gives (spectral norm in train mode does), and random numbers must come from "
                     "torch's own generators" + ("" if self.preserve_rng_state else " with preserve_rng_state=True")
                 )
+
+
+class ChangedAgain(RuntimeError):
+    """An inner loss gave something else when it was called again."""
 
 
 class _State(NamedTuple):
@@ -243,7 +247,9 @@ class _State(NamedTuple):
     momenta: Weights | None  # none before the first step, and without momentum
 
 
-class _RandomState:
+class RandomState:
+    """Of torch's own generators, on the CPU and on those CUDA devices."""
+
     def __init__(self, devices: list[int]):
         self.devices = devices
         self.cpu = torch.get_rng_state()
