@@ -82,15 +82,6 @@ STABLE_TORCH_LIBRARY(fastmeta_native, m) {
       "Tensor rates, Tensor[] element_rates, int loss, int activation, float delta, float momentum, "
       "float weight_decay, bool first_order, Tensor scale, int needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor[])");
-  m.def(
-      "task_conv2d(Tensor x, Tensor weight, Tensor[] bias, int stride_h, int stride_w, int pad_h, int pad_w, "
-      "int dilation_h, int dilation_w, int groups) -> Tensor");
-  m.def(
-      "task_conv2d_bwd_data(Tensor grad, Tensor weight, int height, int width, int stride_h, int stride_w, int pad_h, "
-      "int pad_w, int dilation_h, int dilation_w, int groups) -> Tensor");
-  m.def(
-      "task_conv2d_bwd_weight(Tensor grad, Tensor x, int kernel_h, int kernel_w, int stride_h, int stride_w, "
-      "int pad_h, int pad_w, int dilation_h, int dilation_w, int groups) -> Tensor");
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C() {
