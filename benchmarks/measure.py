@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 Contender = Callable[[], object]
+LONG = 0.5  # seconds of a call in which threads and caches come back by themselves
 
 
 def synchronize(results: object = None) -> None:
@@ -47,30 +48,38 @@ def _tensors(value) -> list[torch.Tensor]:
     return [t for item in value for t in _tensors(item)]
 
 
-def interleaved(contenders: dict[str, Contender], seconds: float = 4.0, seed: int = 0) -> dict[str, list[float]]:
-    """Seconds per call of each contender, one figure a round, in a new random order each round.
+def interleaved(
+    contenders: dict[str, Contender], seconds: float = 4.0, seed: int = 0, rounds: int = 5
+) -> dict[str, list[float]]:
+    """Seconds per call of each contender, one figure a round of at least `rounds`, in a new random order each round.
 
     A contender quicker than 5 ms runs several times a round, and the figure is the mean of those. Half as many calls
     before the clock starts bring threads and caches back from what ran before (one alone does not, after a contender
-    that fills hundreds of megabytes): what is timed is a training loop's next step.
+    that fills hundreds of megabytes): what is timed is a training loop's next step. Where every contender takes long
+    there is no such call.
     """
-    repeats = {}
+    once = {}
     for name, run in contenders.items():
         run()
-        once = _time(run, 3)
-        repeats[name] = max(1, min(100, int(5e-3 / max(once, 1e-9))))
+        once[name] = _time(run, 1, warm=False)
+    warm = min(once.values()) < LONG
+    repeats = {}
+    for name, run in contenders.items():
+        seconds_a_call = once[name] if once[name] > 0.05 else _time(run, 3)
+        repeats[name] = max(1, min(100, int(5e-3 / max(seconds_a_call, 1e-9))))
     order, shuffle = list(contenders), random.Random(seed).shuffle
     times: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[order[0]]) < 5:
+    while time.perf_counter() < end or len(times[order[0]]) < rounds:
         shuffle(order)
         for name in order:
-            times[name].append(_time(contenders[name], repeats[name]))
+            times[name].append(_time(contenders[name], repeats[name], warm))
     return times
 
 
-def _time(run: Contender, repeats: int) -> float:
-    for _ in range(1 + repeats // 2):
+def _time(run: Contender, repeats: int, warm: bool = True) -> float:
+    results = None
+    for _ in range(1 + repeats // 2 if warm else 0):
         results = run()
     synchronize(results)
     start = time.perf_counter()

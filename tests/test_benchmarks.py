@@ -1,17 +1,31 @@
 """The benchmark suite runs, compares equal work, and reports; its figures mean nothing here."""
 
+import dataclasses
 import json
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from conftest import DEVICE
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
 from benchmarks import counts, measure, roofline, suite
+from benchmarks.conv import __main__ as conv_command
+from benchmarks.conv import memory as conv_memory
+from benchmarks.conv import problem as conv_problem
+from benchmarks.conv import report as conv_report
+from benchmarks.conv import rows as conv_rows
+from benchmarks.conv import run as conv_run
 from fastmeta import MAML
-from fastmeta.dispatch.spec import Make
+from fastmeta.dispatch.spec import REGISTRY, Make
 
 
 def test_unlike_work_is_refused():
@@ -118,9 +132,7 @@ def test_who_beats_a_bound_shows_its_error():
     assert case["below_bound"] == [] and "Error" not in command.markdown(report)
 
 
-def test_report(tmp_path, monkeypatch):
-    import typer
-
+def test_report(tmp_path):
     app = typer.Typer()
     app.command()(command.main)
     result = CliRunner().invoke(
@@ -132,3 +144,132 @@ def test_report(tmp_path, monkeypatch):
     assert set(case["contenders"]) == {"fastmeta", "baddbmm chain"}
     assert case["ratios"]["baddbmm chain"] > 0 and case["bound"]["ms"] > 0
     assert "| functional_mlp fwd T1000-B20-1x40x40x1 | fastmeta |" in (tmp_path / "suite.md").read_text()
+
+
+# convolutional inner loops ----------------------------------------------------------------------------------------
+ROWS_OF_CONV = ("conv4-84-k5-t4", "resnet12-first-order", "protonet", "sensors")
+
+
+def test_convolutional_rows(tmp_path):
+    """Four rows at tiny sizes, every peer that needs no compiler; their gradients are compared in float64."""
+    app = typer.Typer()
+    app.command()(conv_command.main)
+    rows = [word for row in ROWS_OF_CONV for word in ("--rows", row)]
+    options = ["--small", "--seconds", "0.01", "--without", "JAX", "--without", "compile", "--device", DEVICE]
+    result = CliRunner().invoke(app, [*rows, *options, "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    found = {row["key"]: row for row in json.loads((tmp_path / "conv.json").read_text())["rows"]}
+    assert tuple(found) == ROWS_OF_CONV
+    images = found["conv4-84-k5-t4"]
+    assert {"grouped convolution", "unfold + bmm", "torch.func vmap of the forward"} <= set(images["contenders"])
+    assert images["skipped"]["JAX jit, vmap"] == "left out" and images["supervised"]["bar"] == 1.7
+    assert images["peer"]["met"] == (images["peer"]["ratio"] >= 1.8)
+    assert "supervised" not in found["protonet"] and found["sensors"]["peer"]["name"] == "task loop"
+    text = (tmp_path / "conv.md").read_text()
+    assert all(row["title"] in text for row in found.values())
+
+
+def of_wrong(build):
+    """As `build`, but for the last number of the last gradient."""
+
+    def wrong(problem):
+        def run():
+            *others, last = build(problem)()
+            return [*others, last + torch.eye(1, last.numel(), dtype=last.dtype, device=last.device).view(last.shape)]
+
+        return run
+
+    return wrong
+
+
+def test_wrong_gradients_are_not_timed(monkeypatch):
+    row = conv_rows.ROWS["sensors"]
+    loop = row.peers["task loop"]
+    peers = {"task loop": loop, "wrong": of_wrong(loop), "right": loop}
+    options = dict(device=DEVICE, dtype=torch.float32, seconds=0.0, small=True, without=lambda name: False)
+    monkeypatch.setitem(conv_rows.ROWS, "sensors", dataclasses.replace(row, peers=peers))
+    found = conv_run.run_row("sensors", **options)
+    assert list(found["skipped"]) == ["wrong"] and "differs from task loop" in found["skipped"]["wrong"]
+    assert "right" in found["contenders"]
+    monkeypatch.setitem(conv_rows.ROWS, "sensors", dataclasses.replace(row, ours=of_wrong(row.ours)))
+    with pytest.raises(AssertionError, match="fastmeta, result 13 differs"):
+        conv_run.run_row("sensors", **options)
+
+
+def test_convolutions_in_jax_are_equal():
+    pytest.importorskip("jax")
+    whole = conv_problem.conv4(Make(torch.float64), True, shots=1, steps=1, tasks=2)
+    block, head = whole.model[:4], torch.nn.Linear(6 * 8 * 8, 5, dtype=torch.float64)  # XLA compiles four for long
+    one = dataclasses.replace(whole, model=torch.nn.Sequential(*block, torch.nn.Flatten(), head))
+    loop = conv_rows.LOOPS["task loop, contiguous"]
+    measure.check_equal({"loop": loop(one), "JAX": conv_rows._jax(one, mapped=True)}, 1e-9)
+
+
+def test_peak_memory_of_convolutions(monkeypatch):
+    """The runs that stand in processes of their own otherwise."""
+
+    def here(command, **_):
+        name, steps, *rest = command[3:]
+        megabytes = conv_memory.measure(name, min(int(steps), 6), rest == ["small"])
+        return SimpleNamespace(stdout=json.dumps(max(megabytes, 0.0)))
+
+    monkeypatch.setattr(conv_memory.subprocess, "run", here)
+    found = conv_memory.report(small=True)
+    assert [(run["contender"], run["steps"]) for run in found["runs"]] == list(conv_memory.RUNS)
+    assert conv_report.memory(found)[0].startswith("Conv4-64 28x28x1 1-shot T4: peak memory is ")
+
+
+def row_of(key, ours, peer):
+    times = {"fastmeta": {"median_ms": ours}, "loop": {"median_ms": peer}}
+    against = {"name": "loop", "ratio": peer / ours, "bar": 1.5, "met": peer / ours >= 1.5}
+    return {"key": key, "title": f"row {key}", "dtype": "float32", "small": False, "engine": None, "contenders": times,
+            "one_call_ms": {}, "skipped": {"slow": "why | not"}, "peer": against}  # fmt: skip
+
+
+def test_page_of_convolutions(tmp_path, monkeypatch):
+    head = {"date": "", "command": "", "machine": roofline.machine()}
+    before = {**head, "rows": [row_of("a", 9.0, 9.0), row_of("b", 2.0, 1.0)], "memory": None}
+    now = conv_report.merged({**head, "rows": [row_of("a", 1.0, 2.0)]}, before)
+    assert [row["key"] for row in now["rows"]] == ["a", "b"] and now["rows"][0]["peer"]["met"]
+    elsewhere = conv_report.merged({**head, "machine": {}, "rows": []}, before)
+    assert elsewhere["rows"] == []
+    page = tmp_path / "conv.md"
+    page.write_text(f"above\n{conv_report.BEGIN}\nold\n{conv_report.END}\nbelow\n")
+    monkeypatch.setattr(conv_report, "PAGE", page)
+    conv_report.write_page(now)
+    text = page.read_text()
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert "| row a | 1.0 | loop | 2.00 (>= 1.5) |  |  |" in text
+    assert "| row b | 2.0 | loop | 0.50 (MISSED >= 1.5) |  |  |" in text
+    assert "- row b: loop, 2.00 times as fast as fastmeta." in text and "| slow |  | why / not |" in text
+
+
+# what runs on a GPU -----------------------------------------------------------------------------------------------
+GPU_CHECK = Path(__file__).parent.parent / "benchmarks" / "gpu_check.sh"
+
+
+def dry_run(steps):
+    """Status, and by step the words of its command."""
+    environment = {**os.environ, "DRY": "1", "STEPS": steps, "OUT": "folder of results", "PYTHON": "python"}
+    done = subprocess.run(["bash", GPU_CHECK], env=environment, capture_output=True, text=True)
+    lines = (line.removeprefix("== ").split(": ", 1) for line in done.stdout.splitlines())
+    return done.returncode, {name: shlex.split(command) for name, command in lines}
+
+
+def test_steps_of_the_gpu_check():
+    status, steps = dry_run("")
+    assert status == 0
+    assert {name.split("-")[0] for name in steps} == {"build", "info", "tests", "sanitizer", "benchmarks", "conv"}
+    assert dry_run("build convv") == (2, {})
+    status, steps = dry_run("build conv")
+    assert status == 0 and list(steps) == ["build", "conv-tests", "conv-benchmarks"]
+    ops = re.search(r"\((.*?)\) and \(cuda or triton\)", steps["conv-tests"][-1])[1].split(" or ")
+    chosen = {name for name in REGISTRY if any(part in name for part in ops)}
+    family = "task_conv2d", "norm_moments", "norm_act_pool"
+    assert chosen == {name for name in REGISTRY if name.startswith(family)} and len(chosen) == 7
+    entry = typer.Typer()
+    entry.command()(conv_command.main)
+    assert steps["conv-benchmarks"][:3] == ["python", "-m", "benchmarks.conv"]
+    given = typer.main.get_command(entry).make_context("conv", steps["conv-benchmarks"][3:]).params
+    assert given["dtype"] == ["float32", "bfloat16"] and set(given["rows"]) <= set(conv_command.NAMES)
+    assert str(given["out"]) == "folder of results"

@@ -13,6 +13,7 @@ from benchmarks import __main__ as benchmarks_command
 from benchmarks import memory as memory_command
 from benchmarks import modules as modules_command
 from benchmarks import sampler as sampler_command
+from benchmarks.conv import __main__ as conv_command
 from fastmeta import tasks
 from fastmeta.cli.main import app
 from fastmeta.tasks import glyphs
@@ -56,6 +57,7 @@ def single(function):
 MODULES = {
     "fastmeta": app,
     "benchmarks": single(benchmarks_command.main),
+    "benchmarks.conv": single(conv_command.main),
     "benchmarks.memory": single(memory_command.main),
     "benchmarks.modules": single(modules_command.main),
     "benchmarks.sampler": single(sampler_command.main),

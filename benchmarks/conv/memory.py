@@ -1,0 +1,59 @@
+"""Peak memory of a meta-gradient of Conv4-64 with four tasks, ours and that of the loop's graph, each in a process of
+its own: `python -m benchmarks.conv.memory CONTENDER STEPS`."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.memory import resident
+from fastmeta.dispatch.spec import Make
+
+from . import peers, problem, rows
+
+# our peak over the loop's graph, and over our own of fewer steps
+THIRD, FLAT = 1 / 3, 1.3
+LOOP = "task loop, losses summed"
+RUNS = (("fastmeta", 5), ("fastmeta", 20), (LOOP, 5), ("task loop, a gradient each", 5))
+
+
+def measure(contender: str, steps: int, small: bool) -> float:
+    """Megabytes of resident memory beyond what this process had before the call."""
+    whole = problem.conv4(Make(torch.float32), small, shots=1, steps=steps, tasks=4)
+    loop = dict(memory_format=torch.channels_last, summed=contender == LOOP)
+    run = rows.backward_of(rows.maml(whole), whole.batch) if contender == "fastmeta" else peers.loop(whole, **loop)
+    run()  # loads libraries, starts threads, and picks an engine
+    gc.collect()
+    whole.model.zero_grad()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, or it would not count again
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+def report(small: bool) -> dict:
+    """Every run, and whether the bars are met."""
+    found = {}
+    for contender, steps in RUNS:
+        command = [sys.executable, "-m", "benchmarks.conv.memory", contender, str(steps), *["small"] * small]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[contender, steps] = json.loads(told.splitlines()[-1])
+    ours = found["fastmeta", 5]
+    graph, longer = ours / max(found[LOOP, 5], 1e-9), found["fastmeta", 20] / max(ours, 1e-9)
+    return {
+        "title": "Conv4-64 28x28x1 1-shot T4",
+        "runs": [{"contender": name, "steps": k, "megabytes": mb} for (name, k), mb in found.items()],
+        "of_the_loops_graph": {"ratio": graph, "bar": THIRD, "met": graph <= THIRD},
+        "k20_of_k5": {"ratio": longer, "bar": FLAT, "met": longer <= FLAT},
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), sys.argv[3:] == ["small"])))
