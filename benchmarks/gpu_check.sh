@@ -48,9 +48,9 @@ for tool in memcheck racecheck; do
         "$PYTHON" -m pytest tests/test_ops.py -k "test_value and cuda-float32 and (T3 or T2)"
 done
 step benchmarks "$PYTHON" -m benchmarks --device cuda --out "$OUT" --label gpu
-step conv-tests "$PYTHON" -m pytest --numprocesses "$WORKERS" --tb short --junitxml "$OUT/conv-tests.xml" \
+step conv-tests timeout 150 "$PYTHON" -m pytest --numprocesses "$WORKERS" --tb short --junitxml "$OUT/conv-tests.xml" \
     tests/test_ops.py -k "(task_conv2d or norm_moments or norm_act_pool) and (cuda or triton)"
-step conv-benchmarks "$PYTHON" -m benchmarks.conv --device cuda --dtype float32 --dtype bfloat16 --seconds 1 \
+step conv-benchmarks timeout 180 "$PYTHON" -m benchmarks.conv --device cuda --dtype float32 --dtype bfloat16 --seconds 1 \
     --without JAX --without compile --rows conv4-1shot-k1-t4 --rows conv4-1shot-k5-t4 --rows conv4-1shot-k5-t16 \
     --rows conv4-84-k5-t4 --rows resnet12-second-order --rows protonet --rows sensors --out "$OUT"
 [ -z "$DRY" ] || exit 0

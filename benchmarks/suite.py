@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -13,23 +12,11 @@ import torch.nn.functional as F
 import fastmeta.nn
 from benchmarks import contenders as peers
 from benchmarks import counts
+from benchmarks.case import Case
+from benchmarks.conv import ops as convolutional
 from benchmarks.measure import Contender
 from fastmeta import MAML, ProtoNet, TaskBatch, functional
 from fastmeta.dispatch.spec import REGISTRY, Make
-
-
-@dataclass(frozen=True)
-class Case:
-    """One workload: `bars` gives for each peer the ratio of medians (peer over ours) to reach."""
-
-    name: str
-    contenders: dict[str, Contender]
-    flops: float  # the least that an exact answer takes (benchmarks/counts.py)
-    bytes: float
-    bars: dict[str, float] = field(default_factory=dict)
-    # other work in the same run, not compared for equal results, and how often its time ours may be at most
-    yardsticks: dict[str, Contender] = field(default_factory=dict)
-    at_most: dict[str, float] = field(default_factory=dict)
 
 
 def compiled(function: Callable) -> Callable:
@@ -404,6 +391,8 @@ GROUPS: dict[str, Callable[[Make], Iterator[Case]]] = {
     "fast_weight_update": updates,
     "functional_mlp": mlps,
     "task_weights": task_weights,
+    "task_conv2d": convolutional.convolutions,
+    "norm_act_pool": convolutional.blocks,
     "maml": mamls,
     "maml_module": modules,
     "maml_conv": convolutions,

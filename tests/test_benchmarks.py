@@ -33,10 +33,13 @@ def test_unlike_work_is_refused():
         measure.check_equal({"a": lambda: torch.ones(3), "b": lambda: torch.zeros(3)})
 
 
-@pytest.mark.parametrize("group", ["functional_mlp", "protonet", "task_weights", "maml"])
+@pytest.mark.parametrize(
+    "group", ["functional_mlp", "protonet", "task_weights", "maml", "task_conv2d", "norm_act_pool"]
+)
 def test_contenders_of_a_group_agree(group):
     for case in suite.GROUPS[group](Make(torch.float32, DEVICE)):
-        if "T1000" not in case.name:  # the loop over a thousand tasks takes too long here
+        # a loop over a thousand tasks takes too long here, and so do products of large convolutions
+        if not any(size in case.name for size in ("T1000", "B75-14x14", "B75-42x42", "B75-28x28x64")):
             measure.check_equal(case.contenders)
 
 
@@ -269,7 +272,7 @@ def test_steps_of_the_gpu_check():
     assert chosen == {name for name in REGISTRY if name.startswith(family)} and len(chosen) == 7
     entry = typer.Typer()
     entry.command()(conv_command.main)
-    assert steps["conv-benchmarks"][:3] == ["python", "-m", "benchmarks.conv"]
-    given = typer.main.get_command(entry).make_context("conv", steps["conv-benchmarks"][3:]).params
+    assert steps["conv-benchmarks"][2:5] == ["python", "-m", "benchmarks.conv"]
+    given = typer.main.get_command(entry).make_context("conv", steps["conv-benchmarks"][5:]).params
     assert given["dtype"] == ["float32", "bfloat16"] and set(given["rows"]) <= set(conv_command.NAMES)
     assert str(given["out"]) == "folder of results"

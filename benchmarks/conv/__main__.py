@@ -50,6 +50,16 @@ def main(
     def left_out(name: str) -> bool:
         return any(part in name for part in without or ())
 
+    before = json.loads((out / "conv.json").read_text()) if out and (out / "conv.json").exists() else None
+
+    def write() -> dict:  # after every row: a run that is stopped leaves what it has
+        whole = report.merged(found, before)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "conv.json").write_text(json.dumps(whole, indent=1) + "\n")
+            (out / "conv.md").write_text(report.markdown(whole))
+        return whole
+
     for kind in dtype or ["float32"]:
         for key in rows or NAMES:
             if key == "memory":
@@ -60,6 +70,7 @@ def main(
             found["rows"].append(row)
             for line in report.everybody(row):
                 console.print("   ", *line, highlight=False)
+            write()
     if "memory" in (rows or NAMES) and device == "cpu":
         found["memory"] = memory.report(small)
         console.print(*report.memory(found["memory"]), sep="\n", highlight=False)
@@ -67,14 +78,9 @@ def main(
     for row, (_, *line) in zip(found["rows"], report.summary(found["rows"]), strict=True):
         table.add_row(row["key"], *line)
     console.print(table)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        file = out / "conv.json"
-        found = report.merged(found, json.loads(file.read_text()) if file.exists() else None)
-        file.write_text(json.dumps(found, indent=1) + "\n")
-        (out / "conv.md").write_text(report.markdown(found))
+    whole = write()
     if page:
-        report.write_page(found)
+        report.write_page(whole)
 
 
 if __name__ == "__main__":
