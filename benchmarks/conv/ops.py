@@ -14,7 +14,6 @@ from benchmarks.case import Case
 from benchmarks.measure import Contender
 from fastmeta.dispatch.spec import REGISTRY, Make
 
-
 Forward = Callable[[], Tensor | list[Tensor]]  # of all tasks, or a list of each task's: a loop need not stack
 
 
