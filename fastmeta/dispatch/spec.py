@@ -66,6 +66,7 @@ class OpSpec:
     source: str = ""
     backends: tuple[str, ...] = ("cuda", "cpp", "triton", "reference")  # those that have it
     exact_at_ties: bool = True
+    may_share: tuple[str, ...] = ()  # arguments that mapped tasks may share, kept with a leading 1
     ranks: tuple[tuple[str, int], ...] = ()  # dimensions of lists that may come without the task dimension
 
     family: str = ""  # the file that it stands in, where that is not its name

@@ -66,7 +66,7 @@ def _fold_and_call(call: Callable, spec: OpSpec, batch: int, in_dims: Args, args
 
     def fold(tensor, dim, keep_shared):
         if dim is None:
-            if tensor.shape[0] == 1 and keep_shared and tasks != 1:
+            if tensor.shape[0] == 1 and keep_shared:
                 return tensor  # shared by all tasks of all elements
             tensor = tensor.expand(batch, *tensor.shape)
         if tensor.shape[1] != tasks:
@@ -80,8 +80,10 @@ def _fold_and_call(call: Callable, spec: OpSpec, batch: int, in_dims: Args, args
             folded.append(arg)
             continue
         pairs = [next(it) for _ in as_list(arg)]
-        # a gradient summed over tasks must not be summed over the mapped dimension: such inputs are never left shared
-        values = [fold(t, dim, name not in spec.gradient_of) for t, dim in pairs]
+        # a gradient summed over tasks must not be summed over the mapped dimension: such inputs are never left shared;
+        # of one task a leading 1 does not tell whether the op lets tasks share it
+        keep_shared = name not in spec.gradient_of and (tasks != 1 or name in spec.may_share)
+        values = [fold(t, dim, keep_shared) for t, dim in pairs]
         shared_sizes[name] = [t.shape[0 if dim is None else 1] for t, dim in pairs]
         folded.append(values if is_list(arg) else values[0])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -76,18 +78,41 @@ def norm_act_pool(
         checks.same_kind("x", x, **dict(zip(_names(weight, bias), affine, strict=True)))
         checks.remember(key)
     weight, bias = [affine.pop(0)] if weight is not None else [], affine
-    flat = x.dim() == 4
-    pixels = (x.unsqueeze(3) if flat else x).movedim(2, -1).contiguous()  # once, and not in every kernel
-    kind, groups = _of_op(norm, groups, running, x.shape[2])
-    moments = _moments(pixels, kind, groups, running)
-    tasks = leading_size([x, *weight, *bias, *moments])
-    pixels, moments = _expanded(pixels, tasks), [_expanded(m, tasks) for m in moments]
-    slope = slope if activation == "leaky_relu" else 0.0
-    activation = "relu" if activation == "leaky_relu" else activation
-    y = _norm_act_pool.SPEC(pixels, weight, bias, moments, kind, groups, float(eps), activation, float(slope), pool)
-    y = y.movedim(-1, 2)
-    y = y.squeeze(3) if flat else y
-    return (y, (moments[0].squeeze(1), moments[1].squeeze(1))) if return_moments else y
+    block = Block.of(x, weight, bias, norm, groups, running, eps)
+    y = block(activation, slope, pool)
+    return (y, (block.moments[0].squeeze(1), block.moments[1].squeeze(1))) if return_moments else y
+
+
+class Block(NamedTuple):
+    """A norm whose statistics are known: called with what follows, it runs. Nothing of it is checked."""
+
+    pixels: Tensor  # `[T, B, H, W, C]`
+    weight: list[Tensor]
+    bias: list[Tensor]
+    moments: list[Tensor]
+    norm: str
+    groups: int
+    eps: float
+    sequence: bool
+
+    @classmethod
+    def of(cls, x: Tensor, weight: list[Tensor], bias: list[Tensor], norm: str, groups: int, running, eps: float):
+        sequence = x.dim() == 4
+        pixels = (x.unsqueeze(3) if sequence else x).movedim(2, -1).contiguous()  # once, and not in every kernel
+        kind, groups = _of_op(norm, groups, running, x.shape[2])
+        moments = _moments(pixels, kind, groups, running)
+        tasks = leading_size([x, *weight, *bias, *moments])
+        moments = [_expanded(m, tasks) for m in moments]
+        return cls(_expanded(pixels, tasks), weight, bias, moments, kind, groups, float(eps), sequence)
+
+    def __call__(self, activation: str, slope: float, pool: str) -> Tensor:
+        if activation == "leaky_relu":
+            activation, slope = "relu", float(slope)
+        else:
+            slope = 0.0
+        *args, sequence = self
+        y = _norm_act_pool.SPEC(*args, activation, slope, pool).movedim(-1, 2)
+        return y.squeeze(3) if sequence else y
 
 
 def _of_op(norm: str, groups: int, running, channels: int) -> tuple[str, int]:

@@ -119,6 +119,7 @@ SPEC = register(
         samples=samples,
         workloads=workloads,
         autocast="lower",
+        may_share=("x", "weights", "biases"),
         source="Finn et al. 2017, the learner f_theta",
     )
 )

@@ -226,6 +226,7 @@ SPEC = register(
         samples=samples,
         workloads=workloads,
         autocast="widest",
+        may_share=("weight", "bias"),
         source="Ioffe and Szegedy 2015, algorithm 1; Wu and He 2018",
         backends=("reference",),
     )

@@ -253,6 +253,7 @@ SPEC = register(
         samples=samples,
         workloads=workloads,
         autocast="lower",
+        may_share=("x", "weight", "bias"),
         backends=("cpp", "reference"),
     )
 )
@@ -268,6 +269,7 @@ DATA = register(
         backward=data_backward,
         samples=data_samples,
         workloads=data_workloads,
+        may_share=("grad", "weight"),
         backends=("cpp", "reference"),
     )
 )
@@ -283,6 +285,7 @@ WEIGHT = register(
         backward=weight_backward,
         samples=weight_samples,
         workloads=weight_workloads,
+        may_share=("grad", "x"),
         backends=("cpp", "reference"),
     )
 )
