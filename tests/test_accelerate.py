@@ -69,6 +69,10 @@ NETS = {
         nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(4, 3, 3, padding=1), nn.BatchNorm2d(3, affine=False, track_running_stats=False), nn.LeakyReLU(0.2),
     ),
+    "pool first": lambda: sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, track_running_stats=False), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.MaxPool2d(2), nn.GELU(),
+    ),
     "eval": lambda: sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.MaxPool2d(2)).eval(),
     "instance": lambda: sequential(
         nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.AvgPool2d(2), nn.Conv2d(4, 2, 1), nn.GroupNorm(1, 2)
@@ -177,6 +181,9 @@ def test_norm_activation_and_pool_are_one_block(ran):
     vmap(grad(loss_of(accelerate(model))), (None, 0, 0))(weights, x, y)
     assert ran("norm_act_pool_bwd") == ran("norm_moments") == 2, "one for each of two blocks"
     assert ran("norm_act_pool") == 3 + 2, "the first with activation and pool, the second with an activation"
+    model, weights, x, y = net("pool first")
+    vmap(grad(loss_of(accelerate(model))), (None, 0, 0))(weights, x, y)
+    assert ran("norm_act_pool") == 5 + 3 + 2, "a GELU stays behind its pool"
 
 
 def test_shared_weights_stay_one_dense_convolution(monkeypatch):

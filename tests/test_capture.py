@@ -1,4 +1,4 @@
-"""`capture`: what it does with CUDA graphs, on a stand-in for them that records what torch runs, and plainly on a CPU."""
+"""`capture`: what it does with CUDA graphs, on a stand-in for them that records what torch runs; and on a CPU."""
 
 import sys
 
@@ -157,13 +157,14 @@ def test_on_the_cpu_it_runs_as_it_is():
 
 
 def test_wrong_arguments():
+    x, gradient = torch.ones(2), torch.ones(2, requires_grad=True)
     for wrong, error, text in (
         (lambda: capture(3), TypeError, "step must be a function, got 3"),
         (lambda: capture(len, warmup=0), ValueError, "warmup must be at least 1, got 0"),
-        (lambda: capture(lambda x: x)(torch.ones(2, requires_grad=True)), ValueError, r"\[0\]\[0\] requires a gradient"),
-        (lambda: capture(lambda *x: x)(torch.ones(2), torch.ones(2, device="meta")), ValueError, "got cpu, meta"),
+        (lambda: capture(lambda x: x)(gradient), ValueError, r"\[0\]\[0\] requires a gradient"),
+        (lambda: capture(lambda *x: x)(x, x.to("meta")), ValueError, "got cpu, meta"),
         (lambda: capture(lambda x: x)(object()), TypeError, "step's arguments"),
-        (lambda: capture(lambda x: object())(torch.ones(2)), TypeError, "what step returns"),
+        (lambda: capture(lambda x: object())(x), TypeError, "what step returns"),
     ):
         with pytest.raises(error, match=text):
             wrong()

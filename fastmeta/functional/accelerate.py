@@ -32,8 +32,8 @@ def accelerate(model_or_function: Target) -> Target:
 
     Answered are `F.conv1d` and `F.conv2d`; `F.batch_norm` (with statistics of its rows, or running ones in eval mode),
     `F.instance_norm`, `F.group_norm`; and, in one pass with such a norm directly before them, `F.relu`, `leaky_relu`,
-    `gelu`, `silu` (not in place), then a 2x2 max or average pool. All else goes to torch untouched, and so does
-    everything outside of transforms, in forward mode (`jvp`) and under `torch.compile`.
+    `gelu`, `silu` (not in place), then a 2x2 max or average pool; or a max pool first, then a ReLU. All else goes to
+    torch untouched, and so does everything outside of transforms, in forward mode (`jvp`) and under `torch.compile`.
 
     Only this call is concerned: nothing is patched, other threads and other models notice nothing.
 
@@ -125,10 +125,14 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class _Result:
-    """A tensor, and the norm and activation that made it, for what may follow."""
+    """A tensor, and the block that made it, for what may follow: a norm, and how it goes on."""
 
-    def __init__(self, tensor: Tensor, block: Block | None = None, activation: dict[str, Any] | None = None):
-        self.tensor, self.block, self.activation = tensor, block, activation
+    def __init__(self, tensor: Tensor, block: Block | None = None, activation=("identity", 0.0), pool: str = "none"):
+        self.tensor, self.block, self.activation, self.pool = tensor, block, activation, pool
+
+    @classmethod
+    def of(cls, block: Block, activation: tuple[str, float] = ("identity", 0.0), pool: str = "none") -> _Result:
+        return cls(block(*activation, pool).squeeze(0), block, activation, pool)
 
     def goes_on(self, args: tuple) -> bool:
         """Whether a call is given what a norm has made."""
@@ -183,28 +187,29 @@ def _norm(func, last, args, kwargs) -> _Result | None:
     weight, bias = ([] if t is None else [t.unsqueeze(0)] for t in affine)
     running = running and [t.unsqueeze(0) for t in running]
     block = Block.of(x.unsqueeze(0), weight, bias, norm, groups, running, asked["eps"])
-    return _Result(block("identity", 0.0, "none").squeeze(0), block)
+    return _Result.of(block)
 
 
 def _activation(func, last, args, kwargs) -> _Result | None:
-    if last is None or last.activation is not None or not last.goes_on(args):
+    if last is None or not last.goes_on(args) or last.activation[0] != "identity":
         return None
     asked = torch_calls.ACTIVATIONS[func](*args, **kwargs)
     if asked is None:
         return None
-    y = last.block(asked["activation"], asked.get("slope", 0.0), "none")
-    return _Result(y.squeeze(0), last.block, asked)
+    # behind a pool of the largest, what rises with its input may as well stand before it
+    rises = asked["activation"] in ("relu", "leaky_relu")
+    if last.pool == "average" or last.pool == "max" and not rises:
+        return None
+    return _Result.of(last.block, (asked["activation"], asked.get("slope", 0.0)), last.pool)
 
 
 def _pool(func, last, args, kwargs) -> _Result | None:
-    if last is None or not last.goes_on(args) or last.tensor.dim() != 4 or min(last.tensor.shape[2:]) < 2:
+    if last is None or not last.goes_on(args) or last.pool != "none":
         return None
     asked = torch_calls.POOLS[func](*args, **kwargs)
-    if asked is None:
+    if asked is None or last.tensor.dim() != 4 or min(last.tensor.shape[2:]) < 2:
         return None
-    activation = last.activation or {"activation": "identity"}
-    y = last.block(activation["activation"], activation.get("slope", 0.0), asked["pool"])
-    return _Result(y.squeeze(0))
+    return _Result.of(last.block, last.activation, asked["pool"])
 
 
 _ANSWERS = {

@@ -30,15 +30,15 @@ def capture(step: Callable[..., Any], *, warmup: int = 3) -> Callable[..., Any]:
         ...     return loss
 
     For each kind of inputs (structure, shapes, dtypes, devices; with gradients on or off) the first `warmup` calls run
-    as they are, on a stream of their own; the next is recorded, and it and all later ones replay the recording on copies
-    of their inputs. Every call is one step: the parameters are those that as many plain calls give. On the CPU `step`
-    runs as it is.
+    as they are, on a stream of their own; the next is recorded, and it and all later ones replay the recording on
+    copies of their inputs. Every call is one step: the parameters are those that as many plain calls give. On the CPU
+    `step` runs as it is.
 
     What holds for every CUDA graph: Python runs no more. So the step must not ask for a number (`.item()`, printing,
     `if` on a tensor), use only tensors that stay where they are (parameters are updated in place; the optimiser needs
     `capturable=True` where it has that), and take what changes as an input or from a tensor that is written into: a
     learning rate that is a Python number stays as recorded, and so do `train()` and `eval()`. Labels are checked in the
-    calls before the recording, not in replays. Tests run it on a stand-in for CUDA graphs: it has not been seen on a GPU.
+    calls before the recording, not in replays. Tests run it on a stand-in for CUDA graphs: no GPU has seen it yet.
 
     Args:
         step: takes tensors, or tuples, lists, dicts, named tuples (a `TaskBatch`) of them, none of which requires a
@@ -103,8 +103,8 @@ class Captured:
         if len(self.recordings) >= _MOST_KINDS:
             if key not in self._seen:
                 warnings.warn(
-                    f"step has been recorded for {_MOST_KINDS} kinds of inputs; further ones run as they are. Batches of "
-                    "equal sizes need one",
+                    f"step has been recorded for {_MOST_KINDS} kinds of inputs; further ones run as they are. Batches "
+                    "of equal sizes need one recording",
                     stacklevel=3,
                 )
             self._seen[key] = 0
@@ -130,10 +130,10 @@ class Captured:
                 outputs, made = _outputs(self.step(*args, **kwargs))
         except RuntimeError as error:
             raise RuntimeError(
-                f"step cannot be recorded as a CUDA graph: {str(error).splitlines()[0]}. While it is recorded nothing may "
-                "wait for the GPU: no .item(), .tolist(), .cpu(), no `if` or print of a tensor, no masks or labels that "
-                "decide how much is computed; and optimisers that have capturable= need it True. Without capture() the "
-                "step runs as it is"
+                f"step cannot be recorded as a CUDA graph: {str(error).splitlines()[0]}. While it is recorded nothing "
+                "may wait for the GPU: no .item(), .tolist(), .cpu(), no `if` or print of a tensor, no masks or labels "
+                "that decide how much is computed; and optimisers that have capturable= need it True. Without "
+                "capture() the step runs as it is"
             ) from error
         return _Recording(graph, inputs, outputs, made)
 
