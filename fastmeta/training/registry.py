@@ -80,8 +80,8 @@ def classifier(config: Settings, tasks: TaskSource) -> nn.Module:
     size, channels = _size(tasks)
     if config.model == "conv4":
         # Batch statistics in eval mode too: adaptation never updates running ones.
-        body = conv4(channels, config.hidden[0], track_running_stats=False)
-        return nn.Sequential(*body, nn.Linear(features(body, tasks), tasks.output_size))
+        shape = {"num_classes": tasks.output_size, "image_size": tuple(tasks.input_shape[-2:])}
+        return conv4(channels, config.hidden[0], **shape, track_running_stats=False)
     return mlp([size, *config.hidden, tasks.output_size], norm=config.norm, track_running_stats=False)
 
 
