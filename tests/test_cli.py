@@ -43,8 +43,9 @@ def run(monkeypatch, capsys):
 
 def test_train_evaluate_and_resume(tmp_path, run):
     folder = tmp_path / "run"
-    stdout, _ = run(*SINUSOID, "--iterations", 20, "--eval-every", 10, "--out", folder)
+    stdout, _ = run(*SINUSOID, "--iterations", 20, "--eval-every", 10, "--out", folder, "--test-tasks", 30)
     assert re.search(r"step +20 .*validation MSE [\d.]+ ± ", stdout) and "finished at step 20" in stdout
+    assert re.search(r"test split, 10 shots, 30 episodes.*\n.*95% confidence interval", stdout)
     assert sorted(path.name for path in folder.iterdir())[-2:] == ["step-00000020.json", "step-00000020.safetensors"]
 
     stdout, _ = run("evaluate", folder, "--episodes", 30, "--inner-steps", 2, "--threads", 1, "--json")

@@ -10,9 +10,10 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import typer
@@ -76,6 +77,7 @@ def train(
     eval_every: options.EvalEvery = None,
     eval_tasks: options.EvalTasks = None,
     save_every: options.SaveEvery = None,
+    test_tasks: options.TestTasks = None,
     tensorboard: options.TensorBoard = False,
     debug: options.Debug = False,
 ) -> None:
@@ -98,7 +100,7 @@ def train(
     given = {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
     from ..training import CheckpointFolder, run_config
     from ..training.reporting import ConsoleReporter, TensorBoardReporter
-    from ..training.run import build_trainer, resumed_config
+    from ..training.run import build_trainer, find_checkpoint, resumed_config
 
     checkpoint = None
     if resume:
@@ -136,6 +138,8 @@ def train(
         )
         raise typer.Exit(128 + received)
     _say(f"finished at step {trainer.step:,} after {trainer.seconds:.1f} s of training; checkpoints in {folder}")
+    if test_tasks is not None:
+        _judge(find_checkpoint(folder), episodes=test_tasks, device=config.device, threads=config.threads)
 
 
 @app.command()
@@ -156,16 +160,37 @@ def evaluate(
     debug: options.Debug = False,
 ) -> None:
     """Held-out accuracy, or mean squared error after each inner step, with 95% confidence intervals."""
+    from ..training.run import find_checkpoint
+
+    _judge(
+        find_checkpoint(checkpoint, newest=newest), episodes=episodes, split=split.value, inner_steps=inner_steps,
+        seed=seed, data_root=data_root, device=device or "auto", threads=threads, as_json=as_json,
+        sizes={"ways": ways, "shots": shots, "query_shots": query_shots},
+    )  # fmt: skip
+
+
+def _judge(
+    found: Checkpoint,
+    *,
+    episodes: int,
+    split: str = "test",
+    sizes: Mapping[str, int | None] = MappingProxyType({}),
+    inner_steps: int | None = None,
+    seed: int = 0,
+    data_root: Path | None = None,
+    device: str,
+    threads: int | None,
+    as_json: bool = False,
+) -> None:
+    """Say how good a checkpoint is on held-out tasks."""
     from ..training.evaluate import evaluate as judge
     from ..training.reporting import describe
-    from ..training.run import find_checkpoint, load_for_evaluation
+    from ..training.run import load_for_evaluation
 
-    found = find_checkpoint(checkpoint, newest=newest)
-    sizes = {"ways": ways, "shots": shots, "query_shots": query_shots}
     config, algorithm, tasks = load_for_evaluation(
-        found, split.value, device=device or "auto", threads=threads, data_root=data_root, **sizes
+        found, split, device=device, threads=threads, data_root=data_root, **sizes
     )
-    sizes = {name: value or getattr(config, name) for name, value in sizes.items()}
+    sizes = {name: sizes.get(name) or getattr(config, name) for name in ("ways", "shots", "query_shots")}
     regression = tasks.kind == "regression"
     if inner_steps is None and hasattr(algorithm, "inner_steps"):
         inner_steps = max(10, config.inner_steps) if regression else config.eval_inner_steps
@@ -174,11 +199,11 @@ def evaluate(
     seconds = time.perf_counter() - began
     if as_json:
         about = {"checkpoint": str(found.path), "step": found.step, "algorithm": config.algorithm, "data": config.data}
-        about |= {"split": split.value, **sizes, "inner_steps": inner_steps, "seed": seed, "seconds": seconds}
+        about |= {"split": split, **sizes, "inner_steps": inner_steps, "seed": seed, "seconds": seconds}
         print(json.dumps({**about, **evaluation.as_json()}, indent=1, allow_nan=False))
         return
     size = f"{sizes['shots']} shots" if regression else f"{sizes['ways']}-way {sizes['shots']}-shot"
-    _say(f"{config.algorithm} on {config.data}, {split.value} split, {size}, {episodes} episodes, {found.path}")
+    _say(f"{config.algorithm} on {config.data}, {split} split, {size}, {episodes} episodes, {found.path}")
     _say(f"{describe(evaluation, regression)} (95% confidence interval), in {seconds:.1f} s", style="bold")
     if evaluation.calibration_error is not None:
         _say(f"  expected calibration error {100 * evaluation.calibration_error:.2f}%")

@@ -209,6 +209,9 @@ FallBack = Annotated[
 ]  # fmt: skip
 EvalEvery = _option(_RUN, int, "--eval-every", "Validate every so many steps; 0: never.", "500; sinusoid 1000", min=0)
 EvalTasks = _option(_RUN, int, "--eval-tasks", "Tasks of a validation.", "600", min=2)
+TestTasks = _option(
+    _RUN, int, "--test-tasks", "Judge the best checkpoint on so many test tasks at the end.", "none", min=2
+)
 SaveEvery = _option(
     _RUN, int, "--save-every", "Checkpoint every so many steps, beside those at a new best and at the end.",
     "--eval-every", min=0,

@@ -93,6 +93,7 @@ def _maml(config, tasks, settings):
     return algorithms.MAML(
         classifier(config, tasks), inner_lr=config.inner_lr, inner_steps=config.inner_steps,
         first_order=config.first_order, loss=loss_of(tasks), engine=config.engine, task_chunk=config.task_chunk,
+        **settings,
     )  # fmt: skip
 
 
@@ -242,7 +243,10 @@ _SOME_WAYS = {"train_ways": 20, "train_query_shots": 3, "task_batch": 2, "outer_
 _FEW_WAYS = {"train_ways": 5, "train_query_shots": 2, "task_batch": 8, "outer_lr": 2e-3}
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "maml": Algorithm(_maml, "MAML, first or second order", _BOTH, fixed_ways=True, group="inner"),
+    "maml": Algorithm(
+        _maml, "MAML, first or second order", _BOTH, fixed_ways=True, group="inner",
+        settings={"learn_inner_lr": False},
+    ),
     "metasgd": Algorithm(
         _inner_loop("MetaSGD", rate=False), "Meta-SGD: a learned rate per weight", _BOTH, fixed_ways=True, group="inner"
     ),
