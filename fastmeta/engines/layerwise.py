@@ -88,10 +88,10 @@ class LayerwiseEngine(VmapEngine):
         slow, tasks = dict(model.named_parameters()), len(flatten(x)[0][0])
         own = {n: w.unsqueeze(0).expand(tasks, *w.shape) if is_shared(w, slow[n]) else w for n, w in fast.items()}
 
-        def losses(own):
+        def losses(own, buffers, x, y):
             return self.losses(model, inner, own, buffers, x, y)
 
-        return _gradients(losses, own, torch.is_grad_enabled() and not inner.first_order)
+        return _gradients(losses, own, torch.is_grad_enabled() and not inner.first_order, buffers, x, y)
 
     def mapped(self, function: Callable, in_dims: tuple) -> Callable:
         def run(*args):
@@ -115,10 +115,10 @@ class LayerwiseEngine(VmapEngine):
             own = zip(leaves, _dims(params, in_dims[0]), strict=True)
             own = [w.unsqueeze(0).expand(tasks, *w.shape) if dim is None else w for w, dim in own]
 
-            def losses(named: dict[str, Tensor]) -> Tensor:
+            def losses(named: dict[str, Tensor], *rest: Any) -> Tensor:
                 return run(pytree.tree_unflatten(list(named.values()), structure), *rest)
 
-            found = _gradients(losses, {str(i): w for i, w in enumerate(own)}, second_order)
+            found = _gradients(losses, {str(i): w for i, w in enumerate(own)}, second_order, *rest)
             return pytree.tree_unflatten(list(found.values()), structure)
 
         return gradients
@@ -143,11 +143,12 @@ def _behind(leaf: Tensor, tasks: int) -> Tensor:
 
 
 @outside_inference_mode
-def _gradients(losses: Callable, own: dict[str, Tensor], second_order: bool) -> dict[str, Tensor]:
-    """Of every task's loss, one of `[T]`, for its own weights `[T, *shape]`: the tasks do not meet."""
+def _gradients(losses: Callable, own: dict[str, Tensor], second_order: bool, *data: Any) -> dict[str, Tensor]:
+    """Of every task's loss, one of `losses(own, *data)` `[T]`, for its own weights `[T, *shape]`: the tasks do not
+    meet. `data` is all that may have been made in inference mode."""
     leaves = {n: w if second_order and w.requires_grad else w.detach().requires_grad_() for n, w in own.items()}
     with torch.enable_grad():
-        total = losses(leaves).sum()
+        total = losses(leaves, *data).sum()
         if not (total.requires_grad and leaves):
             return {name: torch.zeros_like(w) for name, w in own.items()}
         found = torch.autograd.grad(

@@ -16,6 +16,7 @@ from fastmeta.tasks.omniglot import PARTITIONS, omniglot
 from fastmeta.tasks.sinusoid import SinusoidTasks
 from fastmeta.tasks.source import TaskSource
 from fastmeta.tasks.unlabelled import AugmentedTasks, ClusterTasks, embed_images, kmeans_partitions
+from fastmeta.tasks.wisdm import PersonTasks, wisdm
 
 __all__ = [
     "NAMES",
@@ -24,6 +25,7 @@ __all__ = [
     "Augmentation",
     "ClusterTasks",
     "EpisodeSampler",
+    "PersonTasks",
     "SinusoidTasks",
     "TaskBatch",
     "TaskSource",
@@ -33,6 +35,7 @@ __all__ = [
     "load_images",
     "make_tasks",
     "omniglot",
+    "wisdm",
 ]
 
 NAMES = ("sinusoid", "glyphs", "omniglot")
