@@ -254,7 +254,7 @@ SPEC = register(
         workloads=workloads,
         autocast="lower",
         may_share=("x", "weight", "bias"),
-        backends=("cpp", "reference"),
+        backends=("cuda", "cpp", "reference"),
     )
 )
 DATA = register(
@@ -270,7 +270,7 @@ DATA = register(
         samples=data_samples,
         workloads=data_workloads,
         may_share=("grad", "weight"),
-        backends=("cpp", "reference"),
+        backends=("cuda", "cpp", "reference"),
     )
 )
 WEIGHT = register(
@@ -286,6 +286,6 @@ WEIGHT = register(
         samples=weight_samples,
         workloads=weight_workloads,
         may_share=("grad", "x"),
-        backends=("cpp", "reference"),
+        backends=("cuda", "cpp", "reference"),
     )
 )
