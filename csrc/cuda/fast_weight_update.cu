@@ -51,27 +51,21 @@ __global__ void __launch_bounds__(kThreads) products_kernel(Batch batch, double 
   }
 }
 
-constexpr int kColumns = 32, kRows = 8;
-
 // sums[g, column] = -sum of the rows of group g
 template <class T>
-__global__ void __launch_bounds__(kColumns* kRows)
+__global__ void __launch_bounds__(kSumColumns* kSumRows)
     sum_rows_kernel(Product p, double number, int64_t length, Acc<T>* sums) {
-  __shared__ Acc<T> parts[kRows][kColumns];
-  const int lane = int(threadIdx.x) % kColumns, across = int(threadIdx.x) / kColumns;
-  FM_EACH(tile, x, divide_up<int64_t>(p.columns, kColumns))
+  __shared__ Acc<T> parts[kSumRows][kSumColumns];
+  const int lane = int(threadIdx.x) % kSumColumns, across = int(threadIdx.x) / kSumColumns;
+  FM_EACH(tile, x, divide_up<int64_t>(p.columns, kSumColumns))
   FM_EACH(group, y, p.rows > 0 ? divide_up(p.rows, length) : 1) {
-    const int64_t column = tile * kColumns + lane, end = smaller(p.rows, (group + 1) * length);
+    const int64_t column = tile * kSumColumns + lane, end = smaller(p.rows, (group + 1) * length);
     Acc<T> sum = 0;
     if (column < p.columns)
-      for (int64_t row = group * length + across; row < end; row += kRows)
+      for (int64_t row = group * length + across; row < end; row += kSumRows)
         sum -= product<T>(p, Acc<T>(number), row, column);
-    __syncthreads();
-    parts[across][lane] = sum;
-    __syncthreads();
-    if (across > 0 || column >= p.columns) continue;
-    for (int i = 1; i < kRows; ++i) sum += parts[i][lane];
-    sums[group * p.columns + column] = sum;
+    sum = add_rows(parts, sum);
+    if (across == 0 && column < p.columns) sums[group * p.columns + column] = sum;
   }
 }
 
@@ -105,8 +99,8 @@ void launch_sum(const Product& p, double number, void* scratch, void* stream) {
     return launch(sum_columns_kernel<T, T>, {p.rows}, kThreads, 0, stream, p, number, int64_t(1),
                   static_cast<T*>(p.out));
   if (p.reduce == Reduce::rows) {
-    launch(sum_rows_kernel<T>, {divide_up<int64_t>(p.columns, kColumns), groups}, kColumns * kRows, 0, stream, p,
-           number, length, sums);
+    launch(sum_rows_kernel<T>, {divide_up<int64_t>(p.columns, kSumColumns), groups}, kSumColumns * kSumRows, 0, stream,
+           p, number, length, sums);
     return launch_add_groups<T>(sums, 1, groups, p.columns, p.out, stream);
   }
   launch(sum_columns_kernel<T, A>, {p.rows > 0 ? groups : 0}, kThreads, 0, stream, p, number, length, sums);

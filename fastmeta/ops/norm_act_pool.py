@@ -210,7 +210,7 @@ MOMENTS = register(
         samples=moments_samples,
         workloads=moments_workloads,
         autocast="widest",
-        backends=("reference",),
+        backends=("cuda", "reference"),
     )
 )
 SPEC = register(
@@ -228,7 +228,7 @@ SPEC = register(
         autocast="widest",
         may_share=("weight", "bias"),
         source="Ioffe and Szegedy 2015, algorithm 1; Wu and He 2018",
-        backends=("reference",),
+        backends=("cuda", "reference"),
     )
 )
 _DERIVED = derive_backward(SPEC)
@@ -238,7 +238,7 @@ BACKWARD = register(
         backward=backward_backward,
         samples=backward_samples,
         workloads=backward_workloads,
-        backends=("reference",),
+        backends=("cuda", "reference"),
     )
 )
 _DERIVED_TWICE = derive_backward(BACKWARD)
@@ -247,6 +247,6 @@ SECOND = register(
         **_DERIVED_TWICE,
         backward=lambda *a: vjp_of_reference(SECOND)(*a),
         samples=second_samples,
-        backends=("reference",),
+        backends=("cuda", "reference"),
     )
 )

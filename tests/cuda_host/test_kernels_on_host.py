@@ -14,8 +14,8 @@ distances           64 queries by 8 classes up to 16, else 64 by 64 (9, 17, 65, 
 prototypical_loss   64 queries a block, 16 classes at once (129, 33); means of 128 tasks a block (385); gradients of
                     2^22 pairs at once, then the next tasks
 fast_weight_update  256 threads, 4 elements each; 32 tensors a launch; sums over rows by 32 columns and 8 rows (97),
-                    over columns by 256 threads (257); 64 rows a sum (193), more from 16385 rows on; then 128 columns a
-                    block
+                    over columns by 256 threads (257); 64 rows a sum (193), more from 16385 rows on; then 32 columns a
+                    block, 8 sums at once
 functional_mlp      in one kernel up to 8 layers and 64 KiB: 32 rows a block, 64 outputs at once, lanes of 32 inputs;
                     else, and going back, products of 64 by 64 tiles (129), 16 terms at once; sums over tasks in pieces
                     of 512 where rows lie one behind the other (1537: the fourth piece), task by task where they do not;

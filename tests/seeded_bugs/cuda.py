@@ -144,8 +144,8 @@ BUGS = [
     Bug(
         "column-sums-second-columns-are-the-first",
         "csrc/cuda/column_sums.h",
-        "const int64_t i = tile * kSumThreads + threadIdx.x;",
-        "const int64_t i = threadIdx.x;",
+        "const int64_t i = tile * kSumColumns + lane;",
+        "const int64_t i = lane;",
         (f"{KERNELS}test_fast_weight_update[385-columns-float64]",),
     ),
     # ---- functional_mlp

@@ -1,47 +1,12 @@
 // What a fused inner loop does to rows between its products: activations with both derivatives, losses with theirs.
 #pragma once
 
+#include "../curve.h"
 #include "products.h"
 
 #include <fastmeta/launch_inner_loop.h>
 
 namespace fastmeta::cuda {
-
-// phi(z), phi'(z) and phi''(z)
-template <class A>
-struct Curve {
-  A value, slope, bend;
-};
-
-inline __host__ __device__ bool is_curved(Activation a) { return a != Activation::identity && a != Activation::relu; }
-
-template <class A>
-__device__ __forceinline__ Curve<A> curve_at(Activation activation, A z) {
-  switch (activation) {
-    case Activation::tanh: {
-      const A y = tanh(z), s = A(1) - y * y;
-      return {y, s, A(-2) * y * s};
-    }
-    case Activation::sigmoid: {
-      const A y = sigmoid(z), s = y * (A(1) - y);
-      return {y, s, s * (A(1) - A(2) * y)};
-    }
-    case Activation::silu: {
-      const A y = sigmoid(z), s = y * (A(1) - y);
-      return {z * y, y + z * s, s * (A(2) + z * (A(1) - A(2) * y))};
-    }
-    case Activation::gelu: {
-      const A below = A(0.5) * (A(1) + erf(z * A(0.70710678118654752440)));
-      const A density = A(0.39894228040143267794) * exp(A(-0.5) * z * z);
-      return {z * below, below + z * density, density * (A(2) - z * z)};
-    }
-    case Activation::sine: {
-      const A y = sin(z);
-      return {y, cos(z), -y};
-    }
-    default: return {activate(activation, z), A(1), A(0)};
-  }
-}
 
 // The derivative from what is kept: of relu and identity the value itself, of the others the derivative.
 template <class A>
