@@ -1,4 +1,5 @@
-"""The ops of convolutional inner loops: CUDA kernels and bridges on the CPU's emulation, against plain torch in float64.
+"""The ops of convolutional inner loops: CUDA kernels and bridges on the CPU's emulation, against plain torch in
+float64.
 
 Every size where a kernel takes another path has a sample just above it; a grid has at most 3 x 2 x 2 blocks here, so
 that the fourth tile of the first dimension, the third of the others, is a block's second:
@@ -44,10 +45,10 @@ CONVOLUTIONS = {
 
 def convolution(x, weight, bias, geometry, tasks):
     """Channels last, one task at a time."""
-    strides, paddings, dilations, groups = geometry[:2], geometry[2:4], geometry[4:6], geometry[6]
+    options = geometry[:2], geometry[2:4], geometry[4:6], geometry[6]
     x, weight, bias = (t if t is None or len(t) == tasks else t.expand(tasks, *t.shape[1:]) for t in (x, weight, bias))
     one = [
-        F.conv2d(x[t].movedim(-1, 1), weight[t], None if bias is None else bias[t], strides, paddings, dilations, groups)
+        F.conv2d(x[t].movedim(-1, 1), weight[t], None if bias is None else bias[t], *options)
         for t in range(tasks)
     ]
     return torch.stack(one).movedim(2, -1)
@@ -122,7 +123,7 @@ def moments(x, norm, groups):
     over = (1, 2, 3) if norm == "batch" else (2, 3, 5)
     x = x[..., None] if norm == "batch" else x.unflatten(4, (groups, x.shape[4] // groups))
     mean = x.mean(over, keepdim=True)
-    return [m.reshape(len(x), -1, groups if norm == "group" else x.shape[4]) for m in (mean, (x - mean).square().mean(over))]
+    return [m[:, :, 0, 0, :, 0] for m in (mean, (x - mean).square().mean(over, keepdim=True))]
 
 
 def block(x, weight, bias, given, norm, groups, activation, slope, pool):
