@@ -21,7 +21,7 @@ __device__ __forceinline__ A add_rows(A (&parts)[kSumRows][kSumColumns], A sum) 
 
 // out[b, i] = sum_g sums[b, g, i], of groups that are `pitch` apart
 template <class T>
-__global__ void __launch_bounds__(kSumColumns* kSumRows)
+__global__ void __launch_bounds__(kSumColumns* kSumRows, 4)
     add_groups_kernel(const Acc<T>* sums, int64_t batches, int64_t groups, int64_t size, int64_t pitch, T* out) {
   __shared__ Acc<T> parts[kSumRows][kSumColumns];
   const int lane = int(threadIdx.x) % kSumColumns, across = int(threadIdx.x) / kSumColumns;

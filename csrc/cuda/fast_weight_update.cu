@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) products_kernel(Batch batch, double 
 
 // sums[g, column] = -sum of the rows of group g
 template <class T>
-__global__ void __launch_bounds__(kSumColumns* kSumRows)
+__global__ void __launch_bounds__(kSumColumns* kSumRows, 4)
     sum_rows_kernel(Product p, double number, int64_t length, Acc<T>* sums) {
   __shared__ Acc<T> parts[kSumRows][kSumColumns];
   const int lane = int(threadIdx.x) % kSumColumns, across = int(threadIdx.x) / kSumColumns;

@@ -3,11 +3,20 @@
 from .bug import Bug
 
 KERNELS, LOOPS = "tests/cuda_host/test_kernels_on_host.py::", "tests/cuda_host/test_inner_loops_on_host.py::"
+CONV = "tests/cuda_host/test_conv_on_host.py::"
 
 
 def case(name: str) -> tuple[str, ...]:
     """Of the inner loops."""
     return (f"{LOOPS}test_cases[{name}]",)
+
+
+def conv(name: str) -> tuple[str, ...]:
+    return (f"{CONV}test_task_conv2d[{name}-float64]",)
+
+
+def norm(name: str, what: str = "norm_act_pool") -> tuple[str, ...]:
+    return (f"{CONV}test_{what}[{name}-float64]",)
 
 
 BUGS = [
@@ -190,6 +199,155 @@ BUGS = [
         "      if (b.d_biases)\n",
         "      if (b.d_biases && l + 1 < p.layers)\n",
         (f"{KERNELS}test_functional_mlp[1-own-float64]",),
+    ),
+    # ---- task_conv2d and its gradients
+    Bug(
+        "conv-weights-of-the-first-16-terms",
+        "csrc/cuda/conv/gather.h",
+        "int64_t(row) * p.columns + i % kTile",
+        "int64_t(row % kDepth) * p.columns + i % kTile",
+        conv("216-pixels"),
+    ),
+    Bug(
+        "conv-second-outputs-over-the-first",
+        "csrc/cuda/conv/gather.h",
+        "group * p.columns + first_column + products.column() + j",
+        "group * p.columns + products.column() + j",
+        conv("129-outputs"),
+    ),
+    Bug(
+        "conv-bias-of-the-first-task",
+        "csrc/cuda/conv/gather.h",
+        "task * p.bias_task + channel",
+        "channel",
+        conv("216-pixels"),
+    ),
+    Bug(
+        "conv-pixels-of-later-remainders-begin-late",
+        "csrc/cuda/conv/gather.h",
+        "(pixel_tile - kind * tiles) * kTile + id",
+        "pixel_tile * kTile + id",
+        conv("strides"),
+    ),
+    Bug(
+        "conv-taps-of-all-remainders",
+        "csrc/cuda/conv/gather.h",
+        "return numerator(remainder, tap) % divisor == 0;",
+        "return true;",
+        conv("dilated-by-the-stride"),
+    ),
+    Bug(
+        "conv-packs-128-outputs",
+        "csrc/cuda/task_conv2d.cu",
+        "tile * kPackThreads + threadIdx.x, size",
+        "threadIdx.x, size",
+        conv("129-outputs"),
+    ),
+    Bug(
+        "conv-second-pieces-are-the-first",
+        "csrc/cuda/conv/weight_gradient.h",
+        "const int64_t first = piece * length,",
+        "const int64_t first = 0,",
+        conv("832-pixels-to-sum"),
+    ),
+    Bug(
+        "conv-weight-gradient-taps-of-the-first-columns",
+        "csrc/cuda/conv/weight_gradient.h",
+        "const int tap = (first_column + lane) / inputs",
+        "const int tap = lane / inputs",
+        conv("129-outputs"),
+    ),
+    Bug(
+        "conv-cursor-one-row-at-a-time",
+        "csrc/cuda/conv/cursor.h",
+        "while (j >= wide)",
+        "if (j >= wide)",
+        conv("129-outputs"),
+    ),
+    # ---- norm_moments, norm_act_pool and its gradients
+    Bug(
+        "moments-second-pixels-apart-forgotten",
+        "csrc/cuda/conv/moments.h",
+        "squares += about + apart * apart * (count * n / (count + n));",
+        "squares += about;",
+        norm("16385-pixels", "norm_moments"),
+    ),
+    Bug(
+        "moments-of-pieces-about-their-own-means",
+        "csrc/cuda/conv/moments.h",
+        "of_piece[p.channels] + apart * apart * A(pixels)",
+        "of_piece[p.channels]",
+        norm("140-windows", "norm_moments"),
+    ),
+    Bug(
+        "moments-of-the-first-channels-of-a-group",
+        "csrc/cuda/conv/moments.h",
+        "2 * p.channels + i % each];",
+        "2 * p.channels];",
+        norm("groups-of-13", "norm_moments"),
+    ),
+    Bug(
+        "pool-takes-the-last-of-equals",
+        "csrc/cuda/conv/window.h",
+        "value > best || value != value",
+        "value >= best || value != value",
+        (f"{CONV}test_pool_takes_the_first_of_equals_and_nan_before_all[identity-0.0-nan]",),
+    ),
+    Bug(
+        "norm-second-windows-are-the-first",
+        "csrc/cuda/conv/window.h",
+        "const int64_t first = piece * pieces.length,",
+        "const int64_t first = 0,",
+        norm("140-windows"),
+    ),
+    Bug(
+        "norm-means-of-the-first-channel",
+        "csrc/cuda/conv/norm_sums.h",
+        "channel < (group + 1) * each",
+        "channel < group * each + 1",
+        norm("groups-of-13"),
+    ),
+    Bug(
+        "norm-means-of-128-groups",
+        "csrc/cuda/conv/norm_sums.h",
+        "const int64_t group = tile * kMeansThreads + threadIdx.x",
+        "const int64_t group = threadIdx.x",
+        norm("257-channels"),
+    ),
+    Bug(
+        "norm-shared-weight-of-one-task",
+        "csrc/cuda/norm_act_pool.cu",
+        "to.shared ? p.units() : p.units_each",
+        "p.units_each",
+        norm("10-units"),
+    ),
+    Bug(
+        "norm-second-derivative-without-mean-of-h-n",
+        "csrc/cuda/conv/norm_curve.h",
+        "mean_hn = A(-2) * rstd * o.mean.vn * o.mean.gn;",
+        "",
+        norm("140-windows"),
+    ),
+    Bug(
+        "norm-second-derivative-without-bending",
+        "csrc/cuda/conv/norm_curve.h",
+        "o.curved ? at_g * routed * pixels.y[k].bend : A(0)",
+        "A(0)",
+        norm("4-tasks"),
+    ),
+    Bug(
+        "norm-second-derivative-without-bias",
+        "csrc/cuda/conv/norm_curve.h",
+        "(weighted ? weight * n : A(0)) + bias",
+        "(weighted ? weight * n : A(0))",
+        norm("140-windows"),
+    ),
+    Bug(
+        "norm-second-derivative-without-spread",
+        "csrc/cuda/conv/norm_curve.h",
+        " - n * row[2] : ",
+        " : ",
+        norm("140-windows"),
     ),
     # ---- inner loops: products
     Bug(

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows, 3) moments_kernel(NormM
 
 // A column of threads owns a group and goes through the pieces of its channels, eight at once.
 template <class A>
-__global__ void __launch_bounds__(kSumColumns* kSumRows) gather_moments_kernel(NormMoments p, Pieces pieces) {
+__global__ void __launch_bounds__(kSumColumns* kSumRows, 4) gather_moments_kernel(NormMoments p, Pieces pieces) {
   __shared__ A parts[kSumRows][kSumColumns];
   __shared__ A means[kSumColumns];
   const int lane = int(threadIdx.x) % kSumColumns, across = int(threadIdx.x) / kSumColumns;
