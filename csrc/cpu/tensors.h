@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "pool.h"
 
 namespace fastmeta::cpu {
 
@@ -25,6 +26,15 @@ inline Tensor new_tensor(const Tensor& like, const int64_t* sizes, int64_t dims)
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle handle;
+  size_t bytes = size_t(like.element_size());
+  for (int64_t d = 0; d < dims; ++d) bytes *= size_t(sizes[d]);
+  if (bytes >= kPooledFrom) {
+    const auto give_back = [](void* block, void*) { give_block_back(block); };
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(take_block(bytes), dims, sizes, strides, 0, dtype,
+                                                  aoti_torch_device_type_cpu(), -1, &handle,
+                                                  aoti_torch_layout_strided(), nullptr, 0, give_back, nullptr));
+    return Tensor(handle);
+  }
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);

@@ -1,0 +1,92 @@
+#include "pool.h"
+
+#include <cstdlib>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace fastmeta::cpu {
+namespace {
+
+constexpr size_t kAlignment = 64;
+
+// Four sizes between a power of two and the next, so that blocks fit results of nearly their size.
+size_t rounded(size_t bytes) {
+  size_t power = kPooledFrom;
+  while (power * 2 <= bytes) power *= 2;
+  const size_t step = power / 4;
+  return (bytes + step - 1) / step * step;
+}
+
+size_t most_idle() {
+  const char* given = std::getenv("FASTMETA_KEEP_MB");
+  const long long megabytes = given && *given ? std::atoll(given) : 1024;
+  return size_t(megabytes > 0 ? megabytes : 0) << 20;
+}
+
+class Pool {
+ public:
+  void* take(size_t bytes) {
+    const size_t size = rounded(bytes);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    void* block = nullptr;
+    if (std::vector<void*>& idle = idle_[size]; !idle.empty()) {
+      block = idle.back();
+      idle.pop_back();
+      idle_bytes_ -= size;
+    } else {
+      block = std::aligned_alloc(kAlignment, size);
+      if (block == nullptr) {
+        let_go(0);
+        block = std::aligned_alloc(kAlignment, size);
+      }
+      if (block == nullptr) throw std::bad_alloc();
+    }
+    sizes_[block] = size;
+    return block;
+  }
+
+  void give_back(void* block) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = sizes_.find(block);
+    const size_t size = found->second;
+    sizes_.erase(found);
+    if (size > most_) return std::free(block);
+    let_go(most_ - size);
+    idle_[size].push_back(block);
+    idle_bytes_ += size;
+  }
+
+ private:
+  // largest blocks first: they are rarely of the size that comes next
+  void let_go(size_t allowed) {
+    while (idle_bytes_ > allowed) {
+      auto last = std::prev(idle_.end());
+      while (last->second.empty()) last = std::prev(last);
+      std::free(last->second.back());
+      last->second.pop_back();
+      idle_bytes_ -= last->first;
+    }
+  }
+
+  std::mutex mutex_;
+  std::map<size_t, std::vector<void*>> idle_;
+  std::map<void*, size_t> sizes_;  // of blocks in use
+  size_t idle_bytes_ = 0;
+  const size_t most_ = most_idle();
+};
+
+// never destroyed: tensors may outlive static objects
+Pool& pool() {
+  static Pool* made = new Pool;
+  return *made;
+}
+
+}  // namespace
+
+void* take_block(size_t bytes) { return pool().take(bytes); }
+void give_block_back(void* block) { pool().give_back(block); }
+
+}  // namespace fastmeta::cpu
