@@ -145,12 +145,14 @@ def test_gradcheck_and_gradgradcheck(name, backend, dtype, label):
     def function(*tensors):
         it = iter(tensors)
         positions = spec.differentiable_positions
-        full = (
+        full = [
             testing.map_tensors((a,), lambda t: next(it) if t.numel() or not leaves[0].numel() else t)[0]
             if i in positions
             else a
             for i, a in enumerate(args)
-        )
+        ]
+        if spec.consistent:
+            full = spec.consistent(*full)
         outputs = testing.tensors_of(spec(*full))[: spec.differentiable_outputs]
         return tuple(o for o in outputs if o.numel()) or tuple(o for o in outputs if o.shape != (0,))
 

@@ -7,7 +7,9 @@
 #include "fast_weight_update_kernel.h"
 #include "functional_mlp_kernel.h"
 #include "functional_mlp_lanes.h"
+#include "conv/moments.h"
 #include "inner_loop/kernel.h"
+#include "norm_act_pool_kernel.h"
 #include "pairwise_distance_kernel.h"
 #include "prototypical_loss_kernel.h"
 
@@ -44,6 +46,12 @@ constexpr cpu::Kernels<T> table() {
           contrast_gradient<T>,
           pack_transposed<T>,
           sum_partials<T>,
+          norm_moments<T>,
+          norm_forward<T>,
+          norm_sums<T>,
+          norm_gradient<T>,
+          norm_second_sums<T>,
+          norm_second<T>,
           inner_loop<T>,
           inner_loop_gradient<T>,
           conv<T>,

@@ -136,6 +136,35 @@ struct MlpPack {
   int64_t out_step;
 };
 
+enum Norm : int64_t { kNoNorm, kBatchNorm, kGroupNorm, kGivenNorm };
+enum Pool : int64_t { kNoPool, kMaxPool, kAveragePool };
+
+constexpr int64_t kMomentPixels = 64;  // that are read twice, from the first-level cache
+// Of the pixels [pixels, channels]: mean, and sum of squares about it, by channel.
+template <class T>
+struct MomentsBlock {
+  const T* x;
+  int64_t pixels, channels;
+  T *mean, *squares;
+};
+
+// Lines [first, last) of images [..., height, width, channels] that share their tables; a line is a row of outputs.
+template <class T>
+struct NormBlock {
+  int64_t height, width, channels, padded;  // padded: row stride of tables and sums, whole vectors
+  int64_t first, last;
+  int64_t activation, pool;
+  T slope;
+  bool constant;  // mean and variance are no functions of x
+  const T* x;
+  const T* tables;  // by channel, see the kernels
+  const T* grad;    // of the outputs
+  const T* outer;   // second derivative: gradient of d_x; null: 0
+  T* sums;          // by channel; added to
+  T* out;           // outputs, or the gradient of x
+  T* d_grad;        // second derivative; null: not needed
+};
+
 template <class T>
 struct Kernels {
   void (*update)(const UpdateItem<T>&);
@@ -154,6 +183,12 @@ struct Kernels {
   void (*contrast_gradient)(const ContrastItem<T>&);
   void (*pack)(int64_t columns, int64_t depth, const T* from, int64_t ld, T* to);
   void (*sum_partials)(const T* from, int64_t parts, int64_t part_stride, T* to, int64_t n);
+  void (*norm_moments)(const MomentsBlock<T>&);
+  void (*norm_forward)(const NormBlock<T>&);
+  void (*norm_sums)(const NormBlock<T>&);
+  void (*norm_gradient)(const NormBlock<T>&);
+  void (*norm_second_sums)(const NormBlock<T>&);
+  void (*norm_second)(const NormBlock<T>&);
   void (*inner_loop)(const InnerLoop<T>&, int64_t begin, int64_t end, int64_t group);
   void (*inner_loop_gradient)(const InnerLoop<T>&, int64_t begin, int64_t end, int64_t group);
   void (*conv)(const ConvItem<T>&);

@@ -104,6 +104,8 @@ def derive_backward(spec: OpSpec) -> dict:
         "fake": fake,
         "differentiable": (*grads, *spec.differentiable),
         "gradient_of": spec.differentiable,
+        "consistent": spec.consistent
+        and (lambda *args: (*args[:count], *spec.consistent(*args[count:-1]), args[-1])),
         "check": None,
         "autocast": spec.autocast,
     }

@@ -56,6 +56,8 @@ class OpSpec:
     second_order: str = "closed"  # "closed", "explicit" or "loop"
     differentiable_outputs: int | None = None  # the first so many; None: all
     gradient_of: tuple[str, ...] = ()  # of a backward op: output i is the gradient of this argument
+    # the arguments with those made anew that are functions of others: for finite differences
+    consistent: Callable | None = None
     check: Callable | None = None  # refuses values that only the data tells, such as labels
     workloads: Callable[[Make], Iterable[Workload]] | None = None
     # a native `<name>_with_gradient` gives outputs, and gradients of the mean of the first, plain or weighted, in one

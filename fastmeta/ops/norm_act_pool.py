@@ -90,6 +90,12 @@ def fake(x, weight, bias, moments, norm, groups, eps, activation, slope, pool) -
     return x.new_empty(tasks, rows, height, width, channels)
 
 
+def consistent(x, weight, bias, moments, norm, groups, *options):
+    if norm in ("batch", "group"):
+        moments = list(moments_reference(x.detach(), norm, groups))
+    return x, weight, bias, moments, norm, groups, *options
+
+
 def backward(args, grads, needs):
     return BACKWARD(grads[0], *args, needs)
 
@@ -210,7 +216,7 @@ MOMENTS = register(
         samples=moments_samples,
         workloads=moments_workloads,
         autocast="widest",
-        backends=("cuda", "reference"),
+        backends=("cuda", "cpp", "reference"),
     )
 )
 SPEC = register(
@@ -223,12 +229,13 @@ SPEC = register(
         fake=fake,
         differentiable=("x", "weight", "bias"),
         backward=backward,
+        consistent=consistent,
         samples=samples,
         workloads=workloads,
         autocast="widest",
         may_share=("weight", "bias"),
         source="Ioffe and Szegedy 2015, algorithm 1; Wu and He 2018",
-        backends=("cuda", "reference"),
+        backends=("cuda", "cpp", "reference"),
     )
 )
 _DERIVED = derive_backward(SPEC)
@@ -238,7 +245,7 @@ BACKWARD = register(
         backward=backward_backward,
         samples=backward_samples,
         workloads=backward_workloads,
-        backends=("cuda", "reference"),
+        backends=("cuda", "cpp", "reference"),
     )
 )
 _DERIVED_TWICE = derive_backward(BACKWARD)
@@ -247,6 +254,6 @@ SECOND = register(
         **_DERIVED_TWICE,
         backward=lambda *a: vjp_of_reference(SECOND)(*a),
         samples=second_samples,
-        backends=("cuda", "reference"),
+        backends=("cuda", "cpp", "reference"),
     )
 )
