@@ -165,8 +165,11 @@ def test_convolutional_rows(tmp_path):
     assert tuple(found) == ROWS_OF_CONV
     images = found["conv4-84-k5-t4"]
     assert {"grouped convolution", "unfold + bmm", "torch.func vmap of the forward"} <= set(images["contenders"])
+    assert max(images["distance"].values()) < 1e-3  # float32, of everybody who adapts
+    assert "unfold + bmm" in images["distance"] and "task loop" in found["sensors"]["distance"]
     assert images["skipped"]["JAX jit, vmap"] == "left out" and images["supervised"]["bar"] == 1.7
     assert images["peer"]["met"] == (images["peer"]["ratio"] >= 1.8)
+    assert {"fastmeta.accelerate, vmap(grad)"} <= set(images["contenders"]) & set(found["sensors"]["contenders"])
     assert "supervised" not in found["protonet"] and found["sensors"]["peer"]["name"] == "task loop"
     text = (tmp_path / "conv.md").read_text()
     assert all(row["title"] in text for row in found.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from functools import partial
 
 from torch import nn
 
+import fastmeta
+from benchmarks.contenders import in_cuda_graph
 from benchmarks.measure import Contender
 from fastmeta import MAML, ProtoNet
 from fastmeta.dispatch.spec import Make
@@ -36,6 +39,24 @@ def backward_of(learner: nn.Module, batch) -> Contender:
     return run
 
 
+def accelerated(problem: Problem) -> Contender:
+    """`vmap(grad(...))` as `torch.func`'s tutorials have it, of a net that `fastmeta.accelerate` was given."""
+    return peers.vmap_of_grad(dataclasses.replace(problem, model=fastmeta.accelerate(problem.model)))
+
+
+def captured(problem: Problem, build: Build) -> Contender:
+    """Ours, recorded and launched as a whole."""
+    run = build(problem)
+    step = fastmeta.capture(lambda _: run(), warmup=1)
+    for _ in range(2):  # one as it is, one that is recorded
+        step(problem.batch.support_x)
+    return lambda: step(problem.batch.support_x)
+
+
+def graphed(problem: Problem, build: Build) -> Contender:
+    return in_cuda_graph(build(problem))
+
+
 def _jax(problem: Problem, mapped: bool) -> Contender:
     if importlib.util.find_spec("jax") is None:
         raise ModuleNotFoundError("jax is not installed (benchmarks/requirements.txt)")
@@ -61,6 +82,7 @@ JAX: dict[str, Build] = {
     "JAX jit, vmap": partial(_jax, mapped=True),
     "JAX jit, lax.map": partial(_jax, mapped=False),
 }
+ACCELERATED: dict[str, Build] = {"fastmeta.accelerate, vmap(grad)": accelerated}
 EVERYBODY = LOOPS | VMAP | TRICKS | JAX | COMPILED
 
 
@@ -88,7 +110,17 @@ class Row:
     faster: float
     at_most: float | None = None
     counted: tuple[str, ...] = ()  # of the peers; all, if none is named
+    also: dict[str, Build] = field(default_factory=dict)  # other ways to use this package
     yardsticks: dict[str, Build] = field(default_factory=dict)
+
+
+def on_gpu(row: Row) -> dict[str, Build]:
+    """The same without Python and launches: ours, the loop (or what stands for it), plain training."""
+    found: dict[str, Build] = {"fastmeta.capture": partial(captured, build=row.ours)}
+    for name, build in (row.peers | row.yardsticks).items():
+        if (name.startswith("task loop") and name not in COMPILED) or "before ReLU" in name:
+            found[f"{name}, CUDA graph"] = partial(graphed, build=build)
+    return found
 
 
 def _ours(problem: Problem) -> Contender:
@@ -97,7 +129,7 @@ def _ours(problem: Problem) -> Contender:
 
 def _conv4(title: str, faster: float, at_most: float, **sizes) -> Row:
     make = partial(problem.conv4, **sizes)
-    return Row(title, make, _ours, EVERYBODY, faster, at_most, yardsticks=SUPERVISED)
+    return Row(title, make, _ours, EVERYBODY, faster, at_most, yardsticks=SUPERVISED, also=ACCELERATED)
 
 
 def _resnet12(title: str, first_order: bool) -> Row:
@@ -130,6 +162,7 @@ ROWS: dict[str, Row] = {
         {"task loop": LOOPS["task loop, contiguous"]} | VMAP | COMPILED,
         1.6,
         counted=("task loop",),
+        also=ACCELERATED,
         yardsticks={"supervised": partial(peers.supervised, memory_format=FORMATS["contiguous"], pool_last=False)},
     ),
 }
