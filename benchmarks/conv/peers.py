@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, vmap
 from benchmarks import contenders
 from benchmarks.measure import Contender
 
-from .problem import Problem
+from .problem import Problem, in_one_row
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 Forward = Callable[[nn.Sequential, dict[str, Tensor], Tensor], Tensor]  # weights and rows of all tasks [T, ...]
@@ -111,7 +111,7 @@ class WrittenOut(nn.Module):
 
 def vmap_of_grad_written_out(problem: Problem) -> Contender:
     """The same with its batch norms written out, which gives the right gradient."""
-    layers = (WrittenOut(m) if isinstance(m, nn.modules.batchnorm._BatchNorm) else m for m in problem.model)
+    layers = (WrittenOut(m) if isinstance(m, nn.modules.batchnorm._BatchNorm) else m for m in in_one_row(problem.model))
     return vmap_of_grad(Problem(nn.Sequential(*layers), problem.batch, problem.lr, problem.steps))
 
 
@@ -166,7 +166,7 @@ def unfolded(model: nn.Sequential, fast: dict[str, Tensor], x: Tensor) -> Tensor
 
 def at_once(problem: Problem, forward: Forward) -> Contender:
     """All tasks together through `forward`, plain autograd around it."""
-    model, batch = copy.deepcopy(problem.model), problem.batch
+    model, batch = in_one_row(copy.deepcopy(problem.model)), problem.batch
     names, slow = zip(*model.named_parameters(), strict=True)
     tasks = batch.num_tasks
 
@@ -189,9 +189,7 @@ def at_once(problem: Problem, forward: Forward) -> Contender:
 
 def pooled_last(model: nn.Module) -> nn.Module:
     """The same net with its ReLUs before its pools, as most repositories have them."""
-    if not isinstance(model, nn.Sequential):
-        return model
-    layers = list(model)
+    layers = list(in_one_row(model))
     for i, layer in enumerate(layers[:-1]):
         if isinstance(layer, nn.MaxPool2d) and isinstance(layers[i + 1], nn.ReLU):
             layers[i : i + 2] = layers[i + 1], layer

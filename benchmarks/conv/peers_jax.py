@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Contender
 
-from .problem import Problem
+from .problem import Problem, in_one_row
 
 LAYOUT = ("NHWC", "OIHW", "NHWC")
 
@@ -56,8 +56,10 @@ def maml(problem: Problem, mapped: bool) -> Contender:
     def array(t: Tensor) -> jax.Array:
         return jax.device_put(t.detach().cpu().contiguous().numpy(), device)
 
+    layers = in_one_row(problem.model)
+
     def loss(params, x, y):
-        logits = jax.nn.log_softmax(_forward(problem.model, params, x))
+        logits = jax.nn.log_softmax(_forward(layers, params, x))
         return -jnp.mean(jnp.take_along_axis(logits, y[:, None], 1))
 
     def task(params, support_x, support_y, query_x, query_y):

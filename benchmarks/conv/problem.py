@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fastmeta.nn
 from fastmeta import TaskBatch
 from fastmeta.dispatch.spec import Make
+from fastmeta.tasks.wisdm import PersonTasks, wisdm
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "wisdm" / "WISDM_ar_v1.1_transformed.arff"
-ACTIVITIES = ("Walking", "Jogging", "Upstairs", "Downstairs")  # those that most users have
+DATA = os.environ.get("FASTMETA_DATA", Path(__file__).parents[3] / "shared" / "data")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Problem:
     first_order: bool = False
 
 
-def _images(make: Make, tasks: int, ways: int, shots: int, queries: int, *shape: int) -> TaskBatch:
+def _tasks(make: Make, tasks: int, ways: int, shots: int, queries: int, *shape: int) -> TaskBatch:
     return TaskBatch(
         make.normal(tasks, ways * shots, *shape),
         make.balanced_labels(tasks, ways, shots),
@@ -53,9 +54,9 @@ def conv4(
     if small:
         hidden, side, tasks, steps, queries = 6, 16 + side % 3, 2, min(steps, 2), 2
     torch.manual_seed(0)
-    encoder = fastmeta.nn.conv4(channels, hidden, track_running_stats=False)
-    model = nn.Sequential(*encoder, nn.Linear(hidden * (side // 16) ** 2, ways)).to(make.device, make.dtype)
-    return Problem(model, _images(make, tasks, ways, shots, queries, channels, side, side), steps=steps)
+    options = {"num_classes": ways, "image_size": side, "track_running_stats": False}
+    model = fastmeta.nn.conv4(channels, hidden, **options).to(make.device, make.dtype)
+    return Problem(model, _tasks(make, tasks, ways, shots, queries, channels, side, side), steps=steps)
 
 
 def resnet12(make: Make, small: bool, *, first_order: bool) -> Problem:
@@ -63,7 +64,7 @@ def resnet12(make: Make, small: bool, *, first_order: bool) -> Problem:
     torch.manual_seed(0)
     encoder = fastmeta.nn.resnet12(3, widths, track_running_stats=False)
     model = nn.Sequential(encoder, nn.Linear(widths[-1], 5)).to(make.device, make.dtype)
-    return Problem(model, _images(make, 2, 5, 1, queries, 3, side, side), first_order=first_order)
+    return Problem(model, _tasks(make, 2, 5, 1, queries, 3, side, side), first_order=first_order)
 
 
 def prototypes(make: Make, small: bool) -> Problem:
@@ -71,36 +72,26 @@ def prototypes(make: Make, small: bool) -> Problem:
     hidden, side, ways = (6, 16, 4) if small else (64, 28, 20)
     torch.manual_seed(0)
     encoder = fastmeta.nn.conv4(1, hidden).to(make.device, make.dtype)
-    return Problem(encoder, _images(make, 1, ways, 1, 5, 1, side, side), steps=0)
+    return Problem(encoder, _tasks(make, 1, ways, 1, 5, 1, side, side), steps=0)
 
 
 def sensors(make: Make, small: bool) -> Problem:
-    """People as tasks, four activities, five windows of each to adapt on and five to judge on, K = 5."""
-    tasks, width, steps = (2, 6, 2) if small else (16, 64, 5)
+    """People as tasks: four activities, five windows of each to adapt on and five to judge on, K = 5. Windows of WISDM,
+    or random numbers of their shape where they are not at hand."""
+    tasks, hidden, steps, ways, rows = (2, 6, 2, 4, 5) if small else (16, 64, 5, 4, 5)
     torch.manual_seed(0)
-    blocks: list[nn.Module] = []
-    for channels in (3, width, width):
-        norm = nn.BatchNorm1d(width, track_running_stats=False)
-        blocks += [nn.Conv1d(channels, width, 3, padding=1), norm, nn.MaxPool1d(2), nn.ReLU()]
-    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(width, len(ACTIVITIES))).to(make.device, make.dtype)
-    windows = people(tasks, 10)
-    if windows is None:
-        windows = torch.randn(tasks, len(ACTIVITIES), 10, 3, 10)
-    support, query = windows.to(make.device, make.dtype).split(5, 2)
-    labels = torch.arange(len(ACTIVITIES), device=make.device).repeat_interleave(5).expand(tasks, -1)
-    return Problem(model, TaskBatch(support.flatten(1, 2), labels, query.flatten(1, 2), labels), steps=steps)
+    model = fastmeta.nn.conv4_1d(3, hidden, num_classes=ways, track_running_stats=False).to(make.device, make.dtype)
+    try:
+        windows = wisdm(data_root=DATA)
+    except ValueError:
+        batch = _tasks(make, tasks, ways, rows, rows, 3, 10)
+    else:
+        people = PersonTasks(*windows, ways=ways, shots=rows, query_shots=rows)
+        batch = people.sample(tasks, generator=torch.Generator().manual_seed(0)).to(make.device).to(make.dtype)
+    return Problem(model, batch, steps=steps)
 
 
-def people(tasks: int, rows: int) -> Tensor | None:
-    """`[tasks, activities, rows, 3, 10]` of WISDM: what part of a window's accelerations fell into each of ten bins,
-    along three axes, less the mean and over the deviation. None where the data are not there."""
-    if not DATA.is_file():
-        return None
-    found: dict[str, dict[str, list[list[float]]]] = {}
-    for line in DATA.read_text().split("@data")[1].split():
-        _, user, *numbers, activity = line.replace('"', "").split(",")
-        bins = [float(number) for number in numbers[:30]]
-        found.setdefault(user, {}).setdefault(activity, []).append(bins)
-    whole = [user for user in found.values() if all(len(user.get(a, ())) >= rows for a in ACTIVITIES)][:tasks]
-    windows = torch.tensor([[user[a][:rows] for a in ACTIVITIES] for user in whole])
-    return ((windows - windows.mean()) / windows.std()).unflatten(-1, (3, 10))
+def in_one_row(model: nn.Module) -> nn.Sequential:
+    """The layers of a net of nested `nn.Sequential`, which keep their parameters."""
+    layers = [in_one_row(layer) if isinstance(layer, nn.Sequential) else [layer] for layer in model]
+    return nn.Sequential(*(layer for part in layers for layer in part))

@@ -156,7 +156,7 @@ ROWS: dict[str, Row] = {
         1.4,
     ),
     "sensors": Row(
-        "1-d convolutions 3-64-64-64, batch norm, WISDM 3x10, 4-way 5-shot K5 T16",
+        "Conv4-64 of one dimension, WISDM 3x10, 4-way 5-shot K5 T16",
         problem.sensors,
         _ours,
         {"task loop": LOOPS["task loop, contiguous"]} | VMAP | COMPILED,
