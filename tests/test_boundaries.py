@@ -21,6 +21,10 @@ functional_mlp.cpp            ranges of rows and groups of tasks by thread: one 
 functional_mlp_lanes.h        packs of W tasks and a last one of fewer; 20 rows at once
 lanes.h                       tiles of 6 or 10 rows and of two columns; fewer rows where a depth above 149 outgrows the
                               cache; 8 columns of a bias at once
+conv/strips.h                 blocks of about 320 pixels, 128 KB: of some whole images, or of rows of one; phases
+conv/addressed.h, weights.h   depth in blocks of 20 KB of a panel (160 to 640 numbers); panels, their tails; groups
+task_conv2d.cpp               ranges of rows of a task's images, each with its own gradient of the weights; tasks that
+                              share weights and bias merged into one
 inner_loop/worker.h, kernel.h 48 query rows; segments of about sqrt(steps) steps where 8 MB do not hold all of them;
                               a task after another on the same scratch memory; a group of tasks by thread
 inner_loop/gemm.h, net.h      tiles by number of rows and of vectors; sums along vectors where rows are too few to pay
@@ -41,7 +45,14 @@ from fastmeta import testing, use_backend
 from fastmeta.dispatch import native
 from fastmeta.dispatch.backends import METRICS
 from fastmeta.dispatch.spec import REGISTRY, Make
-from fastmeta.ops import _inner_loop, contrastive_loss, fast_weight_update, functional_mlp, prototypical_loss
+from fastmeta.ops import (
+    _inner_loop,
+    contrastive_loss,
+    fast_weight_update,
+    functional_mlp,
+    prototypical_loss,
+    task_conv2d,
+)
 
 pytestmark = pytest.mark.skipif(CUDA or native.why_missing is not None, reason="needs the C++ kernels and a CPU")
 
@@ -81,6 +92,11 @@ def update(shared: str, rates: str | None, threads: int = 1) -> Case:
 def mlp(activation: str, *sizes, shared: str = "", threads: int = 1) -> Case:
     inputs = functional_mlp._inputs
     return Case("functional_mlp", lambda make: (*inputs(make, *sizes, shared, True), activation), threads)
+
+
+def conv(*sizes, geometry=task_conv2d.SAME, shared: str = "", threads: int = 1) -> Case:
+    """`sizes`: tasks, images, height, width, channels, filters, kernel height and width."""
+    return Case("task_conv2d", lambda make: task_conv2d._inputs(make, *sizes, geometry, shared, True), threads)
 
 
 def inner(*sizes, form: str = "dense", threads: int = 1, paths: tuple[int, int] | None = None, **options) -> Case:
@@ -135,6 +151,16 @@ CASES = {
     "mlp-packs": mlp("relu", 37, 9, (3, 9, 5), threads=2),
     "mlp-packs-21-rows": mlp("tanh", 37, 25, (3, 9, 2)),
     "mlp-packs-150-inputs": mlp("relu", 21, 9, (230, 9, 2)),
+    # ---- convolutions
+    "conv-strips": conv(1, 2, 21, 17, 3, 5, 3, 3),
+    "conv-strips-without-borders": conv(1, 2, 22, 19, 3, 5, 3, 2, geometry=task_conv2d.PLAIN),
+    "conv-strips-of-phases": conv(2, 1, 40, 37, 3, 5, 3, 3, geometry=(2, 2, 1, 1, 1, 1, 1)),
+    "conv-strips-of-groups": conv(1, 1, 21, 21, 6, 9, 3, 3, geometry=(1, 1, 2, 2, 2, 2, 3)),
+    "conv-blocks-of-images": conv(2, 8, 7, 7, 75, 21, 3, 3),
+    "conv-wide-rows": conv(1, 2, 6, 20, 300, 3, 3, 3),
+    "conv-ranges-of-rows": conv(1, 5, 19, 19, 16, 24, 3, 3, threads=2),
+    "conv-tasks-in-ranges": conv(3, 5, 19, 19, 16, 24, 3, 3, shared="x", threads=2),
+    "conv-tasks-merged": conv(3, 2, 19, 19, 16, 24, 3, 3, shared="wb", threads=2),
     # ---- inner loops, a task at a time
     "inner-97-queries": inner(2, 4, 98, (3, 9, 7, 2)),
     "inner-97-queries-gram": inner(2, 4, 98, (3, 9, 7, 2), form="gram", activation="relu"),

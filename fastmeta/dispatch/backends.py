@@ -152,6 +152,8 @@ def _run_native(spec: OpSpec, args: Args):
 
 
 def native_arguments(spec: OpSpec, args: Args) -> list:
+    if spec.shares:
+        args = _shared_once(args)
     return [
         (arg if arg.is_contiguous() else arg.contiguous())
         if isinstance(arg, Tensor)
@@ -162,6 +164,17 @@ def native_arguments(spec: OpSpec, args: Args) -> list:
         else arg
         for name, arg in zip(spec.argument_names, args, strict=True)
     ]
+
+
+def _shared_once(args: Args) -> Args:
+    """Tensors that were expanded over the tasks as the one that all share, which costs no copy."""
+
+    def repeats(t: Tensor) -> bool:
+        return t.stride(0) == 0 and t.shape[0] > 1
+
+    if not any(map(repeats, _tensors(args))) or all(t.shape[0] == 1 or repeats(t) for t in _tensors(args)):
+        return args  # in the last case nothing else says how many tasks there are
+    return _map_tensors(args, lambda t: t[:1] if repeats(t) else t)
 
 
 # triton ---------------------------------------------------------------------------------------------------------

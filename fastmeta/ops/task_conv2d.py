@@ -254,6 +254,7 @@ SPEC = register(
         workloads=workloads,
         autocast="lower",
         may_share=("x", "weight", "bias"),
+        shares=True,
         backends=("cuda", "cpp", "reference"),
     )
 )
@@ -270,6 +271,7 @@ DATA = register(
         samples=data_samples,
         workloads=data_workloads,
         may_share=("grad", "weight"),
+        shares=True,
         backends=("cuda", "cpp", "reference"),
     )
 )
@@ -286,6 +288,7 @@ WEIGHT = register(
         samples=weight_samples,
         workloads=weight_workloads,
         may_share=("grad", "x"),
+        shares=True,
         backends=("cuda", "cpp", "reference"),
     )
 )

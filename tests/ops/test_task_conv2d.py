@@ -6,7 +6,9 @@ from conftest import DEVICE
 from torch.nn import functional as F
 
 from fastmeta import functional
+from fastmeta.dispatch import backends
 from fastmeta.functional import task_conv1d, task_conv2d
+from fastmeta.ops.task_conv2d import DATA, SPEC, WEIGHT
 
 T = 3
 
@@ -77,6 +79,34 @@ def test_channels_last_images_are_not_copied():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
         task_conv2d(wide, weight.detach().requires_grad_()[:, :, :1].expand(-1, -1, 8, -1, -1), padding=1)
     assert wide.data_ptr() in saved
+
+
+def test_weights_expanded_over_the_tasks_are_not_copied():
+    x, weight, grad = (t.detach() for t in tensors((T, 2, 7, 6, 4), (1, 8, 4, 3, 3), (T, 2, 5, 4, 8)))
+    geometry = (1, 1, 0, 0, 1, 1, 1)
+    wide = weight.expand(T, -1, -1, -1, -1)
+    for op, args in ((SPEC, (x, wide, [], *geometry)), (DATA, (grad, wide, 7, 6, *geometry))):
+        passed = backends.native_arguments(op, args)[1]
+        assert passed.shape[0] == 1 and passed.data_ptr() == weight.data_ptr()
+        torch.testing.assert_close(op(*args), op(args[0], wide.contiguous(), *args[2:]))
+    alone = (x[:1].expand(T, -1, -1, -1, -1), wide, [], *geometry)
+    assert SPEC(*alone).shape[0] == T
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="how the C++ kernels split their work")
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_same_bits_on_any_number_of_threads(tasks):
+    shapes = (tasks, 4, 20, 20, 16), (tasks, 32, 16, 3, 3), (tasks, 4, 20, 20, 32)
+    x, weight, grad = (t.detach() for t in tensors(*shapes, dtype=torch.float32))
+    geometry, before = (1, 1, 1, 1, 1, 1, 1), torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        gradients = DATA(grad, weight, 20, 20, *geometry), WEIGHT(grad, x, 3, 3, *geometry)
+        found.append((SPEC(x, weight, [], *geometry), *gradients))
+    torch.set_num_threads(before)
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
 
 
 def test_under_torch_func_and_compile():

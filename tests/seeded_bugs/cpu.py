@@ -9,6 +9,63 @@ def at(*cases: str, dtype: str = "float32") -> tuple[str, ...]:
 
 
 BUGS = [
+    # ---- task_conv2d
+    Bug(
+        "conv-second-strip-reads-first-rows",
+        "csrc/cpu/conv/strips.h",
+        "from_row = first * g.source_step_h + g.low_h;",
+        "from_row = g.low_h;",
+        at("conv-strips", "conv-strips-without-borders"),
+    ),
+    Bug(
+        "conv-second-strip-of-phases-written-to-wrong-row",
+        "csrc/cpu/conv/strips.h",
+        "image * g.out_h + first * g.out_step_h",
+        "image * g.out_h + first",
+        at("conv-strips-of-phases"),
+    ),
+    Bug(
+        "conv-second-phase-with-pixels-of-first",
+        "csrc/cpu/conv/strips.h",
+        "if (shown_phase != phase_index) {",
+        "if (shown_phase < 0) {",
+        at("conv-strips-of-phases"),
+    ),
+    Bug(
+        "conv-second-block-of-depth-alone",
+        "csrc/cpu/conv/addressed.h",
+        "p.add || block > 0 ? nullptr : p.start + v * W",
+        "p.add ? nullptr : p.start + v * W",
+        at("conv-blocks-of-images", "conv-wide-rows"),
+    ),
+    Bug(
+        "conv-weight-gradient-of-last-block",
+        "csrc/cpu/conv/kernel.h",
+        "space.sum_row, space.zeros, !starts",
+        "space.sum_row, space.zeros, false",
+        at("conv-strips"),
+    ),
+    Bug(
+        "conv-panels-of-second-phase-over-first",
+        "csrc/cpu/conv/weights.h",
+        "      phase_start += padded<T>(columns) * phase.tap_count * channels;\n",
+        "",
+        at("conv-strips-of-phases"),
+    ),
+    Bug(
+        "conv-weight-gradient-of-first-range",
+        "csrc/cpu/task_conv2d.cpp",
+        "split.parts, size, sums + task * size + start",
+        "1, size, sums + task * size + start",
+        at("conv-ranges-of-rows"),
+    ),
+    Bug(
+        "conv-merged-tasks-lose-images",
+        "csrc/cpu/task_conv2d.cpp",
+        "    images *= tasks;\n",
+        "",
+        at("conv-tasks-merged"),
+    ),
     # ---- include/fastmeta/gemm.h
     Bug(
         "row-97-starts-as-row-1",

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "addressed.h"
+#include "depthwise.h"
 #include "strips.h"
 #include "weights.h"
 
@@ -34,6 +35,7 @@ struct ConvSpace {
 template <class T>
 void conv(const cpu::ConvItem<T>& item) {
   const cpu::ConvGeometry& g = *item.geometry;
+  if (is_depthwise(g)) return depthwise(item);
   ConvSpace<T> space(g);
   Strips<T>& strips = space.strips;
   const int64_t channels = g.source_channels(), columns = g.out_channels(), width = padded<T>(columns);
@@ -89,26 +91,30 @@ struct ConvWeightSpace {
   }
 };
 
-// Rows of `from` [rows, columns] in panels, as they stand.
+// Rows of `from` [rows, columns] in panels, as they stand: a row at a time, since they may come from far away.
 template <class T>
 void pack_rows(int64_t rows, int64_t columns, const T* from, int64_t ld, T* to) {
   constexpr int W = kWidth<T>;
   const int64_t vectors = divide_up(columns, W);
-  for (int64_t v = 0, width; v < vectors; v += width) {
-    width = panel_vectors(vectors - v);
-    const bool whole = (v + width) * W <= columns;
-    T* panel = to + v * W * rows;
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t u = 0; u < width; ++u) {
-        const T* in = from + i * ld + (v + u) * W;
-        store(panel + (i * width + u) * W, whole ? load(in) : load_first(in, smaller(W, columns - (v + u) * W)));
+  for (int64_t i = 0; i < rows; ++i, from += ld) {
+    T* panel = to;
+    for (int64_t v = 0, width; v < vectors; panel += rows * width * W, v += width) {
+      width = panel_vectors(vectors - v);
+      for (int64_t u = v; u < v + width; ++u) {
+        T* out = panel + (i * width + u - v) * W;
+        if ((u + 1) * W <= columns)
+          store(out, load(from + u * W));
+        else
+          store(out, load_first(from + u * W, columns - u * W));
       }
+    }
   }
 }
 
 template <class T>
 void conv_weight(const cpu::ConvWeightItem<T>& item) {
   const cpu::ConvGeometry& g = *item.geometry;
+  if (is_depthwise(g)) return depthwise_weight(item);
   ConvWeightSpace<T> space(g);
   Strips<T>& strips = space.strips;
   const int64_t channels = g.source_channels(), columns = g.out_channels(), width = padded<T>(columns);

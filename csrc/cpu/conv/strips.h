@@ -21,8 +21,7 @@ struct Strips {
 
   // the block
   int64_t image, images, first, rows;
-  const T* source;     // where row 0 and tap (low_h, low_w) read
-  int64_t image_step;  // of the source
+  const T* source;  // where row 0 and tap (low_h, low_w) read
 
   explicit Strips(const cpu::ConvGeometry& g) : g(g), copied(g.reads_beyond_borders()) {
     width = copied ? g.source_columns() : g.source_w;
@@ -45,7 +44,6 @@ struct Strips {
     copy = c.take<T>(copied ? most_images * g.source_rows(most_rows) * width * g.source_c : 0);
     row = c.take<int32_t>(most_pixels());
     out_row = c.take<int32_t>(most_pixels());
-    shown_images = 0;
   }
 
   // The block from row `begin` on, counted through all images; returns where it ends.
@@ -63,11 +61,10 @@ struct Strips {
     const int64_t size = g.source_h * g.source_w * g.source_c, from_row = first * g.source_step_h + g.low_h;
     const T* from = images_start + image * size;
     if (copied) {
-      image_step = g.source_rows(rows) * width * g.source_c;
-      for (int64_t n = 0; n < images; ++n) copy_within_zeros(from + n * size, from_row, copy + n * image_step);
+      const int64_t step = g.source_rows(rows) * width * g.source_c;
+      for (int64_t n = 0; n < images; ++n) copy_within_zeros(from + n * size, from_row, copy + n * step);
       source = copy;
     } else {
-      image_step = size;
       source = from + (from_row * g.source_w + g.low_w) * g.source_c;
     }
     return begin + images * rows;
@@ -91,26 +88,26 @@ struct Strips {
   // Where the block's first pixel is in the output.
   int64_t out_start() const { return (image * g.out_h + first * g.out_step_h) * g.out_w * g.out_c; }
 
-  // The tables of a phase's pixels in this block; returns how many there are.
+  // How many pixels of a phase are in this block, in its tables: those of the largest block, whose start serves others.
   int64_t pixels_of(int64_t phase_index) {
     const cpu::ConvPhase& phase = g.phases[phase_index];
-    const int64_t height = (g.out_h - phase.first_h + g.out_step_h - 1) / g.out_step_h;
-    const int64_t columns = (g.out_w - phase.first_w + g.out_step_w - 1) / g.out_step_w;
-    const int64_t here = larger(0, smaller(rows, height - first));
-    if (shown_images == images && shown_rows == here && shown_step == image_step && shown_phase == phase_index)
-      return images * here * columns;
-    shown_images = images, shown_rows = here, shown_step = image_step, shown_phase = phase_index;
-    int32_t *from = row, *to = out_row;
-    for (int64_t n = 0; n < images; ++n)
-      for (int64_t i = 0; i < here; ++i) {
-        int64_t in = n * image_step + i * g.source_step_h * width * g.source_c;
-        int64_t out = ((n * g.out_h + phase.first_h + i * g.out_step_h) * g.out_w + phase.first_w) * g.out_c;
-        for (int64_t j = 0; j < columns; ++j, in += g.source_step_w * g.source_c, out += g.out_step_w * g.out_c) {
-          *from++ = int32_t(in);
-          *to++ = int32_t(out);
+    const int64_t height = divide_up(g.out_h - phase.first_h, g.out_step_h);
+    const int64_t columns = divide_up(g.out_w - phase.first_w, g.out_step_w);
+    if (shown_phase != phase_index) {
+      shown_phase = phase_index;
+      const int64_t step = (copied ? g.source_rows(most_rows) : g.source_h) * width * g.source_c;
+      int32_t *from = row, *to = out_row;
+      for (int64_t n = 0; n < most_images; ++n)
+        for (int64_t i = 0; i < smaller(most_rows, height); ++i) {
+          int64_t in = n * step + i * g.source_step_h * width * g.source_c;
+          int64_t out = ((n * g.out_h + phase.first_h + i * g.out_step_h) * g.out_w + phase.first_w) * g.out_c;
+          for (int64_t j = 0; j < columns; ++j, in += g.source_step_w * g.source_c, out += g.out_step_w * g.out_c) {
+            *from++ = int32_t(in);
+            *to++ = int32_t(out);
+          }
         }
-      }
-    return images * here * columns;
+    }
+    return images * larger(0, smaller(rows, height - first)) * columns;
   }
 
   // Where a phase's taps read, tap by tap each channel of a group.
@@ -123,8 +120,7 @@ struct Strips {
   }
 
  private:
-  // what the tables show
-  int64_t shown_images = 0, shown_rows = 0, shown_step = 0, shown_phase = 0;
+  int64_t shown_phase = -1;  // by the tables
 };
 
 }  // namespace fastmeta::FASTMETA_ISA
