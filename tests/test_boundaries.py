@@ -21,7 +21,7 @@ functional_mlp.cpp            ranges of rows and groups of tasks by thread: one 
 functional_mlp_lanes.h        packs of W tasks and a last one of fewer; 20 rows at once
 lanes.h                       tiles of 6 or 10 rows and of two columns; fewer rows where a depth above 149 outgrows the
                               cache; 8 columns of a bias at once
-conv/strips.h                 blocks of about 320 pixels, 128 KB: of some whole images, or of rows of one; phases
+conv/strips.h                 blocks of about 320 pixels, 1 MB: of some whole images, or of rows of one; phases
 conv/addressed.h, weights.h   depth in blocks of 20 KB of a panel (160 to 640 numbers); panels, their tails; groups
 task_conv2d.cpp               ranges of rows of a task's images, each with its own gradient of the weights; tasks that
                               share weights and bias merged into one
@@ -157,7 +157,7 @@ CASES = {
     "conv-strips-of-phases": conv(2, 1, 40, 37, 3, 5, 3, 3, geometry=(2, 2, 1, 1, 1, 1, 1)),
     "conv-strips-of-groups": conv(1, 1, 21, 21, 6, 9, 3, 3, geometry=(1, 1, 2, 2, 2, 2, 3)),
     "conv-blocks-of-images": conv(2, 8, 7, 7, 75, 21, 3, 3),
-    "conv-wide-rows": conv(1, 2, 6, 20, 300, 3, 3, 3),
+    "conv-wide-rows": conv(1, 2, 6, 20, 2400, 3, 1, 1, geometry=task_conv2d.PLAIN),
     "conv-ranges-of-rows": conv(1, 5, 19, 19, 16, 24, 3, 3, threads=2),
     "conv-tasks-in-ranges": conv(3, 5, 19, 19, 16, 24, 3, 3, shared="x", threads=2),
     "conv-tasks-merged": conv(3, 2, 19, 19, 16, 24, 3, 3, shared="wb", threads=2),

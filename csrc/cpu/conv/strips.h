@@ -7,8 +7,10 @@
 
 namespace fastmeta::FASTMETA_ISA {
 
-constexpr int64_t kConvPixels = 320;       // of a block, about
-constexpr int64_t kConvBytes = 128 << 10;  // of its source, about: a quarter of a second-level cache
+// Of a block, about. Few pixels would wait for the weights, of which each block reads all; a source of many channels is
+// read a part of the depth at a time, so that it need not fit a cache that is near.
+constexpr int64_t kConvPixels = 320;
+constexpr int64_t kConvBytes = 1 << 20;
 
 template <class T>
 struct Strips {
