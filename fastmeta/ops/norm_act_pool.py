@@ -216,7 +216,7 @@ MOMENTS = register(
         samples=moments_samples,
         workloads=moments_workloads,
         autocast="widest",
-        backends=("cuda", "cpp", "reference"),
+        backends=("cuda", "cpp", "triton", "reference"),
     )
 )
 SPEC = register(
@@ -235,7 +235,7 @@ SPEC = register(
         autocast="widest",
         may_share=("weight", "bias"),
         source="Ioffe and Szegedy 2015, algorithm 1; Wu and He 2018",
-        backends=("cuda", "cpp", "reference"),
+        backends=("cuda", "cpp", "triton", "reference"),
     )
 )
 _DERIVED = derive_backward(SPEC)
@@ -245,7 +245,7 @@ BACKWARD = register(
         backward=backward_backward,
         samples=backward_samples,
         workloads=backward_workloads,
-        backends=("cuda", "cpp", "reference"),
+        backends=("cuda", "cpp", "triton", "reference"),
     )
 )
 _DERIVED_TWICE = derive_backward(BACKWARD)
@@ -254,6 +254,6 @@ SECOND = register(
         **_DERIVED_TWICE,
         backward=lambda *a: vjp_of_reference(SECOND)(*a),
         samples=second_samples,
-        backends=("cuda", "cpp", "reference"),
+        backends=("cuda", "cpp", "triton", "reference"),
     )
 )

@@ -255,7 +255,7 @@ SPEC = register(
         autocast="lower",
         may_share=("x", "weight", "bias"),
         shares=True,
-        backends=("cuda", "cpp", "reference"),
+        backends=("cuda", "cpp", "triton", "reference"),
     )
 )
 DATA = register(
@@ -272,7 +272,7 @@ DATA = register(
         workloads=data_workloads,
         may_share=("grad", "weight"),
         shares=True,
-        backends=("cuda", "cpp", "reference"),
+        backends=("cuda", "cpp", "triton", "reference"),
     )
 )
 WEIGHT = register(
@@ -289,6 +289,6 @@ WEIGHT = register(
         workloads=weight_workloads,
         may_share=("grad", "x"),
         shares=True,
-        backends=("cuda", "cpp", "reference"),
+        backends=("cuda", "cpp", "triton", "reference"),
     )
 )

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_PROGRAMS = 2**31 - 1  # of grid.x; the other axes end at 65535, so no kernel uses them
+MAX_PIXELS = 2**30  # which kernels count in 32 bits, up to the end of a block
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INNER_LOOP_DTYPES = (torch.float32, torch.float64)  # half precision has no digits left after some steps
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -190,3 +191,19 @@ def activation_slope(x, ACTIVATION: tl.constexpr):
         return 0.5 * (1 + tl.erf(x * 0.70710678118654752440)) + x * density
     else:
         return tl.cos(x)
+
+
+@triton.jit
+def activation_bend(x, ACTIVATION: tl.constexpr):
+    """Second derivative of `activate` at `x`, for those that have one."""
+    if ACTIVATION == 2:
+        return -2 * activate(x, 2) * activation_slope(x, 2)
+    elif ACTIVATION == 3:
+        return activation_slope(x, 3) * (1 - 2 * activate(x, 3))
+    elif ACTIVATION == 4:
+        s = activate(x, 3)
+        return activation_slope(x, 3) * (2 + x * (1 - 2 * s))
+    elif ACTIVATION == 5:
+        return 0.39894228040143267794 * tl.exp(-0.5 * x * x) * (2 - x * x)
+    else:
+        return -tl.sin(x)

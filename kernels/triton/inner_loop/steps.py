@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastmeta.kernels._common import activate, activation_slope
+from fastmeta.kernels._common import activate, activation_bend, activation_slope
 from fastmeta.kernels.inner_loop.losses import loss_gradient
 from fastmeta.kernels.inner_loop.products import add_product, tile_of
 from fastmeta.kernels.inner_loop.structures import Pass, Rates, Targets
@@ -32,22 +32,6 @@ from fastmeta.kernels.inner_loop.table import (
     SUPPORT,
     WIDTH,
 )
-
-
-@triton.jit
-def activation_bend(x, ACTIVATION: tl.constexpr):
-    """Second derivative of `activate` at `x`, for those that have one."""
-    if ACTIVATION == 2:
-        return -2 * activate(x, 2) * activation_slope(x, 2)
-    elif ACTIVATION == 3:
-        return activation_slope(x, 3) * (1 - 2 * activate(x, 3))
-    elif ACTIVATION == 4:
-        s = activate(x, 3)
-        return activation_slope(x, 3) * (2 + x * (1 - 2 * s))
-    elif ACTIVATION == 5:
-        return 0.39894228040143267794 * tl.exp(-0.5 * x * x) * (2 - x * x)
-    else:
-        return -tl.sin(x)
 
 
 @triton.jit
