@@ -14,7 +14,7 @@ from test_ops import require
 
 from fastmeta import testing, use_backend
 from fastmeta.dispatch.spec import REGISTRY, Make
-from fastmeta.ops import _inner_loop, contrastive_loss
+from fastmeta.ops import _inner_loop, contrastive_loss, norm_act_pool
 
 METRICS = ("sqeuclidean", "euclidean", "cosine", "dot", "manhattan")
 F32, F64 = (torch.float32,), (torch.float64,)
@@ -49,6 +49,21 @@ def _update(make, rate):
 def _inner(make, op, *sizes, form="dense", **departures):
     args = _inner_loop.arguments(make, *sizes, form, **departures)
     return (*args[:3], args[6], *args[8:]) if op == "adapt_mlp" else args
+
+
+def _convolution(make, tasks, rows, size, inputs, outputs, window, pad=0, shared=False):
+    weight = make.normal(1 if shared else tasks, outputs, inputs, *window, scale=0.1)
+    x, bias = make.normal(tasks, rows, *size, inputs), make.normal(tasks, outputs)
+    return x, weight, [bias[:1] if shared else bias], 1, 1, pad, pad, 1, 1, 1
+
+
+def _norm(make, tasks, *size, norm="batch", groups=1, activation="relu", pool="max"):
+    return norm_act_pool._inputs(make, tasks, *size, norm, groups, activation, 0.0, pool, "wb")
+
+
+def _norm_bwd(make, *size, **options):
+    args = _norm(make, *size, **options)
+    return make.normal(*norm_act_pool.fake(*args).shape), *args, 7
 
 
 # as on a GPU: tiles of 16, and of 1024 elements of a state, where the interpreter would have 64 and 4096
@@ -117,6 +132,23 @@ CASES = {
         F64,
         SMALL,
     ),
+    "task_conv2d": Case("task_conv2d", lambda m: _convolution(m, 2, 1, (9, 9), 8, 65, (3, 3), 1)),
+    # sums of 256 pixels, and of the 68 that are left
+    "task_conv2d-parts": Case("task_conv2d", lambda m: _convolution(m, 2, 2, (9, 9), 2, 3, (3, 3), 1, shared=True)),
+    # as many channels as whole blocks of columns: each lies within one tap
+    "task_conv2d-one-tap": Case(
+        "task_conv2d",
+        lambda m: _convolution(m, 2, 1, (4, 5), 64, 32, (1, 2)),
+        patches=(("_common", "INTERPRETED", False),),
+    ),
+    "norm_moments-batch": Case("norm_moments", lambda m: (m.normal(2, 2, 9, 9, 65) + 9, "batch", 1)),
+    "norm_moments-group": Case("norm_moments", lambda m: (m.normal(1, 2, 1, 2, 65 * 17), "group", 65)),
+    "norm_act_pool": Case("norm_act_pool", lambda m: _norm(m, 1, 3, 7, 5, 65)),
+    "norm_act_pool_bwd-batch": Case("norm_act_pool_bwd", lambda m: _norm_bwd(m, 1, 3, 7, 5, 65)),
+    "norm_act_pool_bwd-bent": Case(
+        "norm_act_pool_bwd",
+        lambda m: _norm_bwd(m, 1, 1, 11, 11, 66, norm="group", groups=2, activation="silu", pool="average"),
+    ),
 }
 
 
@@ -153,9 +185,11 @@ def test_sums_of_many_rows(length, monkeypatch):
 
 # constants of a launch, and which of its sizes they are blocks of: the first that it has
 SIZE_OF = {
-    "BLOCK_Q": "Q V", "BLOCK_N": "N V", "BLOCK_S": "S", "BLOCK_D": "D", "BLOCK_E": "D", "BLOCK_C": "C columns",
+    "BLOCK_Q": "Q V", "BLOCK_N": "N V", "BLOCK_S": "S", "BLOCK_D": "D", "BLOCK_E": "D entries",
+    "BLOCK_C": "C columns channels",
     "BLOCK_B": "rows_per_part B rows", "BLOCK_I": "inputs", "BLOCK_O": "outputs", "BLOCK_R": "R length support",
-    "BLOCK_W": "width", "BLOCK_P": "state", "BLOCK": "lengths columns", "ROWS": "length",
+    "BLOCK_K": "columns", "BLOCK_G": "groups", "BLOCK_W": "width",
+    "BLOCK_P": "state pixels_per_part windows_per_part windows pixels", "BLOCK": "lengths columns", "ROWS": "length",
 }  # fmt: skip
 COVERED = {("mean_kernel", "BLOCK")}  # always as large as what it adds up
 

@@ -8,18 +8,18 @@ imported. Nothing is checked here; `why_not` says what cannot be served.
 from __future__ import annotations
 
 import importlib
-import math
 
 from torch import Tensor
 
-from fastmeta.kernels._common import DTYPES, INNER_LOOP_DTYPES, MAX_PIXELS, MAX_PROGRAMS
+from fastmeta.kernels._common import DTYPES, INNER_LOOP_DTYPES, MAX_PROGRAMS
+from fastmeta.kernels.conv import images
 
 OPS = (
     "fast_weight_update", "class_prototypes", "pairwise_distance", "prototypical_loss", "functional_mlp",
-    "contrastive_loss", "adapt_mlp", "meta_loss_mlp", "task_conv2d", "norm_moments", "norm_act_pool",
+    "contrastive_loss", "adapt_mlp", "meta_loss_mlp", "task_conv2d", "norm_act_pool",
 )  # fmt: skip
 INNER_LOOPS = ("adapt_mlp", "meta_loss_mlp")
-IMAGES = ("task_conv2d", "norm_moments", "norm_act_pool")
+IMAGES = ("task_conv2d", "norm_act_pool")
 
 
 def _tensors(args):
@@ -32,7 +32,7 @@ def _tensors(args):
 
 def why_not(op_name: str, *args) -> str | None:
     """Why the kernels cannot serve the call `op_name(*args)`, as a sentence; None if they can."""
-    name = op_name.split("_bwd")[0]
+    name = "norm_act_pool" if op_name == "norm_moments" else op_name.split("_bwd")[0]
     if name not in OPS:
         return f"there is no kernel for {op_name}"
     dtypes = INNER_LOOP_DTYPES if name in INNER_LOOPS else DTYPES
@@ -45,35 +45,18 @@ def why_not(op_name: str, *args) -> str | None:
             return None
         module = importlib.import_module(f"fastmeta.kernels.{name}")
         return (module.why_not if name == op_name else module.why_not_bwd)(*args)
-    if name in IMAGES and (pixels := _pixels_at_most(op_name, args)) > MAX_PIXELS:
-        return f"{pixels} pixels of all tasks > {MAX_PIXELS}"
+    if name in IMAGES:
+        return images.why_not(op_name, list(_tensors(args)), args)
     programs = _programs_at_most(op_name, args)
     if programs > MAX_PROGRAMS:
         return f"{programs} programs > {MAX_PROGRAMS} of a grid"
     return None
 
 
-def _pixels_at_most(op_name: str, args) -> int:
-    """Of the images of all tasks, those that come out among them."""
-    tensors = list(_tensors(args))
-    shapes = [t.shape[1:4] for t in tensors if t.dim() == 5]
-    if op_name == "task_conv2d":  # a pixel comes out for each of the padded image at most
-        rows, height, width = shapes[0]
-        shapes.append((rows, height + 2 * args[5], width + 2 * args[6]))
-    elif op_name == "task_conv2d_bwd_data":
-        shapes.append((shapes[0][0], *args[2:4]))
-    return max(t.shape[0] for t in tensors) * max(map(math.prod, shapes))
-
-
 def _programs_at_most(op_name: str, args) -> int:
     """No grid is larger: a tile has sides of 8 at least, or covers its dimension."""
     tensors = list(_tensors(args))
     tasks = max((t.shape[0] for t in tensors), default=0)
-    if op_name.startswith(IMAGES):
-        images = [t for t in tensors if t.dim() == 5]
-        channels = max(t.shape[4] for t in images)
-        groups = args[-1] if op_name.startswith("task_conv2d") else 1
-        return (_pixels_at_most(op_name, args) // 8 + tasks * images[0].shape[1]) * (channels // 8 + groups)
     if op_name.startswith("fast_weight_update"):
         return max(tasks, *(tasks * t.shape[1] // 8 for t in tensors))
     matrices = [t for t in tensors if t.dim() == 3]

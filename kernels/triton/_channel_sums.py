@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmeta.kernels._common import accumulator, blocks, launch
 from fastmeta.kernels._sums import sum_rows
 from fastmeta.kernels.conv.call import split
-from fastmeta.kernels.conv.windows import How, Norm, Sizes, channels_of, gradients, of_member, read, slope_at
+from fastmeta.kernels.conv.windows import How, Norm, Sizes, channels_of, read, slope_at, taken_apart
 
 
 @triton.jit
@@ -32,17 +32,15 @@ def channel_sums_kernel(
     for start in range(part * windows_per_part, end, HOW.BLOCK_P):
         window = start + tl.arange(0, HOW.BLOCK_P)
         window = tl.where(window < end, window, sizes.windows)  # beyond all of them: nothing
-        given, winner = gradients(grad, x, window, channels, sizes, HOW)
-        for number in tl.static_range(1 if HOW.POOL == 0 else 4):
-            pixel = read(x, window, number, channels, sizes, HOW)
-            g = of_member(given, winner, number, HOW) * slope_at(pixel.z, HOW)
-            g_sum += g
-            gn_sum += g * pixel.n
-            if HAS_OUTER:
-                v = tl.load(outer + pixel.at, mask=pixel.mask, other=0).to(HOW.ACC)
-                v_sum += v
-                vn_sum += v * pixel.n
-                vg_sum += v * g
+        seen = read(x, window, channels, sizes, HOW)
+        g = taken_apart(grad, window, seen, channels, sizes, HOW) * slope_at(seen.z, HOW)
+        g_sum += tl.sum(g, 0)
+        gn_sum += tl.sum(g * seen.n, 0)
+        if HAS_OUTER:
+            v = tl.load(outer + seen.at, mask=seen.mask, other=0).to(HOW.ACC)
+            v_sum += tl.sum(v, 0)
+            vn_sum += tl.sum(v * seen.n, 0)
+            vg_sum += tl.sum(v * g, 0)
     COUNT: tl.constexpr = 5 if HAS_OUTER else 2
     out += (segment * parts + part) * COUNT * sizes.channels + channels.c
     tl.store(out, tl.sum(g_sum, 0), mask=channels.inside)

@@ -41,13 +41,13 @@ from fastmeta.kernels.conv.windows import (
     Pointer,
     Sizes,
     channels_of,
-    gradients,
     group_mean,
-    of_member,
     of_tasks,
     pooled,
+    put_together,
     read,
     slope_at,
+    taken_apart,
     tile_of,
 )
 
@@ -86,19 +86,11 @@ def down_to(outer, segment, channels, sizes, HOW: tl.constexpr):
 
 
 @triton.jit
-def outer_of(outer, segment, pixel, sizes, HOW: tl.constexpr):
-    """v of a tile of pixels."""
-    at = segment * sizes.pixels * sizes.channels + pixel.at
-    return tl.load(outer.x + at, mask=pixel.mask, other=0).to(HOW.ACC)
-
-
-@triton.jit
-def for_gradient(v, pixel, channels, down, HOW: tl.constexpr):
-    """q of a tile of pixels."""
-    q = v
+def for_gradient(v, seen, channels, down, HOW: tl.constexpr):
+    """q of a tile."""
     if HOW.NORM == 2:
-        q -= down.mean_v[None, :] + pixel.n * down.mean_vn[None, :]
-    return (channels.weight * channels.rate)[None, :] * q + down.weight[None, :] * pixel.n + down.bias[None, :]
+        v -= down.mean_v + seen.n * down.mean_vn
+    return channels.weight * channels.rate * v + down.weight * seen.n + down.bias
 
 
 @triton.jit
@@ -110,6 +102,7 @@ def bend_sums_kernel(grad, x, outer, out, norm, sizes, parts, windows_per_part, 
     channels = channels_of(norm, segment, program % c_blocks, sizes, HOW)
     down = down_to(outer, segment, channels, sizes, HOW)
     x += segment * sizes.pixels * sizes.channels
+    v_of_segment = outer.x + segment * sizes.pixels * sizes.channels
     grad += segment * sizes.pooled * sizes.channels
     e_sum = tl.full([HOW.BLOCK_P, HOW.BLOCK_C], 0, HOW.ACC)
     en_sum = e_sum
@@ -117,13 +110,12 @@ def bend_sums_kernel(grad, x, outer, out, norm, sizes, parts, windows_per_part, 
     for start in range(part * windows_per_part, end, HOW.BLOCK_P):
         window = start + tl.arange(0, HOW.BLOCK_P)
         window = tl.where(window < end, window, sizes.windows)  # beyond all of them: nothing
-        given, winner = gradients(grad, x, window, channels, sizes, HOW)
-        for number in tl.static_range(1 if HOW.POOL == 0 else 4):
-            pixel = read(x, window, number, channels, sizes, HOW)
-            q = for_gradient(outer_of(outer, segment, pixel, sizes, HOW), pixel, channels, down, HOW)
-            e = q * of_member(given, winner, number, HOW) * activation_bend(pixel.z, HOW.ACTIVATION)
-            e_sum += e
-            en_sum += e * pixel.n
+        seen = read(x, window, channels, sizes, HOW)
+        v = tl.load(v_of_segment + seen.at, mask=seen.mask, other=0).to(HOW.ACC)
+        q = for_gradient(v, seen, channels, down, HOW)
+        e = q * taken_apart(grad, window, seen, channels, sizes, HOW) * activation_bend(seen.z, HOW.ACTIVATION)
+        e_sum += tl.sum(e, 0)
+        en_sum += tl.sum(e * seen.n, 0)
     out += (segment * parts + part) * 2 * sizes.channels + channels.c
     tl.store(out, tl.sum(e_sum, 0), mask=channels.inside)
     tl.store(out + sizes.channels, tl.sum(en_sum, 0), mask=channels.inside)
@@ -158,34 +150,26 @@ def norm_second_kernel(
         mean_kn += group_mean(bends, segment * 2 + 1, channels, sizes, HOW)
     mean_k -= channels.rate * (mean_hn * down.mean_v + down.mean_vn * mean_h)
     mean_kn -= 2 * channels.rate * down.mean_vn * mean_hn
-    spread = (mean_vh - down.mean_v * mean_h - down.mean_vn * mean_hn) * channels.rate * channels.rate
-    x += segment * sizes.pixels * sizes.channels
-    given, winner = gradients(grad + segment * sizes.pooled * sizes.channels, x, window, channels, sizes, HOW)
-    for_given = tl.full([HOW.BLOCK_P, HOW.BLOCK_C], 0, HOW.ACC)
-    for number in tl.static_range(1 if HOW.POOL == 0 else 4):
-        pixel = read(x, window, number, channels, sizes, HOW)
-        v = outer_of(outer, segment, pixel, sizes, HOW)
-        q, slope = for_gradient(v, pixel, channels, down, HOW), slope_at(pixel.z, HOW)
-        own = of_member(given, winner, number, HOW)
-        for_given += of_member(q * slope, winner, number, HOW)
-        if WANTS_X:
-            k = down.weight[None, :] * own * slope
-            if BENT:
-                k += channels.weight[None, :] * q * own * activation_bend(pixel.z, HOW.ACTIVATION)
-            if HOW.NORM == 2:
-                h = channels.weight[None, :] * own * slope
-                k -= channels.rate[None, :] * (v * mean_hn[None, :] + h * down.mean_vn[None, :])
-                k -= mean_k[None, :] + pixel.n * mean_kn[None, :]
-            value = k * channels.rate[None, :]
-            if HOW.NORM == 2:
-                value -= spread[None, :] * pixel.n
-            at = segment * sizes.pixels * sizes.channels + pixel.at
-            tl.store(d_x + at, value.to(d_x.dtype.element_ty), mask=pixel.mask)
+    spread = mean_vh - down.mean_v * mean_h - down.mean_vn * mean_hn
+    first = segment * sizes.pixels * sizes.channels
+    seen = read(x + first, window, channels, sizes, HOW)
+    v = tl.load(outer.x + first + seen.at, mask=seen.mask, other=0).to(HOW.ACC)
+    q, slope = for_gradient(v, seen, channels, down, HOW), slope_at(seen.z, HOW)
     if WANTS_GRAD:
-        pixel, inside = pooled(window, sizes, HOW)
-        d_grad += (segment * sizes.pooled + pixel)[:, None] * sizes.channels + channels.c[None, :]
-        mask = inside[:, None] & channels.inside[None, :]
-        tl.store(d_grad, for_given.to(d_grad.dtype.element_ty), mask=mask)
+        value = put_together(q * slope, seen, HOW)
+        at, mask = pooled(window, channels, sizes, HOW)
+        d_grad += segment * sizes.pooled * sizes.channels
+        tl.store(d_grad + at, value.to(d_grad.dtype.element_ty), mask=mask)
+    if WANTS_X:
+        grad += segment * sizes.pooled * sizes.channels
+        own = taken_apart(grad, window, seen, channels, sizes, HOW)
+        k = down.weight * own * slope
+        if BENT:
+            k += channels.weight * q * own * activation_bend(seen.z, HOW.ACTIVATION)
+        if HOW.NORM == 2:
+            k -= channels.rate * (v * mean_hn + channels.weight * own * slope * down.mean_vn)
+            k -= mean_k + seen.n * mean_kn + channels.rate * spread * seen.n
+        tl.store(d_x + first + seen.at, (k * channels.rate).to(d_x.dtype.element_ty), mask=seen.mask)
 
 
 def norm_act_pool_bwd_bwd(

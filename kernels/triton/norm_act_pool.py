@@ -18,19 +18,19 @@ from torch import Tensor
 
 from fastmeta.kernels._channel_sums import channel_sums
 from fastmeta.kernels._common import launch
+from fastmeta.kernels._norm_moments import norm_moments
 from fastmeta.kernels._norm_second import norm_act_pool_bwd_bwd
 from fastmeta.kernels.conv.call import gradient_of_tasks, group_means, prepared, programs
 from fastmeta.kernels.conv.windows import (
     OWN,
     activated,
     channels_of,
-    gradients,
     group_mean,
-    largest,
-    of_member,
     pooled,
+    put_together,
     read,
     slope_at,
+    taken_apart,
     tile_of,
 )
 
@@ -40,17 +40,10 @@ def norm_act_pool_kernel(x, out, norm, sizes, HOW: tl.constexpr):
     segment, window, block = tile_of(sizes, HOW)
     channels = channels_of(norm, segment, block, sizes, HOW)
     x += segment * sizes.pixels * sizes.channels
-    if HOW.POOL == 1:
-        value, _ = largest(x, window, channels, sizes, HOW)
-    else:
-        value = tl.full([HOW.BLOCK_P, HOW.BLOCK_C], 0, HOW.ACC)
-        for number in tl.static_range(1 if HOW.POOL == 0 else 4):
-            value += activated(read(x, window, number, channels, sizes, HOW).z, HOW)
-        if HOW.POOL == 2:
-            value *= 0.25
-    pixel, inside = pooled(window, sizes, HOW)
-    out += (segment * sizes.pooled + pixel)[:, None] * sizes.channels + channels.c[None, :]
-    tl.store(out, value.to(out.dtype.element_ty), mask=inside[:, None] & channels.inside[None, :])
+    seen = read(x, window, channels, sizes, HOW)
+    value = put_together(activated(seen.z, HOW), seen, HOW)
+    at, mask = pooled(window, channels, sizes, HOW)
+    tl.store(out + segment * sizes.pooled * sizes.channels + at, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -60,15 +53,13 @@ def norm_data_kernel(grad, x, means, out, norm, sizes, HOW: tl.constexpr):
     channels = channels_of(norm, segment, block, sizes, HOW)
     x += segment * sizes.pixels * sizes.channels
     out += segment * sizes.pixels * sizes.channels
-    given, winner = gradients(grad + segment * sizes.pooled * sizes.channels, x, window, channels, sizes, HOW)
-    mean_h = group_mean(means, segment * 2, channels, sizes, HOW)
-    mean_hn = group_mean(means, segment * 2 + 1, channels, sizes, HOW)
-    for number in tl.static_range(1 if HOW.POOL == 0 else 4):
-        pixel = read(x, window, number, channels, sizes, HOW)
-        h = channels.weight[None, :] * of_member(given, winner, number, HOW) * slope_at(pixel.z, HOW)
-        if HOW.NORM == 2:
-            h -= mean_h[None, :] + pixel.n * mean_hn[None, :]
-        tl.store(out + pixel.at, (h * channels.rate[None, :]).to(out.dtype.element_ty), mask=pixel.mask)
+    seen = read(x, window, channels, sizes, HOW)
+    grad += segment * sizes.pooled * sizes.channels
+    h = taken_apart(grad, window, seen, channels, sizes, HOW) * slope_at(seen.z, HOW) * channels.weight
+    if HOW.NORM == 2:
+        mean_h = group_mean(means, segment * 2, channels, sizes, HOW)
+        h -= mean_h + seen.n * group_mean(means, segment * 2 + 1, channels, sizes, HOW)
+    tl.store(out + seen.at, (h * channels.rate).to(out.dtype.element_ty), mask=seen.mask)
 
 
 def norm_act_pool(x, weight, bias, moments, *options) -> Tensor:
@@ -116,3 +107,4 @@ def aot(new):
         norm_act_pool(*args)
         norm_act_pool_bwd(grad, *args, 7)
         norm_act_pool_bwd_bwd(torch.empty_like(x), weight, bias, grad, *args, 7, 15)
+    norm_moments(new(4, 75, 28, 28, 64), "batch", 1)

@@ -30,6 +30,7 @@ from fastmeta.kernels._common import (
 from fastmeta.kernels._layers import ENOUGH_PROGRAMS, stride
 from fastmeta.kernels._sums import sum_rows
 from fastmeta.kernels.conv.gather import Sizes, gathered, taps_and_channels
+from fastmeta.kernels.conv.images import out_size
 
 
 class How(NamedTuple):
@@ -223,14 +224,6 @@ def task_conv2d_bwd_weight(grad: Tensor, x: Tensor, kernel_h: int, kernel_w: int
         HOW=how,
     )
     return (out if parts == 1 else sum_rows(out.flatten(2), x.dtype)).view(tasks, *shape)
-
-
-def out_size(size, window, stride_h: int, stride_w: int, pad_h: int, pad_w: int, dilation_h: int, dilation_w: int):
-    """Height and width of the output."""
-    return (
-        (size[0] + 2 * pad_h - dilation_h * (window[0] - 1) - 1) // stride_h + 1,
-        (size[1] + 2 * pad_w - dilation_w * (window[1] - 1) - 1) // stride_w + 1,
-    )
 
 
 def aot(new):

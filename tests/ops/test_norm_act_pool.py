@@ -3,9 +3,13 @@
 import pytest
 import torch
 from conftest import DEVICE
+from test_ops import KERNELS as BACKENDS
+from test_ops import require
 from torch.nn import functional as F
 
+from fastmeta import use_backend
 from fastmeta.functional import norm_act_pool
+from fastmeta.ops.norm_act_pool import MOMENTS, SPEC
 
 T, B, C = 3, 4, 6
 ACTIVATIONS = {
@@ -133,3 +137,29 @@ def test_autocast_takes_the_widest_dtype():
     with torch.autocast(DEVICE, torch.bfloat16):
         assert norm_act_pool(x.bfloat16(), weight, bias).dtype == torch.float32
         assert norm_act_pool(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "wb"])
+def test_what_is_wanted_alone(backend, wanted):
+    """Gradients that nobody asks for are not formed, and nothing comes down for them from a second derivative."""
+    if backend not in SPEC.backends:
+        pytest.skip(f"{backend} has no {SPEC.name}")
+    require(backend)
+    x, weight, bias, grad = tensors((2, 2, 4, 5, 3), (2, 3), (1, 3), (2, 2, 2, 2, 3))
+    moments = MOMENTS(x, "batch", 1)
+
+    def found():
+        leaves = {"x": x, "weight": weight, "bias": bias}
+        leaves = {name: t.clone().requires_grad_(name[0] in wanted) for name, t in leaves.items()}
+        g = grad.clone().requires_grad_()
+        args = (leaves["x"], [leaves["weight"]], [leaves["bias"]], list(moments), "batch", 1, 1e-5, "silu", 0.0, "max")
+        inputs = [t for t in leaves.values() if t.requires_grad]
+        first = torch.autograd.grad(SPEC(*args), inputs, g, create_graph=True)
+        second = torch.autograd.grad(sum(f.sin().sum() for f in first), [*inputs, g], allow_unused=True)
+        return [*first, *(torch.zeros_like(t) if s is None else s for s, t in zip(second, [*inputs, g], strict=True))]
+
+    with use_backend("reference"):
+        truth = found()
+    with use_backend(backend):
+        torch.testing.assert_close(found(), truth, rtol=1e-10, atol=1e-10)

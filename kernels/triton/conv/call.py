@@ -20,6 +20,8 @@ def prepared(x, weight, bias, moments, norm, groups, eps, activation, slope, poo
     images = 1 if norm == "group" else rows  # of a segment
     sizes = Sizes(
         windows=images * blocks(height, side) * blocks(width, side),
+        windows_high=blocks(height, side),
+        windows_wide=blocks(width, side),
         height=height,
         width=width,
         pixels=images * height * width,

@@ -34,9 +34,11 @@ class How(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of a segment, but for the last two."""
+    """Of a segment, but for the last."""
 
     windows: Number
+    windows_high: Number  # of an image
+    windows_wide: Number
     height: Number
     width: Number
     pixels: Number
@@ -70,13 +72,13 @@ class Channels(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Of a tile of windows and channels the pixels of one of their members."""
+    """Of a tile `[members of a window, windows, channels]`."""
 
-    at: Any  # of the first element of the segment
+    at: Any  # from the first element of the segment on
     mask: Any
     n: Any  # normalised
     z: Any  # before the activation
-    grad: Any  # at the activation
+    chosen: Any  # whether it is the member that a largest value comes from
 
 
 @triton.jit
@@ -122,24 +124,17 @@ def tile_of(sizes, HOW: tl.constexpr):
 
 
 @triton.jit
-def member(window, number, sizes, HOW: tl.constexpr):
-    """The pixel that is the `number`-th of each window, and whether there is one."""
+def pooled(window, channels, sizes, HOW: tl.constexpr):
+    """Where the pixel that comes out of each window is, and whether one does: of those that the edge cuts off none."""
     SIDE: tl.constexpr = 1 if HOW.POOL == 0 else 2
-    high, wide = tl.cdiv(sizes.height, SIDE), tl.cdiv(sizes.width, SIDE)
-    row = window // (high * wide)
-    h, w = window // wide % high * SIDE + number // SIDE, window % wide * SIDE + number % SIDE
-    inside = (window < sizes.windows) & (h < sizes.height) & (w < sizes.width)
-    return (row * sizes.height + h) * sizes.width + w, inside
-
-
-@triton.jit
-def pooled(window, sizes, HOW: tl.constexpr):
-    """The pixel that comes out of each window, and whether one does: of those that the edge cuts off none."""
-    SIDE: tl.constexpr = 1 if HOW.POOL == 0 else 2
-    high, wide = tl.cdiv(sizes.height, SIDE), tl.cdiv(sizes.width, SIDE)
-    row, h, w = window // (high * wide), window // wide % high, window % wide
-    inside = (window < sizes.windows) & (h < sizes.height // SIDE) & (w < sizes.width // SIDE)
-    return (row * (sizes.height // SIDE) + h) * (sizes.width // SIDE) + w, inside
+    row, h = window // (sizes.windows_high * sizes.windows_wide), window // sizes.windows_wide % sizes.windows_high
+    w, high, wide = window % sizes.windows_wide, sizes.height // SIDE, sizes.width // SIDE
+    inside = (window < sizes.windows) & (h < high) & (w < wide)
+    pixel = (row * high + h) * wide + w
+    return (
+        pixel.to(tl.int64)[:, None] * sizes.channels + channels.c[None, :],
+        inside[:, None] & channels.inside[None, :],
+    )
 
 
 @triton.jit
@@ -160,46 +155,52 @@ def slope_at(z, HOW: tl.constexpr):
 
 
 @triton.jit
-def read(x, window, number, channels, sizes, HOW: tl.constexpr):
-    """The `number`-th members of windows, and what the norm makes of them; the gradient is not known yet."""
-    pixel, inside = member(window, number, sizes, HOW)
-    at = pixel.to(tl.int64)[:, None] * sizes.channels + channels.c[None, :]
-    mask = inside[:, None] & channels.inside[None, :]
-    n = (tl.load(x + at, mask=mask, other=0).to(HOW.ACC) - channels.mean[None, :]) * channels.rate[None, :]
-    return Seen(at, mask, n, n * channels.weight[None, :] + channels.bias[None, :], n)
+def largest(value):
+    """Which member of each window is its largest: the last NaN, else the first of those that are; as in torch."""
+    member = tl.arange(0, 4)[:, None, None]
+    is_nan = value != value
+    top = tl.max(tl.where(is_nan, float("-inf"), value), 0)
+    place = tl.where(is_nan, -member, tl.where(value == top[None, :, :], member + 1, 5))
+    return place == tl.min(place, 0)[None, :, :]
 
 
 @triton.jit
-def largest(x, window, channels, sizes, HOW: tl.constexpr):
-    """The value of the largest member of each window after the activation, and which it is: the first, and before all
-    others a NaN, as in torch."""
-    value = activated(read(x, window, 0, channels, sizes, HOW).z, HOW)
-    winner = tl.zeros([HOW.BLOCK_P, HOW.BLOCK_C], tl.int32)
-    for number in tl.static_range(1, 4):
-        other = activated(read(x, window, number, channels, sizes, HOW).z, HOW)
-        takes = (other > value) | (other != other)
-        value, winner = tl.where(takes, other, value), tl.where(takes, number, winner)
-    return value, winner
+def read(x, window, channels, sizes, HOW: tl.constexpr):
+    """The members of windows, and what the norm makes of them."""
+    SIDE: tl.constexpr = 1 if HOW.POOL == 0 else 2
+    member = tl.arange(0, SIDE * SIDE)[:, None]
+    row, h = window // (sizes.windows_high * sizes.windows_wide), window // sizes.windows_wide % sizes.windows_high
+    y = (h * SIDE)[None, :] + member // SIDE
+    x_at = (window % sizes.windows_wide * SIDE)[None, :] + member % SIDE
+    pixel = ((row * sizes.height)[None, :] + y) * sizes.width + x_at
+    inside = (window < sizes.windows)[None, :] & (y < sizes.height) & (x_at < sizes.width)
+    at = pixel.to(tl.int64)[:, :, None] * sizes.channels + channels.c[None, None, :]
+    mask = inside[:, :, None] & channels.inside[None, None, :]
+    value = tl.load(x + at, mask=mask, other=0).to(HOW.ACC)
+    n = (value - channels.mean[None, None, :]) * channels.rate[None, None, :]
+    z = n * channels.weight[None, None, :] + channels.bias[None, None, :]
+    return Seen(at, mask, n, z, largest(activated(z, HOW)) if HOW.POOL == 1 else mask)
 
 
 @triton.jit
-def gradients(grad, x, window, channels, sizes, HOW: tl.constexpr):
-    """The gradient of what comes out of each window, and which of its members has it if one alone does."""
-    pixel, inside = pooled(window, sizes, HOW)
-    at = pixel.to(tl.int64)[:, None] * sizes.channels + channels.c[None, :]
-    given = tl.load(grad + at, mask=inside[:, None] & channels.inside[None, :], other=0).to(HOW.ACC)
+def put_together(value, seen, HOW: tl.constexpr):
+    """What the members' values make for the pixel that comes out; also how its gradient is made of theirs."""
     if HOW.POOL == 1:
-        return given, largest(x, window, channels, sizes, HOW)[1]
-    else:
-        return given, tl.zeros([HOW.BLOCK_P, HOW.BLOCK_C], tl.int32)
-
-
-@triton.jit
-def of_member(value, winner, number, HOW: tl.constexpr):
-    """What the `number`-th member has of a window's value, and the other way round."""
-    if HOW.POOL == 1:
-        return tl.where(winner == number, value, 0.0)
+        return tl.sum(tl.where(seen.chosen, value, 0.0), 0)
     elif HOW.POOL == 2:
-        return value * 0.25
+        return tl.sum(value, 0) * 0.25
     else:
-        return value
+        return tl.sum(value, 0)
+
+
+@triton.jit
+def taken_apart(grad, window, seen, channels, sizes, HOW: tl.constexpr):
+    """The members' gradients of that of the pixel that comes out; one for all where all have the same."""
+    at, mask = pooled(window, channels, sizes, HOW)
+    given = tl.load(grad + at, mask=mask, other=0).to(HOW.ACC)[None, :, :]
+    if HOW.POOL == 1:
+        return tl.where(seen.chosen, given, 0.0)
+    elif HOW.POOL == 2:
+        return given * 0.25
+    else:
+        return given

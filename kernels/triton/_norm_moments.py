@@ -155,9 +155,3 @@ def norm_moments(x: Tensor, norm: str, groups: int) -> tuple[Tensor, Tensor]:
         num_warps=warps(side_g * side_e),
     )
     return mean, var
-
-
-def aot(new):
-    """Representative calls, for compilation ahead of time; `new(*shape)` makes a tensor."""
-    norm_moments(new(4, 75, 28, 28, 64), "batch", 1)
-    norm_moments(new(4, 5, 7, 7, 96), "group", 8)
