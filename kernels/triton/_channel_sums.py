@@ -17,7 +17,7 @@ from fastmeta.kernels.conv.windows import How, Norm, Sizes, channels_of, read, s
 def channel_sums_kernel(
     outer, grad, x, out, norm, sizes, parts, windows_per_part, HAS_OUTER: tl.constexpr, HOW: tl.constexpr
 ):
-    """out `[segments, parts, 2 or 5, channels]`: the sums of g, g n, and with `outer` of v, v n, v g; g is the gradient
+    """out `[segments, parts, 2 or 5, channels]`: the sums of g, g n, and with `outer` of v g, v, v n; g is the gradient
     at z, v what `outer` says of x."""
     program = tl.program_id(0).to(tl.int64)
     c_blocks = tl.cdiv(sizes.channels, HOW.BLOCK_C)
@@ -27,28 +27,27 @@ def channel_sums_kernel(
     outer += segment * sizes.pixels * sizes.channels
     grad += segment * sizes.pooled * sizes.channels
     g_sum = tl.full([HOW.BLOCK_P, HOW.BLOCK_C], 0, HOW.ACC)
-    gn_sum, v_sum, vn_sum, vg_sum = g_sum, g_sum, g_sum, g_sum
+    gn_sum, vg_sum, v_sum, vn_sum = g_sum, g_sum, g_sum, g_sum
     end = tl.minimum(part * windows_per_part + windows_per_part, sizes.windows)
     for start in range(part * windows_per_part, end, HOW.BLOCK_P):
-        window = start + tl.arange(0, HOW.BLOCK_P)
-        window = tl.where(window < end, window, sizes.windows)  # beyond all of them: nothing
+        window = start + tl.arange(0, HOW.BLOCK_P)  # parts are whole blocks: no window of the next is in this
         seen = read(x, window, channels, sizes, HOW)
         g = taken_apart(grad, window, seen, channels, sizes, HOW) * slope_at(seen.z, HOW)
         g_sum += tl.sum(g, 0)
         gn_sum += tl.sum(g * seen.n, 0)
         if HAS_OUTER:
             v = tl.load(outer + seen.at, mask=seen.mask, other=0).to(HOW.ACC)
+            vg_sum += tl.sum(v * g, 0)
             v_sum += tl.sum(v, 0)
             vn_sum += tl.sum(v * seen.n, 0)
-            vg_sum += tl.sum(v * g, 0)
     COUNT: tl.constexpr = 5 if HAS_OUTER else 2
     out += (segment * parts + part) * COUNT * sizes.channels + channels.c
     tl.store(out, tl.sum(g_sum, 0), mask=channels.inside)
     tl.store(out + sizes.channels, tl.sum(gn_sum, 0), mask=channels.inside)
     if HAS_OUTER:
-        tl.store(out + 2 * sizes.channels, tl.sum(v_sum, 0), mask=channels.inside)
-        tl.store(out + 3 * sizes.channels, tl.sum(vn_sum, 0), mask=channels.inside)
-        tl.store(out + 4 * sizes.channels, tl.sum(vg_sum, 0), mask=channels.inside)
+        tl.store(out + 2 * sizes.channels, tl.sum(vg_sum, 0), mask=channels.inside)
+        tl.store(out + 3 * sizes.channels, tl.sum(v_sum, 0), mask=channels.inside)
+        tl.store(out + 4 * sizes.channels, tl.sum(vn_sum, 0), mask=channels.inside)
 
 
 def parts_to_sum(x: Tensor, parts: int, count: int, sizes: Sizes) -> Tensor:

@@ -55,7 +55,7 @@ BENDING = ("gelu", "silu")
 
 
 class Outer(NamedTuple):
-    """What comes down, as pointers, strides from task to task, and means `[segments, 7, G]` of v, v n, h, h n, v h, u g
+    """What comes down, as pointers, strides from task to task, and means `[segments, 7, G]` of h, h n, v h, v, v n, u g
     and u g n."""
 
     x: Pointer
@@ -80,8 +80,8 @@ def down_to(outer, segment, channels, sizes, HOW: tl.constexpr):
     return Down(
         of_tasks(outer.weight, outer.weight_stride, segment, sizes, channels.c, HOW.ACC),
         of_tasks(outer.bias, outer.bias_stride, segment, sizes, channels.c, HOW.ACC),
-        group_mean(outer.means, segment * 7, channels, sizes, HOW),
-        group_mean(outer.means, segment * 7 + 1, channels, sizes, HOW),
+        group_mean(outer.means, segment * 7 + 3, channels, sizes, HOW),
+        group_mean(outer.means, segment * 7 + 4, channels, sizes, HOW),
     )
 
 
@@ -108,8 +108,7 @@ def bend_sums_kernel(grad, x, outer, out, norm, sizes, parts, windows_per_part, 
     en_sum = e_sum
     end = tl.minimum(part * windows_per_part + windows_per_part, sizes.windows)
     for start in range(part * windows_per_part, end, HOW.BLOCK_P):
-        window = start + tl.arange(0, HOW.BLOCK_P)
-        window = tl.where(window < end, window, sizes.windows)  # beyond all of them: nothing
+        window = start + tl.arange(0, HOW.BLOCK_P)  # parts are whole blocks: no window of the next is in this
         seen = read(x, window, channels, sizes, HOW)
         v = tl.load(v_of_segment + seen.at, mask=seen.mask, other=0).to(HOW.ACC)
         q = for_gradient(v, seen, channels, down, HOW)
@@ -140,9 +139,9 @@ def norm_second_kernel(
     segment, window, block = tile_of(sizes, HOW)
     channels = channels_of(norm, segment, block, sizes, HOW)
     down = down_to(outer, segment, channels, sizes, HOW)
-    mean_h = group_mean(outer.means, segment * 7 + 2, channels, sizes, HOW)
-    mean_hn = group_mean(outer.means, segment * 7 + 3, channels, sizes, HOW)
-    mean_vh = group_mean(outer.means, segment * 7 + 4, channels, sizes, HOW)
+    mean_h = group_mean(outer.means, segment * 7, channels, sizes, HOW)
+    mean_hn = group_mean(outer.means, segment * 7 + 1, channels, sizes, HOW)
+    mean_vh = group_mean(outer.means, segment * 7 + 2, channels, sizes, HOW)
     mean_k = group_mean(outer.means, segment * 7 + 5, channels, sizes, HOW)
     mean_kn = group_mean(outer.means, segment * 7 + 6, channels, sizes, HOW)
     if BENT:
@@ -186,9 +185,8 @@ def norm_act_pool_bwd_bwd(
     if how.NORM == OWN or wanted & 4 and weight:
         totals = channel_sums(v, grad, x, norm, sizes, how)
     if how.NORM == OWN:
-        of_h = group_means(totals[:, :, (0, 1, 4)], norm.weight, sizes)
-        of_g = group_means(totals[:, :, :2], u, sizes)
-        means = torch.cat([group_means(totals[:, :, 2:4], None, sizes), of_h, of_g], 2)
+        parts = (totals[:, :, :3], norm.weight), (totals[:, :, 3:], None), (totals[:, :, :2], u)
+        means = torch.cat([group_means(sums, by, sizes) for sums, by in parts], 2)
     outer = Outer(v, u, c, stride(u, tasks), stride(c, tasks), x if means is None else means)
     if bent and (how.NORM == OWN or wanted & 12):
         bends = _bend_sums(grad, x, outer, norm, sizes, how)
@@ -241,9 +239,9 @@ def _bend_sums(grad, x, outer: Outer, norm: Norm, sizes: Sizes, how: How) -> Ten
 
 def _weight_totals(totals: Tensor, bends: Tensor | None, means: Tensor | None, norm: Norm, sizes: Sizes, how: How):
     """What each segment `[T, segments, C]` has of d_weight."""
-    g, gn, _, _, vg = totals.unbind(2)
+    g, gn, vg, _, _ = totals.unbind(2)
     if means is not None:
-        mean_v, a = means[:, :, :2].repeat_interleave(sizes.per_group, 3).unbind(2)
+        mean_v, a = means[:, :, 3:5].repeat_interleave(sizes.per_group, 3).unbind(2)
         vg = vg - mean_v * g - a * gn
     if how.NORM != NONE:
         vg = vg * (norm.var + how.EPS).rsqrt().repeat_interleave(sizes.per_group, 2)

@@ -55,9 +55,10 @@ def programs(tasks: int, sizes: Sizes, how: How) -> int:
 
 
 def split(tasks: int, sizes: Sizes, how: How) -> tuple[int, int]:
-    """How many parts a segment's windows are summed in, and windows of a part."""
+    """How many parts a segment's windows are summed in, and windows of a part, which are whole blocks."""
     columns = tasks * sizes.segments * blocks(sizes.channels, how.BLOCK_C)
-    windows = max(blocks(sizes.windows, blocks(ENOUGH_PROGRAMS, max(columns, 1))), 4 * how.BLOCK_P)
+    windows = blocks(sizes.windows, blocks(ENOUGH_PROGRAMS, max(columns, 1)))
+    windows = max(blocks(windows, how.BLOCK_P), 4) * how.BLOCK_P
     return max(1, blocks(sizes.windows, windows)), windows
 
 
