@@ -131,7 +131,9 @@ def first_label(name: str) -> list[str]:
 
 
 def smallest_label(name: str) -> list[str]:
-    """One sample for a check of hundreds of calls: of inner loops one task, row and step."""
+    """One sample for a check of hundreds of calls: of inner loops one task, row and step, of images one pixel."""
+    if of_images(name):
+        return [label for label in LABELS[name] if "-1x1x1-" in label]
     return [label for label in LABELS[name] if "-T1-S1-" in label] if loops(name) else first_label(name)
 
 
