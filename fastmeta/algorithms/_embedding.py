@@ -15,6 +15,7 @@ from fastmeta.functional import checks
 
 from ..batch import TaskBatch
 from ._arguments import check_inputs, check_size, check_tasks, check_weights
+from ._blocks import call
 from ._classes import Classes, classes_of, ordinary_ways
 from ._misfit import raise_misfit
 from ._rows import (
@@ -303,7 +304,7 @@ def by_rows(
     """
     rows = {key: valid_rows(value, mask) for key, value in beside.items()}
     args, kwargs = arguments(tree_map(lambda leaf: valid_rows(leaf, mask), x), **rows)
-    features = module(*args, **kwargs)
+    features = call(module, args, kwargs)
     if not isinstance(features, Tensor):
         raise ValueError(f"{name} must return {returns}, got {described(features)}")
     if features.dim() not in dims:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..engines import InnerLoop, module_engine
 from ..engines.inspect import MLPSpec, mlp_spec
+from ._blocks import call
 
 _parts: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
 
@@ -58,7 +59,7 @@ def encode(encoder: nn.Module, *parts: Tensor) -> list[Tensor]:
     """
     if isinstance(mlp_spec(encoder), MLPSpec) or _has_running_statistics(encoder):
         rows = torch.cat(parts, 1)
-        features = encoder(rows.flatten(0, 1))
+        features = call(encoder, (rows.flatten(0, 1),), {})
         if not isinstance(features, Tensor):
             return [features]
         return list(features.unflatten(0, rows.shape[:2]).split([part.shape[1] for part in parts], 1))
