@@ -30,7 +30,8 @@ FUSED = {"conv4": 4, "nested": 5}
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch):
     """Of any backend: what is tested here is what is asked of it."""
-    monkeypatch.setattr(_blocks.native, "has_kernel", lambda name, device: True)
+    monkeypatch.setattr(_blocks, "_has_kernels", lambda: True)
+    monkeypatch.setattr(_blocks, "_LEAST", 0)
 
 
 def net(name, dtype=torch.float64):
@@ -71,15 +72,15 @@ def test_as_torch(name, train):
 
 
 def watched(model):
-    model[1].register_forward_hook(lambda module, args, output: output.mul_(2))
+    model.encoder[0][1].register_forward_hook(lambda module, args, output: output.mul_(2))
 
 
 def full_backward(model):
-    model[1].register_full_backward_hook(lambda module, grads, outputs: tuple(2 * g for g in grads))
+    model.encoder[0][1].register_full_backward_hook(lambda module, grads, outputs: tuple(2 * g for g in grads))
 
 
 def own_forward(model):
-    model[1].forward = lambda x: x + 1
+    model.encoder[0][1].forward = lambda x: x + 1
 
 
 def other_class(model):
@@ -87,7 +88,7 @@ def other_class(model):
         def forward(self, x):
             return x - 1
 
-    model[1] = Own(6).double()
+    model.encoder[0][1] = Own(6).double()
 
 
 @pytest.mark.parametrize("change", [watched, full_backward, own_forward, other_class, None])
@@ -121,6 +122,14 @@ def test_transforms_autocast_and_odd_inputs_go_to_torch():
     assert calls == before
 
 
+def test_small_ones_go_to_torch(monkeypatch):
+    model, x = net("conv4"), images()
+    monkeypatch.setattr(_blocks, "_LEAST", 6 * 6 * 9 * 9)  # what the second norm is given
+    before = calls.copy()
+    torch.testing.assert_close(_blocks.call(model, (x,), {}), model(x))
+    assert sum(n for (op, _), n in (calls - before).items() if op == "norm_act_pool") == 2
+
+
 def test_a_learner_uses_it():
     model = net("conv4")
     x = images(12).view(2, 6, 1, 18, 19)
@@ -131,7 +140,7 @@ def test_a_learner_uses_it():
     loss = ours(batch).loss
     assert (calls - before)["norm_act_pool", "reference"] + (calls - before)["norm_act_pool", "cpp"] == 4
     hooked = ProtoNet(model)
-    model[1].register_forward_hook(lambda *args: None)
+    model.encoder[0][1].register_forward_hook(lambda *args: None)
     expected = hooked(batch).loss
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(ours.state_dict(), hooked.state_dict())
