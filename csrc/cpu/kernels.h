@@ -140,7 +140,7 @@ enum Norm : int64_t { kNoNorm, kBatchNorm, kGroupNorm, kGivenNorm };
 enum Pool : int64_t { kNoPool, kMaxPool, kAveragePool };
 
 constexpr int64_t kMomentPixels = 64;  // that are read twice, from the first-level cache
-// Of the pixels [pixels, channels]: mean, and sum of squares about it, by channel.
+// Of the pixels [pixels, channels]: mean less the first pixel where that is finite, and sum of squares about the mean.
 template <class T>
 struct MomentsBlock {
   const T* x;

@@ -55,10 +55,14 @@ void find_moments(const Shape& s, int64_t groups, const T* x, T* mean, T* var) {
     std::vector<double> sums(size_t(2 * groups));
     double *first = sums.data(), *second = first + groups;
     const auto each = [&](const auto& f) {
-      for (int64_t block = 0; block < blocks && pixels > 0; ++block)
+      for (int64_t block = 0; block < blocks && pixels > 0; ++block) {
+        const T *from = x + (unit * pixels + block * kBlockPixels) * width, *of_block = at(unit, block);
         for (int64_t g = 0; g < groups; ++g)
-          for (int64_t c = g * span; c < (g + 1) * span; ++c)
-            f(g, double(size_of(block)), double(at(unit, block)[c]), double(at(unit, block)[width + c]));
+          for (int64_t c = g * span; c < (g + 1) * span; ++c) {
+            const double base = std::isfinite(from[c]) ? double(from[c]) : 0;
+            f(g, double(size_of(block)), base + double(of_block[c]), double(of_block[width + c]));
+          }
+      }
     };
     each([&](int64_t g, double n, double middle, double) { first[g] += n * middle; });
     for (int64_t g = 0; g < groups; ++g) first[g] /= count;

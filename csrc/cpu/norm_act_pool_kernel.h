@@ -35,10 +35,10 @@ FM_INLINE void gradient_at_pixels(Window<T, Act, kPool>& window, const Act& act,
                                   Vec<T> (&g)[Window<T, Act, kPool>::K]) {
   if constexpr (kPool == cpu::kMaxPool) {
     window.largest(act);
-    window.to_largest(grad * act.derivative(window.at_largest(window.z)), g);
+    window.to_largest(act.times(grad, act.slope(window.at_largest(window.z))), g);
   } else {
     if (kPool == cpu::kAveragePool) grad *= T(0.25);
-    FM_UNROLL for (int k = 0; k < window.K; ++k) g[k] = grad * act.derivative(window.z[k]);
+    FM_UNROLL for (int k = 0; k < window.K; ++k) g[k] = act.times(grad, act.slope(window.z[k]));
   }
 }
 
@@ -63,7 +63,7 @@ struct NormSums {
         const Vec<T> y = load_lanes<kTail>(grad + v * W, lanes);
         if constexpr (kPool == cpu::kMaxPool) {
           window.largest(act);
-          const Vec<T> g = y * act.derivative(window.at_largest(window.z));
+          const Vec<T> g = act.times(y, act.slope(window.at_largest(window.z)));
           sum[v] += g;
           product[v] += g * window.at_largest(window.d);
         } else {
@@ -154,7 +154,7 @@ struct NormSecondSums {
     load_tables<T, 1>(b, c, table);
     const T *x = b.x + line.in + c, *grad = b.grad + line.out + c, *outer = b.outer + line.in + c;
     const auto add = [&](Vec<T> v, Vec<T> d, Vec<T> y, Vec<T> z) __attribute__((always_inline)) {
-      const Vec<T> g = y * act.derivative(z);
+      const Vec<T> g = act.times(y, act.slope(z));
       sum[2] += g;
       sum[3] += g * d;
       sum[4] += v * g;
@@ -223,8 +223,8 @@ struct NormSecond {
     const auto pull = [&](Vec<T> v, Vec<T> d) __attribute__((always_inline)) {
       return scale * v + d * table[3][0] + table[4][0];
     };
-    const auto direct_part = [&](Vec<T> y, Vec<T> slope, Vec<T> q, Vec<T> z) __attribute__((always_inline)) {
-      const Vec<T> through_g = table[3][0] * (y * slope);
+    const auto direct_part = [&](Vec<T> g, Vec<T> y, Vec<T> q, Vec<T> z) __attribute__((always_inline)) {
+      const Vec<T> through_g = table[3][0] * g;
       if constexpr (Act::kCurved)
         return through_g + scale * q * (y * act.second(z));
       else
@@ -238,18 +238,20 @@ struct NormSecond {
         FM_UNROLL for (int k = 0; k < K; ++k) v[k] = load_lanes<kTail>(outer + k % 2 * channels + k / 2 * row, lanes);
       if constexpr (kPool == cpu::kMaxPool) {
         window.largest(act);
-        const Vec<T> z = window.at_largest(window.z), slope = act.derivative(z);
+        const Vec<T> z = window.at_largest(window.z);
+        const auto slope = act.slope(z);
         const Vec<T> q = pull(window.at_largest(v), window.at_largest(window.d));
-        of_grad = q * slope;
-        window.to_largest(direct_part(y, slope, q, z), direct);
+        of_grad = act.times(q, slope);
+        window.to_largest(direct_part(act.times(y, slope), y, q, z), direct);
       } else {
         constexpr T part = kPool == cpu::kAveragePool ? T(0.25) : T(1);
         y *= part;
         of_grad = Vec<T>{};
         FM_UNROLL for (int k = 0; k < K; ++k) {
-          const Vec<T> slope = act.derivative(window.z[k]), q = pull(v[k], window.d[k]);
-          of_grad += part * q * slope;
-          direct[k] = direct_part(y, slope, q, window.z[k]);
+          const Vec<T> q = pull(v[k], window.d[k]);
+          const auto slope = act.slope(window.z[k]);
+          of_grad += act.times(part * q, slope);
+          direct[k] = direct_part(act.times(y, slope), y, q, window.z[k]);
         }
       }
       if (b.d_grad) store_lanes<kTail>(d_grad, of_grad, lanes);

@@ -8,6 +8,7 @@ from test_ops import require
 from torch.nn import functional as F
 
 from fastmeta import use_backend
+from fastmeta.dispatch.spec import REGISTRY
 from fastmeta.functional import norm_act_pool
 from fastmeta.ops.norm_act_pool import MOMENTS, SPEC
 
@@ -163,3 +164,87 @@ def test_what_is_wanted_alone(backend, wanted):
         truth = found()
     with use_backend(backend):
         torch.testing.assert_close(found(), truth, rtol=1e-10, atol=1e-10)
+
+
+# ---- what kernels could lose
+
+X = {"same": 0, "nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
+
+
+def op(name):
+    return REGISTRY[name]
+
+
+def of_backend(name, backend):
+    if backend not in op(name).backends:
+        pytest.skip(f"{backend} has no {name}")
+    require(backend)
+    return use_backend(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_common_offset_takes_no_digits_from_the_variance(backend):
+    (x,) = tensors((2, 3, 20, 21, 5), dtype=torch.float32)
+    x = x + 1e4
+    with of_backend("norm_moments", backend):
+        mean, var = op("norm_moments")(x, "batch", 1)
+    flat = x.double().reshape(2, 1, -1, 5)
+    torch.testing.assert_close(mean.double(), flat.mean(2), rtol=2e-7, atol=0)  # of 1e4
+    torch.testing.assert_close(var.double(), flat.var(2, correction=0), rtol=5e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_of_equal_pixels_the_first_takes_the_gradient(norm, backend):
+    (x,) = tensors((T, B, C, 6, 8))
+    x = (1.5 * x).round().requires_grad_()
+    with of_backend("norm_act_pool_bwd", backend):
+        y = norm_act_pool(x, norm=norm, pool="max")
+        (found,) = derivatives(y, [x])[0]
+    expected = torch.stack([plain(t, None, t.new_zeros(C), norm, 1, None, 1e-5, "relu", 0.0, "max") for t in x])
+    (right,) = derivatives(expected, [x])[0]
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", X)
+@pytest.mark.parametrize("norm, running, pool", [("batch", False, "max"), ("group", False, "none"),
+                                                 ("none", False, "max"), ("batch", True, "average")])  # fmt: skip
+def test_special_values_as_in_torch(norm, running, pool, value, backend):
+    """In one pixel, or a whole channel of one number: none becomes a number, none reaches others' tasks."""
+    x, weight, bias, mean = tensors((T, B, C, 5, 6), (T, C), (T, C), (T, C))
+    if value == "same":
+        x[1, :, 2] = 3.0
+    else:
+        x[1, 2, 2, 1, 3] = X[value]
+    running = (mean, mean.exp()) if running else None
+    groups = 3 if norm == "group" else 1
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    options = dict(norm=norm, groups=groups, eps=1e-5, activation="relu", slope=0.0, pool=pool)
+    with of_backend("norm_act_pool_bwd", backend):
+        y = norm_act_pool(x, weight, bias, running=running, **options)
+        found = derivatives(y, leaves)[0]
+    expected = torch.stack(
+        [plain(x[t], weight[t], bias[t], running=running and (mean[t], mean[t].exp()), **options) for t in range(T)]
+    )
+    torch.testing.assert_close(y, expected, equal_nan=True)
+    right = derivatives(expected, leaves)[0]
+    # 0 times an infinity in a product that is not formed
+    pairs = list(zip(found, right, strict=True))[: 3 if value in ("same", "nan") else 1]
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("norm, tasks", [("batch", 3), ("group", 1)])
+def test_the_bits_do_not_depend_on_the_number_of_threads(norm, tasks):
+    with of_backend("norm_act_pool_bwd_bwd", "cpp"):
+        found, before = [], torch.get_num_threads()
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaves = [t.requires_grad_() for t in tensors((tasks, 3, 21, 40, 41), (tasks, 21), (1, 21))]
+            y = norm_act_pool(*leaves, norm=norm, groups=3 if norm == "group" else 1, pool="max")
+            found.append([y, *(t for order in derivatives(y, leaves) for t in order)])
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))

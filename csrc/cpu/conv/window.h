@@ -13,24 +13,25 @@ constexpr int kWideVectors = FASTMETA_VECTOR_BYTES == 64 ? 4 : 2;
 
 // ---- activations
 
-// identity, relu and leaky relu: `slope` below zero
+// value(z); slope(z), which times(g, slope) takes g back through; with kCurved, second(z).
+
+// identity, relu and leaky relu. Selected, not multiplied: as in torch no NaN gets through an inactive relu, and NaN is
+// active.
 template <class T>
 struct PiecewiseLinear {
   static constexpr bool kMonotone = true, kCurved = false;
   static constexpr int kVectors = kWideVectors;
-  Vec<T> slope, at_nan;
-  IntVec<T> kept;  // no bits of relu's, whose slope times an infinity is not 0
+  Vec<T> below;
+  IntVec<T> kept;  // no bits of relu's
 
   explicit PiecewiseLinear(const cpu::NormBlock<T>& b) {
-    const bool relu = b.activation == cpu::kRelu && b.slope == 0;
-    slope = broadcast(b.activation == cpu::kRelu ? b.slope : T(1));
-    at_nan = relu ? broadcast(T(1)) : slope;  // as in torch
-    kept = broadcast_integer<T>(relu ? 0 : -1);
+    below = broadcast(b.activation == cpu::kRelu ? b.slope : T(1));
+    kept = broadcast_integer<T>(b.activation == cpu::kRelu && b.slope == 0 ? 0 : -1);
   }
-  FM_INLINE Vec<T> value(Vec<T> z) const { return z <= 0 ? (Vec<T>)((IntVec<T>)(z * slope) & kept) : z; }
-  FM_INLINE Vec<T> derivative(Vec<T> z) const {
-    const Vec<T> below = z <= 0 ? slope : at_nan;
-    return z > 0 ? broadcast(T(1)) : below;
+  FM_INLINE Vec<T> value(Vec<T> z) const { return times(z, slope(z)); }
+  FM_INLINE IntVec<T> slope(Vec<T> z) const { return z <= 0; }
+  FM_INLINE Vec<T> times(Vec<T> g, IntVec<T> inactive) const {
+    return inactive ? (Vec<T>)((IntVec<T>)(g * below) & kept) : g;
   }
 };
 
@@ -43,7 +44,8 @@ struct Gelu {
   static FM_INLINE Vec<T> below(Vec<T> z) { return T(0.5) * (1 + error_function<T>(z * T(0.70710678118654752440))); }
   static FM_INLINE Vec<T> density(Vec<T> z) { return T(0.39894228040143267794) * exponential<T>(T(-0.5) * z * z); }
   FM_INLINE Vec<T> value(Vec<T> z) const { return z * below(z); }
-  FM_INLINE Vec<T> derivative(Vec<T> z) const { return below(z) + z * density(z); }
+  FM_INLINE Vec<T> slope(Vec<T> z) const { return below(z) + z * density(z); }
+  FM_INLINE Vec<T> times(Vec<T> g, Vec<T> slope) const { return g * slope; }
   FM_INLINE Vec<T> second(Vec<T> z) const { return density(z) * (2 - z * z); }
 };
 
@@ -54,10 +56,11 @@ struct Silu {
 
   explicit Silu(const cpu::NormBlock<T>&) {}
   FM_INLINE Vec<T> value(Vec<T> z) const { return z * sigmoid<T>(z); }
-  FM_INLINE Vec<T> derivative(Vec<T> z) const {
+  FM_INLINE Vec<T> slope(Vec<T> z) const {
     const Vec<T> s = sigmoid<T>(z);
     return s * (1 + z * (1 - s));
   }
+  FM_INLINE Vec<T> times(Vec<T> g, Vec<T> slope) const { return g * slope; }
   FM_INLINE Vec<T> second(Vec<T> z) const {
     const Vec<T> s = sigmoid<T>(z);
     return s * (1 - s) * (2 + z * (1 - 2 * s));
