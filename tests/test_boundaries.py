@@ -25,6 +25,11 @@ conv/strips.h                 blocks of about 320 pixels, 1 MB: of some whole im
 conv/addressed.h, weights.h   depth in blocks of 20 KB of a panel (160 to 640 numbers); panels, their tails; groups
 task_conv2d.cpp               ranges of rows of a task's images, each with its own gradient of the weights; tasks that
                               share weights and bias merged into one
+norm_act_pool.cpp             blocks of about 512 pixels, whole lines of outputs; tasks or images side by side, or a
+                              unit's blocks where threads would have unlike shares; groups of channels
+conv/moments.h                64 pixels that are read twice, four vectors of channels
+conv/window.h                 two or four vectors of channels, one, and a part of one; windows of 2x2 pixels and what an
+                              odd size leaves over
 inner_loop/worker.h, kernel.h 48 query rows; segments of about sqrt(steps) steps where 8 MB do not hold all of them;
                               a task after another on the same scratch memory; a group of tasks by thread
 inner_loop/gemm.h, net.h      tiles by number of rows and of vectors; sums along vectors where rows are too few to pay
@@ -50,6 +55,7 @@ from fastmeta.ops import (
     contrastive_loss,
     fast_weight_update,
     functional_mlp,
+    norm_act_pool,
     prototypical_loss,
     task_conv2d,
 )
@@ -97,6 +103,19 @@ def mlp(activation: str, *sizes, shared: str = "", threads: int = 1) -> Case:
 def conv(*sizes, geometry=task_conv2d.SAME, shared: str = "", threads: int = 1) -> Case:
     """`sizes`: tasks, images, height, width, channels, filters, kernel height and width."""
     return Case("task_conv2d", lambda make: task_conv2d._inputs(make, *sizes, geometry, shared, True), threads)
+
+
+def moments(norm: str, *sizes: int, groups: int = 1) -> Case:
+    return Case("norm_moments", lambda make: (make.normal(*sizes), norm, groups))
+
+
+def block(norm: str, activation: str, pool: str, *sizes: int, groups=1, affine="wb", threads=1) -> Case:
+    """`sizes`: tasks, images, height, width, channels."""
+
+    def arguments(make):
+        return norm_act_pool._inputs(make, *sizes, norm, groups, activation, 0.0, pool, affine)
+
+    return Case("norm_act_pool", arguments, threads)
 
 
 def inner(*sizes, form: str = "dense", threads: int = 1, paths: tuple[int, int] | None = None, **options) -> Case:
@@ -161,6 +180,14 @@ CASES = {
     "conv-ranges-of-rows": conv(1, 5, 19, 19, 16, 24, 3, 3, threads=2),
     "conv-tasks-in-ranges": conv(3, 5, 19, 19, 16, 24, 3, 3, shared="x", threads=2),
     "conv-tasks-merged": conv(3, 2, 19, 19, 16, 24, 3, 3, shared="wb", threads=2),
+    # ---- norm, activation and pool
+    "moments-batch": moments("batch", 2, 3, 19, 13, 67),
+    "moments-group": moments("group", 2, 2, 23, 25, 6, groups=2),
+    "norm-batch": block("batch", "relu", "max", 3, 2, 31, 27, 19, threads=2),
+    "norm-67-channels": block("batch", "relu", "max", 1, 2, 19, 15, 67),
+    "norm-group": block("group", "relu", "average", 2, 2, 29, 25, 12, groups=3),
+    "norm-given": block("given", "relu", "none", 2, 2, 13, 25, 9, affine="s"),
+    "norm-curved": block("batch", "gelu", "max", 1, 2, 33, 19, 17),
     # ---- inner loops, a task at a time
     "inner-97-queries": inner(2, 4, 98, (3, 9, 7, 2)),
     "inner-97-queries-gram": inner(2, 4, 98, (3, 9, 7, 2), form="gram", activation="relu"),
@@ -213,6 +240,7 @@ def test_values_and_gradients(case, dtype, poisoned_memory):
     spec, args = REGISTRY[case.op], case.arguments(Make(dtype))
     if spec.with_gradient:
         check_gradient_with_values(spec, args)
-    closed = case.op in ("class_prototypes", "fast_weight_update")  # the others' second derivative is torch's
+    # the others' second derivative is torch's
+    closed = case.op in ("class_prototypes", "fast_weight_update", "norm_act_pool")
     for order in range(3 if closed else 2):
         testing.check_op(spec, args, order)
