@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmeta.kernels._common import accumulator, blocks, launch
 from fastmeta.kernels._sums import sum_rows
 from fastmeta.kernels.conv.call import split
-from fastmeta.kernels.conv.windows import How, Norm, Sizes, channels_of, read, slope_at, taken_apart
+from fastmeta.kernels.conv.windows import How, Norm, Sizes, channels_of, read, taken_apart, times_slope
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def channel_sums_kernel(
     for start in range(part * windows_per_part, end, HOW.BLOCK_P):
         window = start + tl.arange(0, HOW.BLOCK_P)  # parts are whole blocks: no window of the next is in this
         seen = read(x, window, channels, sizes, HOW)
-        g = taken_apart(grad, window, seen, channels, sizes, HOW) * slope_at(seen.z, HOW)
+        g = times_slope(taken_apart(grad, window, seen, channels, sizes, HOW), seen.z, HOW)
         g_sum += tl.sum(g, 0)
         gn_sum += tl.sum(g * seen.n, 0)
         if HAS_OUTER:
@@ -80,5 +80,6 @@ def channel_sums(outer: Tensor | None, grad: Tensor, x: Tensor, norm: Norm, size
         windows_per_part,
         HAS_OUTER=outer is not None,
         HOW=how,
+        maxnreg=168,  # else the assembler spills a few for more blocks at once
     )
     return summed(partial, sizes)

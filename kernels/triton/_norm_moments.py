@@ -2,11 +2,13 @@
 pass over them.
 
 Each program follows mean and squares of its part of the pixels, every lane its own (Welford 1962); what lanes and parts
-found is then put together (Chan, Golub and LeVeque 1979), in a fixed order. No square of what is not centred is formed.
+found is then put together (Chan, Golub and LeVeque 1979), in a fixed order. All of it on distances from a group's first
+number: an offset that all pixels have would take digits from the means.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,12 +18,21 @@ from fastmeta.kernels._layers import ENOUGH_PROGRAMS
 
 
 @triton.jit
+def first_number(x, segment, group, pixels, channels, per_group, mask, ACC: tl.constexpr):
+    """Of a group in a segment, 0 where it is not finite."""
+    at = segment * pixels * channels + group * per_group
+    value = tl.load(x + at, mask=mask, other=0).to(ACC)
+    return tl.where(value - value == 0, value, 0.0)
+
+
+@triton.jit
 def moments_kernel(
     x,
     means,
     squares,
     pixels,
     channels,
+    per_group,
     parts,
     pixels_per_part,
     ACC: tl.constexpr,
@@ -34,6 +45,7 @@ def moments_kernel(
     c_blocks = tl.cdiv(channels, BLOCK_C)
     c = (program % c_blocks).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
     segment, part = program // c_blocks // parts, (program // c_blocks % parts).to(tl.int32)
+    first = first_number(x, segment, c // per_group, pixels, channels, per_group, c < channels, ACC)
     x += segment * pixels * channels
     mean, square = tl.full([BLOCK_P, BLOCK_C], 0, ACC), tl.full([BLOCK_P, BLOCK_C], 0, ACC)
     count = tl.full([BLOCK_P, 1], 0, ACC)
@@ -41,7 +53,7 @@ def moments_kernel(
     for start in range(part * pixels_per_part, end, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
         mask = (pixel < end)[:, None] & (c < channels)[None, :]
-        value = tl.load(x + pixel.to(tl.int64)[:, None] * channels + c[None, :], mask=mask, other=0).to(ACC)
+        value = tl.load(x + pixel.to(tl.int64)[:, None] * channels + c[None, :], mask=mask, other=0).to(ACC) - first
         count += (pixel < end)[:, None].to(ACC)
         from_mean = tl.where(mask, value - mean, 0.0)
         mean += from_mean / tl.maximum(count, 1)
@@ -58,6 +70,7 @@ def moments_kernel(
 
 @triton.jit
 def merge_kernel(
+    x,
     means,
     squares,
     mean,
@@ -87,7 +100,8 @@ def merge_kernel(
         at, mask, weight = _entries(start, segment, group, groups, entries, per_group, pixels, pixels_per_part, BLOCK_E)
         from_mean = tl.where(mask, tl.load(means + at, mask=mask, other=0) - all_mean[None, :], 0.0)
         total += tl.load(squares + at, mask=mask, other=0) + weight.to(ACC)[:, None] * from_mean * from_mean
-    tl.store(mean + segment * groups + group, all_mean, mask=group < groups)
+    first = first_number(x, segment, group, pixels, groups * per_group, per_group, group < groups, ACC)
+    tl.store(mean + segment * groups + group, first + all_mean, mask=group < groups)
     tl.store(var + segment * groups + group, tl.sum(total, 0) / count, mask=group < groups)
 
 
@@ -112,6 +126,9 @@ def norm_moments(x: Tensor, norm: str, groups: int) -> tuple[Tensor, Tensor]:
     else:
         segments, pixels = tasks * rows, height * width
         shape = (tasks, rows, groups)
+    if pixels == 0:
+        return tuple(x.new_full(shape, torch.nan, dtype=dtype) for _ in range(2))
+    per_group = channels // max(groups, 1)
     side_c = tile(channels, 64)
     side_p = tile(pixels, 1024 // side_c)
     programs = segments * blocks(channels, side_c)
@@ -126,6 +143,7 @@ def norm_moments(x: Tensor, norm: str, groups: int) -> tuple[Tensor, Tensor]:
         squares,
         pixels,
         channels,
+        per_group,
         parts,
         pixels_per_part,
         ACC=triton_accumulator(x.dtype),
@@ -134,12 +152,12 @@ def norm_moments(x: Tensor, norm: str, groups: int) -> tuple[Tensor, Tensor]:
         num_warps=warps(side_p * side_c),
     )
     mean, var = (x.new_empty(shape, dtype=dtype) for _ in range(2))
-    per_group = channels // max(groups, 1)
     side_g = tile(groups, 64)
     side_e = tile(parts * per_group, 1024 // side_g)
     launch(
         merge_kernel,
         segments * blocks(groups, side_g),
+        x,
         means,
         squares,
         mean,

@@ -46,9 +46,9 @@ from fastmeta.kernels.conv.windows import (
     pooled,
     put_together,
     read,
-    slope_at,
     taken_apart,
     tile_of,
+    times_slope,
 )
 
 BENDING = ("gelu", "silu")
@@ -153,20 +153,21 @@ def norm_second_kernel(
     first = segment * sizes.pixels * sizes.channels
     seen = read(x + first, window, channels, sizes, HOW)
     v = tl.load(outer.x + first + seen.at, mask=seen.mask, other=0).to(HOW.ACC)
-    q, slope = for_gradient(v, seen, channels, down, HOW), slope_at(seen.z, HOW)
+    q = for_gradient(v, seen, channels, down, HOW)
     if WANTS_GRAD:
-        value = put_together(q * slope, seen, HOW)
+        value = put_together(times_slope(q, seen.z, HOW), seen, HOW)
         at, mask = pooled(window, channels, sizes, HOW)
         d_grad += segment * sizes.pooled * sizes.channels
         tl.store(d_grad + at, value.to(d_grad.dtype.element_ty), mask=mask)
     if WANTS_X:
         grad += segment * sizes.pooled * sizes.channels
         own = taken_apart(grad, window, seen, channels, sizes, HOW)
-        k = down.weight * own * slope
+        g = times_slope(own, seen.z, HOW)
+        k = down.weight * g
         if BENT:
             k += channels.weight * q * own * activation_bend(seen.z, HOW.ACTIVATION)
         if HOW.NORM == 2:
-            k -= channels.rate * (v * mean_hn + channels.weight * own * slope * down.mean_vn)
+            k -= channels.rate * (v * mean_hn + channels.weight * g * down.mean_vn)
             k -= mean_k + seen.n * mean_kn + channels.rate * spread * seen.n
         tl.store(d_x + first + seen.at, (k * channels.rate).to(d_x.dtype.element_ty), mask=seen.mask)
 

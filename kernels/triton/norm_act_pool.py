@@ -29,9 +29,9 @@ from fastmeta.kernels.conv.windows import (
     pooled,
     put_together,
     read,
-    slope_at,
     taken_apart,
     tile_of,
+    times_slope,
 )
 
 
@@ -55,7 +55,7 @@ def norm_data_kernel(grad, x, means, out, norm, sizes, HOW: tl.constexpr):
     out += segment * sizes.pixels * sizes.channels
     seen = read(x, window, channels, sizes, HOW)
     grad += segment * sizes.pooled * sizes.channels
-    h = taken_apart(grad, window, seen, channels, sizes, HOW) * slope_at(seen.z, HOW) * channels.weight
+    h = times_slope(taken_apart(grad, window, seen, channels, sizes, HOW), seen.z, HOW) * channels.weight
     if HOW.NORM == 2:
         mean_h = group_mean(means, segment * 2, channels, sizes, HOW)
         h -= mean_h + seen.n * group_mean(means, segment * 2 + 1, channels, sizes, HOW)

@@ -146,12 +146,14 @@ def activated(z, HOW: tl.constexpr):
 
 
 @triton.jit
-def slope_at(z, HOW: tl.constexpr):
-    """Derivative of `activated`."""
+def times_slope(value, z, HOW: tl.constexpr):
+    """`value` times the derivative of `activated`; where that of a relu is 0, 0 also of a NaN, as in torch."""
     if HOW.SLOPE != 0:
-        return tl.where(z > 0, tl.full(z.shape, 1, z.dtype), tl.full(z.shape, HOW.SLOPE, z.dtype))
+        return tl.where(z > 0, value, value * HOW.SLOPE)
+    elif HOW.ACTIVATION == 1:
+        return tl.where(z <= 0, 0.0, value)
     else:
-        return activation_slope(z, HOW.ACTIVATION)
+        return value * activation_slope(z, HOW.ACTIVATION)
 
 
 @triton.jit
