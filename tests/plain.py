@@ -245,6 +245,111 @@ def meta_loss_mlp(support_x, support_y, support_weight, query_x, query_y, query_
     return stack(losses, query_x), stack(predictions, query_x, query_x.shape[1], outputs)
 
 
+# images ----------------------------------------------------------------------------------------------
+
+
+def convolution(x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups):
+    """Of one task's `[B, H, W, C]`: a product of pixels with the weights of each tap."""
+    x = F.pad(x, (0, 0, pad_w, pad_w, pad_h, pad_h))
+    rows, columns = (
+        (size - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, dilation in zip(
+            x.shape[1:3], weight.shape[2:], (stride_h, stride_w), (dilation_h, dilation_w), strict=True
+        )
+    )
+    parts = []
+    for images, filters in zip(x.chunk(groups, 3), weight.chunk(groups), strict=True):
+        total = 0
+        for i in range(weight.shape[2]):
+            for j in range(weight.shape[3]):
+                seen = images[:, i * dilation_h :: stride_h, j * dilation_w :: stride_w][:, :rows, :columns]
+                total = total + seen @ filters[:, :, i, j].T
+        parts.append(total)
+    y = torch.cat(parts, 3)
+    return y if bias is None else y + bias
+
+
+def task_conv2d(x, weight, bias, *geometry):
+    tasks = [
+        convolution(of_task(x, t), of_task(weight, t), of_task(bias[0], t) if bias else None, *geometry)
+        for t in range(number_of_tasks([x, weight, *bias]))
+    ]
+    if tasks:
+        return torch.stack(tasks)
+    one = convolution(x.new_zeros(*x.shape[1:]), weight.new_zeros(*weight.shape[1:]), None, *geometry)
+    return one.new_zeros(0, *one.shape) + 0 * (x.sum() + weight.sum())
+
+
+def by_autograd(function, at, grad):
+    """The gradient of `function` at a tensor of zeros `at`, in which it is linear."""
+    at.requires_grad_()
+    return torch.autograd.grad(function(at), at, grad, create_graph=True)[0]
+
+
+def task_conv2d_bwd_data(grad, weight, height, width, *geometry):
+    tasks, channels = number_of_tasks([grad, weight]), weight.shape[2] * geometry[6]
+    x = grad.new_zeros(tasks, grad.shape[1], height, width, channels)
+    return by_autograd(lambda x: task_conv2d(x, _of(weight, tasks), [], *geometry), x, _of(grad, tasks))
+
+
+def task_conv2d_bwd_weight(grad, x, kernel_h, kernel_w, *geometry):
+    tasks = number_of_tasks([grad, x])
+    weight = grad.new_zeros(tasks, grad.shape[4], x.shape[4] // geometry[6], kernel_h, kernel_w)
+    return by_autograd(lambda weight: task_conv2d(_of(x, tasks), weight, [], *geometry), weight, _of(grad, tasks))
+
+
+def _of(tensor, tasks):
+    return tensor.expand(tasks, *tensor.shape[1:])
+
+
+def norm_moments(x, norm, groups):
+    tasks, rows, height, width, channels = x.shape
+    wide = x.float() if x.dtype == torch.bfloat16 else x
+    if norm == "batch":
+        parts = wide.reshape(tasks, 1, rows * height * width, channels, 1)
+    else:
+        parts = wide.reshape(tasks, rows, height * width, groups, channels // groups)
+    mean = parts.mean((2, 4))
+    return mean, (parts - mean[:, :, None, :, None]).square().mean((2, 4))
+
+
+def block(x, weight, bias, moments, norm, groups, eps, activation, slope, pool):
+    """Of one task's `[B, H, W, C]`."""
+    planes = x.permute(0, 3, 1, 2)
+    # torch's own norms have no third derivative
+    if norm == "batch":
+        centred = planes - planes.mean((0, 2, 3), keepdim=True)
+        planes = centred / (centred.square().mean((0, 2, 3), keepdim=True) + eps).sqrt()
+    elif norm == "group":
+        parts = planes.unflatten(1, (groups, -1))
+        centred = parts - parts.mean((2, 3, 4), keepdim=True)
+        planes = (centred / (centred.square().mean((2, 3, 4), keepdim=True) + eps).sqrt()).flatten(1, 2)
+    elif norm == "given":
+        mean, var = (m[0][:, None, None] for m in moments)
+        planes = (planes - mean) / (var + eps).sqrt()
+    if weight is not None:
+        planes = planes * weight[:, None, None]
+    if bias is not None:
+        planes = planes + bias[:, None, None]
+    planes = F.leaky_relu(planes, slope) if slope else ACTIVATIONS[activation](planes)
+    if pool != "none" and min(planes.shape[2:]) < 2:  # which torch refuses
+        planes = planes[:, :, : planes.shape[2] // 2, : planes.shape[3] // 2]
+    elif pool != "none":
+        planes = F.max_pool2d(planes, 2) if pool == "max" else F.avg_pool2d(planes, 2)
+    return planes.permute(0, 2, 3, 1)
+
+
+def norm_act_pool(x, weight, bias, moments, *options):
+    wide = x.float() if x.dtype == torch.bfloat16 else x
+    tasks = [
+        block(wide[t], *(of_task(part[0], t) if part else None for part in (weight, bias)),
+              [of_task(m, t) for m in moments], *options)
+        for t in range(len(x))
+    ]  # fmt: skip
+    step = 1 if options[-1] == "none" else 2
+    return stack(tasks, wide, x.shape[1], x.shape[2] // step, x.shape[3] // step, x.shape[4]).to(x.dtype)
+
+
 # gradients -------------------------------------------------------------------------------------------
 
 
@@ -279,10 +384,17 @@ def gradient_of(function):
     def gradients(*args):
         return vjp(function, args[:count], args[count:-1], spec.differentiable_positions, args[-1])
 
+    gradients.__name__ = f"{spec.name}_bwd"
     return gradients
 
 
-_DERIVED = (pairwise_distance, prototypical_loss, contrastive_loss, functional_mlp, adapt_mlp, meta_loss_mlp)
-_WRITTEN = (class_prototypes, class_prototypes_bwd, fast_weight_update, fast_weight_update_bwd)
+_DERIVED = (
+    pairwise_distance, prototypical_loss, contrastive_loss, functional_mlp, adapt_mlp, meta_loss_mlp, norm_act_pool,
+    gradient_of(norm_act_pool),
+)  # fmt: skip
+_WRITTEN = (
+    class_prototypes, class_prototypes_bwd, fast_weight_update, fast_weight_update_bwd, task_conv2d,
+    task_conv2d_bwd_data, task_conv2d_bwd_weight, norm_moments,
+)  # fmt: skip
 TRUTH = {function.__name__: function for function in (*_WRITTEN, *_DERIVED)}
 TRUTH |= {f"{function.__name__}_bwd": gradient_of(function) for function in _DERIVED}
