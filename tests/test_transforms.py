@@ -21,13 +21,18 @@ first_cases = pytest.mark.parametrize(
 )
 
 
+def consistent(spec, args):
+    """What is handed in because it was found from another argument, found anew."""
+    return spec.consistent(*args) if spec.consistent else args
+
+
 def scalar_of(spec, args):
     """A scalar function of one tensor that runs the op: the first differentiable tensor varies."""
     position = spec.differentiable_positions[0]
 
     def function(x, run=spec):
         value = [x, *args[position][1:]] if isinstance(args[position], list) else x
-        outputs = testing.tensors_of(run(*args[:position], value, *args[position + 1 :]))
+        outputs = testing.tensors_of(run(*consistent(spec, (*args[:position], value, *args[position + 1 :]))))
         return sum(o.square().sum() for o in outputs[: spec.differentiable_outputs])
 
     first = args[position][0] if isinstance(args[position], list) else args[position]
@@ -52,7 +57,8 @@ def stacked(args, count=3):
 @cases
 def test_vmap(name, label):
     spec, (args, dims) = REGISTRY[name], stacked(sample_of(name, label))
-    ours, truth = (testing.tensors_of(vmap(f, in_dims=dims)(*args)) for f in (spec, spec.reference))
+    runs = (lambda *args, f=f: f(*consistent(spec, args)) for f in (spec, spec.reference))
+    ours, truth = (testing.tensors_of(vmap(run, in_dims=dims)(*args)) for run in runs)
     for a, b in zip(ours, truth, strict=True):
         torch.testing.assert_close(a, b, **CLOSE, equal_nan=True)
 
@@ -81,6 +87,8 @@ def test_nested_vmap_and_second_order(name, label):
 
 def _has_a_small_hessian(name, label):
     _, x = scalar_of(REGISTRY[name], sample_of(name, label))
+    if REGISTRY[name].file == "task_conv2d" and not x.numel():
+        return False  # torch's jacrev fails on the plain reference
     return x.numel() <= 1000
 
 

@@ -392,7 +392,7 @@ def test_explain_and_engines_that_take_one_tensor():
     maml = MAML(make("dict", "tensor"))
     text = maml.explain(batch)
     assert text.startswith(f"{TASKS} tasks, {SUPPORT} support examples each")
-    for engine in ("fused", "lowrank", "layerwise"):
+    for engine in ("fused", "lowrank"):
         assert f"{engine}: cannot serve: inputs are several tensors" in text
         with pytest.raises(ValueError, match="inputs are several tensors"):
             MAML(make("dict", "tensor"), engine=engine)(batch)

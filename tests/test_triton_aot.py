@@ -121,7 +121,8 @@ def _resources(log: str) -> dict:
 
 
 def _kernels() -> list[str]:
-    """Names of all functions in the package that a launch may name: those that ask for their program's number."""
+    """Names of all functions in the package that a launch may name: those that ask for their program's number, or for
+    its tile by that (`tile_of`)."""
     import pkgutil
 
     import fastmeta.kernels
@@ -131,7 +132,8 @@ def _kernels() -> list[str]:
         module = importlib.import_module(f"fastmeta.kernels.{info.name}")
         for name, value in vars(module).items():
             source = getattr(value, "fn", None)
-            if inspect.isfunction(source) and source.__module__ == module.__name__ and "tl.program_id" in value.src:
+            own = inspect.isfunction(source) and source.__module__ == module.__name__
+            if own and ("tl.program_id" in value.src or "tile_of(" in value.src):
                 names.append(name)
     return sorted(set(names))
 

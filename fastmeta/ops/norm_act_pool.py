@@ -74,13 +74,19 @@ def reference(x, weight, bias, moments, norm, groups, eps, activation, slope, po
         "silu": F.silu,
     }[activation](z)
     if pool != "none":
-        planes = z.flatten(0, 1).movedim(-1, 1)
-        if min(fake(x, [], [], [], norm, groups, eps, activation, slope, pool).shape) == 0:  # which torch refuses
-            planes = planes[:, :, : planes.shape[2] // 2, : planes.shape[3] // 2]
-        else:
-            planes = (F.max_pool2d if pool == "max" else F.avg_pool2d)(planes, 2)
-        z = planes.movedim(1, -1).unflatten(0, x.shape[:2])
+        z = _pooled(z, pool)
     return z.to(x.dtype)
+
+
+def _pooled(z: Tensor, pool: str) -> Tensor:
+    tasks, rows, height, width, channels = z.shape
+    height, width = height // 2, width // 2
+    windows = z[:, :, : 2 * height, : 2 * width].reshape(tasks, rows, height, 2, width, 2, channels)
+    windows = windows.permute(0, 1, 2, 4, 6, 3, 5).reshape(tasks, rows, height, width, channels, 4)
+    if pool == "average":
+        return windows.mean(-1)
+    # the first of equal ones, as torch's pool, whose second derivative torch.func cannot map
+    return windows.gather(-1, windows.detach().argmax(-1, keepdim=True)).squeeze(-1)
 
 
 def fake(x, weight, bias, moments, norm, groups, eps, activation, slope, pool) -> Tensor:
@@ -101,6 +107,8 @@ def backward(args, grads, needs):
 
 
 def backward_backward(args, grads, needs):
+    if torch._C._are_functorch_transforms_active():  # gradients that are not needed, of size 0, cannot be mapped
+        return vjp_of_reference(BACKWARD)(args, grads, needs)
     return SECOND(*grads, *args, needs)
 
 
