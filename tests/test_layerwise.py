@@ -47,6 +47,35 @@ class Joined(nn.Module):
         return self.out(torch.cat([F.max_pool2d(F.relu(n), 2), n[:, :, :1, ::2], F.avg_pool2d(n, 2)], 1).flatten(1))
 
 
+class WrittenOver(nn.Module):
+    """What a norm was given is written over before its activation runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv, self.out = nn.InstanceNorm2d(2), nn.Conv2d(4, 4, 3), nn.LazyLinear(3)
+
+    def forward(self, x):
+        seen = x.clone()
+        n = self.norm(seen)
+        seen.mul_(3.0)
+        seen += 1
+        seen.clamp_(min=-1.0)
+        return self.out(self.conv(torch.cat([F.relu(n), seen], 1)).flatten(1))
+
+
+class HalfFrozen(nn.Module):
+    """A part without gradients, whose last layer is a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm, self.out = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.LazyLinear(3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            h = self.norm(self.body(x))
+        return self.out(F.max_pool2d(F.relu(h), 2).flatten(1))
+
+
 NETS = {
     "pool, relu": lambda: block(nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.ReLU()),
     "relu, pool": lambda: block(nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
@@ -72,6 +101,8 @@ NETS = {
     "residual": lambda: Residual(False),
     "residual, in place": lambda: Residual(True),
     "joined": Joined,
+    "written over": WrittenOver,
+    "a part without gradients": HalfFrozen,
     "one dimension": lambda: nn.Sequential(
         nn.Flatten(2), nn.Conv1d(2, 4, 5, stride=2, padding=2), nn.BatchNorm1d(4), nn.ReLU(), nn.MaxPool1d(2),
         nn.Conv1d(4, 4, 3, padding="same"), nn.GroupNorm(2, 4), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
@@ -113,6 +144,10 @@ def test_equals_the_loop_over_tasks(name, training):
             named = {n: p for n, p in net.named_parameters() if p.requires_grad}
             found = torch.autograd.grad(out.loss, list(named.values()), allow_unused=True, materialize_grads=True)
             torch.testing.assert_close(dict(zip(named, found, strict=True)), gradients, **CLOSE)
+            with torch.no_grad():
+                maml = MAML(net, engine="layerwise", **options)
+                state = maml.adapt(batch.support_x, batch.support_y)
+                torch.testing.assert_close(maml.predict(state, batch.query_x), predictions, **CLOSE)
 
 
 def test_nets_of_convolutions_are_taken():
@@ -169,6 +204,15 @@ def test_what_a_module_sees_is_one_task():
     z += 1
     z.mul_(2)
     torch.testing.assert_close(z.values, 2 * (x.values + 1))
+
+
+def test_a_kernel_larger_than_the_image_is_torchs_error():
+    net, batch = block(nn.BatchNorm2d(4)).double(), case("pool, relu")[1]
+    net(torch.randn(4, 2, 5, 6, dtype=torch.float64))
+    small = TaskBatch(batch.support_x[..., :1], batch.support_y, batch.query_x[..., :1], batch.query_y)
+    net[0].padding = (0, 0)
+    with pytest.raises(ValueError, match="support_x has rows .* Kernel size can't be greater"):
+        MAML(net, engine="layerwise")(small)
 
 
 def test_numbers_that_the_module_looks_at_are_refused():

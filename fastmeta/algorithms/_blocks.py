@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 
 from fastmeta.dispatch import native
 from fastmeta.dispatch.library import plain_call
-from fastmeta.functional.blocks import Block
+from fastmeta.functional.blocks import Block, Follow
 from fastmeta.functional.torch_calls import ACTIVATIONS, POOLS
 
 _DTYPES = (torch.float32, torch.float64)
@@ -37,10 +37,10 @@ def call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         return module(*args)
     x, i = args[0], 0
     while i < len(layers):
-        follow = _following(layers, i)
-        if follow.layers and _fits(layers[i], x):
+        follow, count = _following(layers, i)
+        if count and _fits(layers[i], x):
             x = _run(layers[i], follow, x)
-            i += 1 + follow.layers
+            i += 1 + count
         else:
             x = layers[i](x)
             i += 1
@@ -88,33 +88,20 @@ def _watched(layer: nn.Module) -> bool:
     )
 
 
-class _Following(NamedTuple):
+def _following(layers: list[nn.Module], at: int) -> tuple[Follow, int]:
     """The activation and pool behind a norm, and how many layers they are."""
-
-    activation: tuple[str, float]
-    pool: str
-    layers: int
-
-
-def _following(layers: list[nn.Module], at: int) -> _Following:
-    activation, pool, count = ("identity", 0.0), "none", 0
+    follow, count = Follow(), 0
     if type(layers[at]) is not nn.BatchNorm2d:
-        return _Following(activation, pool, count)
+        return follow, count
     for layer in layers[at + 1 : at + 3]:
         asked = _asked(layer)
         if asked is None:
             break
-        if "pool" in asked and pool == "none":
-            pool = asked["pool"]
-        elif "activation" in asked and activation[0] == "identity":
-            # behind a pool of the largest, what rises with its input may as well stand before it
-            if pool == "average" or pool == "max" and asked["activation"] not in ("relu", "leaky_relu"):
-                break
-            activation = (asked["activation"], asked.get("slope", 0.0))
-        else:
+        longer = follow.pooled(**asked) if "pool" in asked else follow.activated(**asked)
+        if longer is None:
             break
-        count += 1
-    return _Following(activation, pool, count)
+        follow, count = longer, count + 1
+    return follow, count
 
 
 def _asked(layer: nn.Module) -> dict[str, Any] | None:
@@ -148,14 +135,14 @@ def _fits(norm: nn.BatchNorm2d, x: Any) -> bool:
     return x.numel() >= max(_LEAST, 1) and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _run(norm: nn.BatchNorm2d, follow: _Following, x: Tensor) -> Tensor:
+def _run(norm: nn.BatchNorm2d, follow: Follow, x: Tensor) -> Tensor:
     of_rows = norm.training or norm.running_mean is None
     running = None if of_rows else [norm.running_mean.unsqueeze(0), norm.running_var.unsqueeze(0)]
     weight, bias = ([] if t is None else [t.unsqueeze(0)] for t in (norm.weight, norm.bias))
     block = Block.of(x.unsqueeze(0), weight, bias, "batch", 1, running, norm.eps)
     if norm.training and norm.track_running_stats and norm.running_mean is not None:
         _update(norm, *(m.view(-1) for m in block.moments), x.numel() // x.shape[1])
-    return block(*follow.activation, follow.pool).squeeze(0)
+    return block(follow).squeeze(0)
 
 
 @torch.no_grad()

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..functional import torch_calls
 from ..functional.autocast import cast
-from ..ops.norm_act_pool import MOMENTS
+from ..functional.blocks import Block
 from ..ops.task_conv2d import SPEC as CONVOLUTION
-from ._blocks import Block, BlockTensor, channels_last, pending
+from ..ops.task_conv2d import out_size
+from ._blocks import BlockTensor, Pending, pending
 from ._task_tensor import RULES, TaskTensor, mapped, rule, values_of
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -58,6 +60,10 @@ def _convolution(dims: int, plain: Callable) -> Callable:
         if padding == "same":
             padding = [d * (k - 1) // 2 for d, k in zip(dilation, sizes, strict=True)]
         padding = _spread(0 if padding == "valid" else padding, dims)
+        given = zip(input.shape[2:], sizes, stride, padding, dilation, strict=True)
+        if any(out_size(*of_dim) < 1 for of_dim in given) or input.shape[1] != weight.shape[1] * groups:
+            options = dict(bias=bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
+            return mapped(plain, (input, weight), options)  # torch says what is wrong
         if dims == 1:
             stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
         x, w = _rowwise(input), _rowwise(weight)
@@ -65,7 +71,8 @@ def _convolution(dims: int, plain: Callable) -> Callable:
         if dims == 1:
             w = w.unsqueeze(3)
         x, w, *bias = cast("lower", x, w, *bias)
-        y = CONVOLUTION(channels_last(x), w, bias, *stride, *padding, *dilation, groups).movedim(-1, 2)
+        pixels = (x.unsqueeze(3) if dims == 1 else x).movedim(2, -1)
+        y = CONVOLUTION(pixels, w, bias, *stride, *padding, *dilation, groups).movedim(-1, 2)
         return TaskTensor(y.squeeze(3) if dims == 1 else y)
 
     return answer
@@ -82,15 +89,24 @@ RULES[torch.conv2d] = _convolution(2, torch.conv2d)
 # norms, activations, pools ---------------------------------------------------------------------------------------
 
 
-def _optional(tensor: Tensor | None) -> tuple[Tensor, ...]:
-    return () if tensor is None else (_rowwise(tensor),)
+def _optional(tensor: Tensor | None) -> list[Tensor]:
+    return [] if tensor is None else [_rowwise(tensor)]
 
 
 def _images(input: Tensor) -> Tensor | None:
-    """Of `[B, C]`, `[B, C, L]` or `[B, C, H, W]` as a block takes it; None for what it does not take."""
+    """All tasks' `[B, C]`, `[B, C, L]` or `[B, C, H, W]` as a block takes them; None for what it does not take."""
     if not isinstance(input, TaskTensor) or not 2 <= input.dim() <= 4 or input.values.dtype not in _FLOATS:
         return None
-    return channels_last(input.values)
+    return input.values.unsqueeze(3) if input.dim() == 2 else input.values
+
+
+def _normed(
+    input: TaskTensor, x: Tensor, weight, bias, norm: str, groups: int, eps: float, running=None
+) -> BlockTensor:
+    weight, bias = _optional(weight), _optional(bias)
+    x, *affine = cast("widest", x, *weight, *bias)
+    block = Block.of(x, affine[: len(weight)], affine[len(weight) :], norm, groups, running, eps)
+    return BlockTensor(Pending(block), input.shape)
 
 
 @rule(F.batch_norm)
@@ -101,41 +117,33 @@ def _batch_norm(
     if x is None:
         args = (input, running_mean, running_var, weight, bias, training, momentum, eps)
         return mapped(F.batch_norm, args, {})
-    rows = x.shape[1] * x.shape[2] * x.shape[3]
-    if training:
-        if rows <= 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-        moments = _moments(x, "batch", 1)
-        if running_mean is not None:
-            _run_on(running_mean, moments[0].squeeze(1), momentum)
-            _run_on(running_var, moments[1].squeeze(1), momentum, rows / (rows - 1))
-        norm = "batch"
-    else:
-        moments, norm = tuple(_rowwise(m).unsqueeze(1) for m in (running_mean, running_var)), "given"
-    block = Block(x, _optional(weight), _optional(bias), moments, norm, 1, eps)
-    return BlockTensor(block, input.shape)
-
-
-def _moments(x: Tensor, norm: str, groups: int) -> tuple[Tensor, ...]:
-    with torch.no_grad():
-        return tuple(MOMENTS(x.detach(), norm, groups))
+    if not training:
+        running = [_rowwise(m) for m in (running_mean, running_var)]
+        return _normed(input, x, weight, bias, "batch", 1, eps, running)
+    rows = x.shape[1] * x.shape[3:].numel()
+    if rows <= 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+    found = _normed(input, x, weight, bias, "batch", 1, eps)
+    if running_mean is not None:
+        mean, var = (m.squeeze(1) for m in found.pending.block.moments)
+        _run_on(running_mean, mean, momentum)
+        _run_on(running_var, var, momentum, rows / (rows - 1))
+    return found
 
 
 def _run_on(running: Tensor, value: Tensor, momentum: float, factor: float = 1.0) -> None:
     """A running statistic, which `forward` writes into."""
-    if isinstance(running, TaskTensor):
-        running.values.mul_(1 - momentum).add_(value, alpha=momentum * factor)
-    else:
-        raise NotImplementedError("running statistics that the tasks share")
+    if not isinstance(running, TaskTensor):
+        raise NotImplementedError("a batch norm that writes running statistics which the tasks share")
+    running.values.mul_(1 - momentum).add_(value, alpha=momentum * factor)
 
 
 @rule(F.group_norm, torch.group_norm)
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True) -> TaskTensor:
     x = _images(input)
-    if x is None or input.dim() < 3 or x.shape[2] * x.shape[3] * x.shape[4] // num_groups <= 1:
+    if x is None or input.dim() < 3 or x.shape[2:].numel() // num_groups <= 1:
         return mapped(F.group_norm, (input, num_groups, weight, bias, eps), {})
-    block = Block(x, _optional(weight), _optional(bias), _moments(x, "group", num_groups), "group", num_groups, eps)
-    return BlockTensor(block, input.shape)
+    return _normed(input, x, weight, bias, "group", num_groups, eps)
 
 
 @rule(F.instance_norm)
@@ -143,35 +151,33 @@ def _instance_norm(
     input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
 ) -> TaskTensor:
     x = _images(input)
-    if x is None or input.dim() < 3 or running_mean is not None or not use_input_stats or x.shape[2] * x.shape[3] <= 1:
+    if x is None or input.dim() < 3 or running_mean is not None or not use_input_stats or x.shape[3:].numel() <= 1:
         args = (input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
         return mapped(F.instance_norm, args, {})
-    channels = x.shape[4]
-    block = Block(x, _optional(weight), _optional(bias), _moments(x, "group", channels), "group", channels, eps)
-    return BlockTensor(block, input.shape)
+    return _normed(input, x, weight, bias, "instance", 1, eps)
+
+
+def _open_block(input: TaskTensor) -> Pending | None:
+    """The block to which a layer behind `input` may be added: one that has not run, or a new one of images."""
+    found = pending(input)
+    if found is None and input.dim() == 4 and input.values.dtype in _FLOATS:
+        if input.values.movedim(2, -1).is_contiguous():
+            return Pending(Block.of(input.values, [], [], "none", 1, None, 0.0))
+    return found
 
 
 def _activated(
     func: Callable, input: TaskTensor, activation: str, slope: float = 0.0, *, in_place: bool = False
 ) -> TaskTensor:
     block = _open_block(input)
-    after = None if block is None else block.activated(activation, slope)
+    after = None if block is None else block.with_follow(block.follow.activated(activation, slope))
     if after is None:
         return input.become(func(input.values)) if in_place else TaskTensor(func(input.values))
     if in_place and pending(input) is not None:
-        input.block = after
+        input.pending = after
         return input
     found = BlockTensor(after, input.shape)
     return input.become(found.values) if in_place else found
-
-
-def _open_block(input: TaskTensor) -> Block | None:
-    """The block to which a layer behind `input` may be added: one that has not run, or a new one of images."""
-    block = pending(input)
-    if block is None and input.dim() == 4:
-        x = channels_last(input.values)
-        block = Block(x) if x.is_contiguous() and x.dtype in _FLOATS else None
-    return block
 
 
 def _activation(func: Callable, activation: str, in_place: bool = False) -> Callable:
@@ -198,47 +204,29 @@ def _leaky_relu(input, negative_slope=0.01, inplace=False):
     def func(x: Tensor) -> Tensor:
         return F.leaky_relu(x, negative_slope)
 
-    return _activated(func, input, "relu", negative_slope, in_place=inplace)
+    return _activated(func, input, "leaky_relu", negative_slope, in_place=inplace)
 
 
-def _is_two_by_two(kernel_size, stride, padding, dilation, ceil_mode) -> bool:
-    stride = kernel_size if stride is None or stride == [] else stride
-    given = tuple(_spread(value, 2) for value in (kernel_size, stride, padding, dilation))
-    return given == ((2, 2), (2, 2), (0, 0), (1, 1)) and not ceil_mode
+def _pool(plain: Callable) -> Callable:
+    def answer(input, *args, **kwargs):
+        asked = torch_calls.POOLS[plain](input, *args, **kwargs)
+        found = None if asked is None else _pooled(input, **asked)
+        return _folded(plain)(input, *args, **kwargs) if found is None else found
+
+    return answer
 
 
 def _pooled(input: TaskTensor, pool: str) -> TaskTensor | None:
-    if input.dim() != 4:
-        return None
-    block = _open_block(input)
-    after = None if block is None else block.pooled(pool)
-    if after is None or min(input.shape[2:]) < 2:
+    block = _open_block(input) if input.dim() == 4 and min(input.shape[2:]) >= 2 else None
+    after = None if block is None else block.with_follow(block.follow.pooled(pool))
+    if after is None:
         return None
     rows, channels, height, width = input.shape
     return BlockTensor(after, torch.Size((rows, channels, height // 2, width // 2)))
 
 
-@rule(torch.max_pool2d, F.max_pool2d)
-def _max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
-    found = None
-    if not return_indices and _is_two_by_two(kernel_size, stride, padding, dilation, ceil_mode):
-        found = _pooled(input, "max")
-    if found is not None:
-        return found
-    return _folded(F.max_pool2d)(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-
-
-@rule(F.avg_pool2d)
-def _avg_pool2d(
-    input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
-):
-    found = None
-    if divisor_override is None and _is_two_by_two(kernel_size, stride, padding, 1, ceil_mode):
-        found = _pooled(input, "average")
-    if found is not None:
-        return found
-    options = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    return _folded(F.avg_pool2d)(input, *options)
+RULES[torch.max_pool2d] = RULES[F.max_pool2d] = _pool(F.max_pool2d)
+RULES[F.avg_pool2d] = _pool(F.avg_pool2d)
 
 
 def _folded(func: Callable) -> Callable:

@@ -34,11 +34,12 @@ class TaskTensor(Tensor):
     """`values` `[T, *shape]`, seen as `[*shape]`."""
 
     _values: Tensor
+    kept: bool  # what is written into it is written into `values`, as into a buffer; else it holds another tensor then
 
     @staticmethod
-    def __new__(cls, values: Tensor) -> TaskTensor:
+    def __new__(cls, values: Tensor, kept: bool = False) -> TaskTensor:
         made = _seen_as(cls, values.shape[1:], values)
-        made._values = values
+        made._values, made.kept = values, kept
         return made
 
     @property
@@ -105,10 +106,13 @@ def mapped(func: Callable, args: tuple, kwargs: dict) -> Any:
         outputs[:] = [found, made]
         return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
+    in_place = _in_place(func) and isinstance(args[0], TaskTensor)
     inside = [leaves[place].values for place in places]
+    if in_place and not args[0].kept:
+        inside[0] = inside[0].clone()
     found = iter(torch.vmap(run, randomness="different")(*inside))
     flat, made = outputs
-    if _in_place(func) and isinstance(args[0], TaskTensor):
+    if in_place:
         return args[0].become(next(found))
     return pytree.tree_unflatten([TaskTensor(next(found)) if isinstance(leaf, Tensor) else leaf for leaf in flat], made)
 
@@ -142,15 +146,15 @@ def elementwise(func: Callable) -> Rule:
 
 
 def elementwise_in_place(func: Callable, plain: Callable) -> Rule:
-    """`plain` is the function that makes a new tensor: what a graph holds is not written over."""
+    """`plain` is the function that makes a new tensor: what a graph or a block holds is not written over."""
 
     def answer(*args, **kwargs):
         if not isinstance(args[0], TaskTensor):
             raise NotImplementedError(f"{func.__name__} of what the tasks share, by what each has of its own")
         whole = aligned(args)
-        if any(isinstance(t, Tensor) and t.requires_grad for t in whole):
+        if not args[0].kept:
             return args[0].become(plain(*whole, **kwargs).expand_as(whole[0]))
-        func(whole[0], *whole[1:], **kwargs)
+        func(*whole, **kwargs)
         return args[0]
 
     return answer

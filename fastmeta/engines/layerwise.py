@@ -77,9 +77,10 @@ class LayerwiseEngine(VmapEngine):
         weights = slow | dict(weights)
         own = {n: w if is_shared(w, slow[n]) else TaskTensor(w) for n, w in weights.items()}
         rows, inputs = flatten(x)
+        own |= {n: TaskTensor(b, kept=True) for n, b in buffers.items()}
         args, kwargs = arguments(unflatten(inputs, [TaskTensor(leaf) for leaf in rows]))
         with self.exact():
-            output = self.call(model, {**own, **{n: TaskTensor(b) for n, b in buffers.items()}}, args, kwargs)
+            output = self.call(model, own, args, kwargs)
         return tree_map(lambda leaf: _behind(leaf, len(rows[0])), output, "the model's output")
 
     def gradients(

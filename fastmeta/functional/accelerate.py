@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import torch_calls
-from .blocks import Block
+from .blocks import Block, Follow
 from .checks import FLOATS
 from .convolutions import task_conv1d, task_conv2d
 
@@ -122,17 +122,18 @@ class _Accelerated(TorchFunctionMode):
 
 _LOOKS = frozenset((Tensor.dim, Tensor.size, Tensor.is_floating_point, Tensor.numel))  # which write nothing
 _PLAIN = (Tensor, nn.Parameter)
+_NOTHING = Follow()
 
 
 class _Result:
     """A tensor, and the block that made it, for what may follow: a norm, and how it goes on."""
 
-    def __init__(self, tensor: Tensor, block: Block | None = None, activation=("identity", 0.0), pool: str = "none"):
-        self.tensor, self.block, self.activation, self.pool = tensor, block, activation, pool
+    def __init__(self, tensor: Tensor, block: Block | None = None, follow: Follow = _NOTHING):
+        self.tensor, self.block, self.follow = tensor, block, follow
 
     @classmethod
-    def of(cls, block: Block, activation: tuple[str, float] = ("identity", 0.0), pool: str = "none") -> _Result:
-        return cls(block(*activation, pool).squeeze(0), block, activation, pool)
+    def of(cls, block: Block, follow: Follow | None) -> _Result | None:
+        return None if follow is None else cls(block(follow).squeeze(0), block, follow)
 
     def goes_on(self, args: tuple) -> bool:
         """Whether a call is given what a norm has made."""
@@ -187,29 +188,23 @@ def _norm(func, last, args, kwargs) -> _Result | None:
     weight, bias = ([] if t is None else [t.unsqueeze(0)] for t in affine)
     running = running and [t.unsqueeze(0) for t in running]
     block = Block.of(x.unsqueeze(0), weight, bias, norm, groups, running, asked["eps"])
-    return _Result.of(block)
+    return _Result.of(block, _NOTHING)
 
 
 def _activation(func, last, args, kwargs) -> _Result | None:
-    if last is None or not last.goes_on(args) or last.activation[0] != "identity":
+    if last is None or not last.goes_on(args):
         return None
     asked = torch_calls.ACTIVATIONS[func](*args, **kwargs)
-    if asked is None:
-        return None
-    # behind a pool of the largest, what rises with its input may as well stand before it
-    rises = asked["activation"] in ("relu", "leaky_relu")
-    if last.pool == "average" or last.pool == "max" and not rises:
-        return None
-    return _Result.of(last.block, (asked["activation"], asked.get("slope", 0.0)), last.pool)
+    return None if asked is None else _Result.of(last.block, last.follow.activated(**asked))
 
 
 def _pool(func, last, args, kwargs) -> _Result | None:
-    if last is None or not last.goes_on(args) or last.pool != "none":
+    if last is None or not last.goes_on(args):
         return None
     asked = torch_calls.POOLS[func](*args, **kwargs)
     if asked is None or last.tensor.dim() != 4 or min(last.tensor.shape[2:]) < 2:
         return None
-    return _Result.of(last.block, last.activation, asked["pool"])
+    return _Result.of(last.block, last.follow.pooled(**asked))
 
 
 _ANSWERS = {

@@ -79,8 +79,28 @@ def norm_act_pool(
         checks.remember(key)
     weight, bias = [affine.pop(0)] if weight is not None else [], affine
     block = Block.of(x, weight, bias, norm, groups, running, eps)
-    y = block(activation, slope, pool)
+    y = block(Follow(activation, slope, pool))
     return (y, (block.moments[0].squeeze(1), block.moments[1].squeeze(1))) if return_moments else y
+
+
+class Follow(NamedTuple):
+    """What comes behind a norm in the same pass."""
+
+    activation: str = "identity"
+    slope: float = 0.0  # of "leaky_relu"
+    pool: str = "none"
+
+    def activated(self, activation: str, slope: float = 0.0) -> Follow | None:
+        """With the activation behind all that is there; None where one pass cannot do that."""
+        # behind a pool of the largest, what rises with its input may as well stand before it
+        rises = activation == "relu" or activation == "leaky_relu" and slope >= 0
+        if self.activation != "identity" or self.pool == "average" or self.pool == "max" and not rises:
+            return None
+        return self._replace(activation=activation, slope=slope)
+
+    def pooled(self, pool: str) -> Follow | None:
+        """With the pool behind all that is there; None where there is one."""
+        return self._replace(pool=pool) if self.pool == "none" else None
 
 
 class Block(NamedTuple):
@@ -105,11 +125,9 @@ class Block(NamedTuple):
         moments = [_expanded(m, tasks) for m in moments]
         return cls(_expanded(pixels, tasks), weight, bias, moments, kind, groups, float(eps), sequence)
 
-    def __call__(self, activation: str, slope: float, pool: str) -> Tensor:
-        if activation == "leaky_relu":
-            activation, slope = "relu", float(slope)
-        else:
-            slope = 0.0
+    def __call__(self, follow: Follow) -> Tensor:
+        activation, slope, pool = follow
+        activation, slope = ("relu", float(slope)) if activation == "leaky_relu" else (activation, 0.0)
         *args, sequence = self
         y = _norm_act_pool.SPEC(*args, activation, slope, pool).movedim(-1, 2)
         return y.squeeze(3) if sequence else y
