@@ -1,5 +1,10 @@
 #include "pool.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
 #include <cstdlib>
 #include <iterator>
 #include <map>
@@ -18,6 +23,16 @@ size_t rounded(size_t bytes) {
   while (power * 2 <= bytes) power *= 2;
   const size_t step = power / 4;
   return (bytes + step - 1) / step * step;
+}
+
+// What is fresh arrives page by page as it is first written: for large blocks in pages of 2 MB where the system has them.
+void ask_for_huge_pages([[maybe_unused]] void* block, [[maybe_unused]] size_t size) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+  if (size < 2 * kHuge) return;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(block), begin = (start + kHuge - 1) / kHuge * kHuge;
+  madvise(reinterpret_cast<void*>(begin), (start + size) / kHuge * kHuge - begin, MADV_HUGEPAGE);  // or as it is
+#endif
 }
 
 size_t most_idle() {
@@ -43,6 +58,7 @@ class Pool {
         block = std::aligned_alloc(kAlignment, size);
       }
       if (block == nullptr) throw std::bad_alloc();
+      ask_for_huge_pages(block, size);
     }
     sizes_[block] = size;
     return block;

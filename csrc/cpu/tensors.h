@@ -5,10 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <initializer_list>
 #include <numeric>
@@ -21,18 +17,6 @@
 namespace fastmeta::cpu {
 
 using torch::stable::Tensor;
-
-// Memory that is fresh from the system arrives page by page as it is first written, which for pages of 4 KB takes
-// several times as long as a kernel that fills them: large tensors ask for huge ones.
-inline void ask_for_huge_pages([[maybe_unused]] const Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
-  const size_t bytes = size_t(t.numel()) * t.element_size();
-  if (bytes < 2 * kHuge) return;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(t.data_ptr()), begin = (start + kHuge - 1) / kHuge * kHuge;
-  madvise(reinterpret_cast<void*>(begin), (start + bytes) / kHuge * kHuge - begin, MADV_HUGEPAGE);  // or as it is
-#endif
-}
 
 // The shim's own function: `new_empty` goes through the dispatcher, boxed, which takes longer than small kernels.
 inline Tensor new_tensor(const Tensor& like, const int64_t* sizes, int64_t dims) {
@@ -53,9 +37,7 @@ inline Tensor new_tensor(const Tensor& like, const int64_t* sizes, int64_t dims)
   }
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor made(handle);
-  ask_for_huge_pages(made);
-  return made;
+  return Tensor(handle);
 }
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return new_tensor(like, sizes.begin(), int64_t(sizes.size()));
