@@ -61,10 +61,13 @@ def _fold_and_call(call: Callable, spec: OpSpec, batch: int, in_dims: Args, args
         if is_list(arg) or isinstance(arg, Tensor)
         for tensor, dim in zip(as_list(arg), as_list(dims), strict=True)
     ]
-    tasks = next((n for n in (t.shape[0 if dim is None else 1] for t, dim in moved) if n != 1), 1)
+    sizes = [t.shape[0 if dim is None else 1] for t, dim in moved if not _not_needed(t, dim)]
+    tasks = next((n for n in sizes if n != 1), 1)
     it = iter(moved)
 
     def fold(tensor, dim, keep_shared):
+        if tasks and _not_needed(tensor, dim):
+            return tensor.new_empty(0)
         if dim is None:
             if tensor.shape[0] == 1 and keep_shared:
                 return tensor  # shared by all tasks of all elements
@@ -103,6 +106,11 @@ def _fold_and_call(call: Callable, spec: OpSpec, batch: int, in_dims: Args, args
             values.append(value)
         unfolded.append(values if is_list(output) else values[0])
     return unfolded[0] if single else tuple(unfolded)
+
+
+def _not_needed(tensor: Tensor, dim: int | None) -> bool:
+    """Whether it stands for a gradient that was not needed: of one dimension, without numbers."""
+    return tensor.shape[0 if dim is None else 1 :] == (0,)
 
 
 def gradients_of(spec: OpSpec, args: Args, grads, needs_input_grad):

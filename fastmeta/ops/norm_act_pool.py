@@ -107,8 +107,6 @@ def backward(args, grads, needs):
 
 
 def backward_backward(args, grads, needs):
-    if torch._C._are_functorch_transforms_active():  # gradients that are not needed, of size 0, cannot be mapped
-        return vjp_of_reference(BACKWARD)(args, grads, needs)
     return SECOND(*grads, *args, needs)
 
 
