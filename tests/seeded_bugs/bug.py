@@ -9,3 +9,8 @@ class Bug(NamedTuple):
     old: str  # occurs there exactly once
     new: str
     tests: tuple[str, ...]  # arguments of pytest; with the bug they must fail
+
+
+def at(*cases: str, dtype: str = "float32") -> tuple[str, ...]:
+    """The tests of `tests/test_boundaries.py` that must fail."""
+    return tuple(f"tests/test_boundaries.py::test_values_and_gradients[{case}-{dtype}]" for case in cases)

@@ -1,0 +1,148 @@
+"""Bugs in the C++ CPU kernels of images."""
+
+from .bug import Bug, at
+
+IMAGES = [
+    # ---- task_conv2d
+    Bug(
+        "conv-second-strip-reads-first-rows",
+        "csrc/cpu/conv/strips.h",
+        "from_row = first * g.source_step_h + g.low_h;",
+        "from_row = g.low_h;",
+        at("conv-strips", "conv-strips-without-borders"),
+    ),
+    Bug(
+        "conv-second-strip-of-phases-written-to-wrong-row",
+        "csrc/cpu/conv/strips.h",
+        "image * g.out_h + first * g.out_step_h",
+        "image * g.out_h + first",
+        at("conv-strips-of-phases"),
+    ),
+    Bug(
+        "conv-second-phase-with-pixels-of-first",
+        "csrc/cpu/conv/strips.h",
+        "if (shown_phase != phase_index) {",
+        "if (shown_phase < 0) {",
+        at("conv-strips-of-phases"),
+    ),
+    Bug(
+        "conv-second-block-of-depth-alone",
+        "csrc/cpu/conv/addressed.h",
+        "p.add || block > 0 ? nullptr : p.start + v * W",
+        "p.add ? nullptr : p.start + v * W",
+        at("conv-blocks-of-images", "conv-wide-rows"),
+    ),
+    Bug(
+        "conv-weight-gradient-of-last-block",
+        "csrc/cpu/conv/kernel.h",
+        "space.sum_row, space.zeros, !starts",
+        "space.sum_row, space.zeros, false",
+        at("conv-strips"),
+    ),
+    Bug(
+        "conv-panels-of-second-phase-over-first",
+        "csrc/cpu/conv/weights.h",
+        "      phase_start += padded<T>(columns) * phase.tap_count * channels;\n",
+        "",
+        at("conv-strips-of-phases"),
+    ),
+    Bug(
+        "conv-weight-gradient-of-first-range",
+        "csrc/cpu/task_conv2d.cpp",
+        "split.parts, size, sums + task * size + start",
+        "1, size, sums + task * size + start",
+        at("conv-ranges-of-rows"),
+    ),
+    Bug(
+        "conv-merged-tasks-lose-images",
+        "csrc/cpu/task_conv2d.cpp",
+        "    images *= tasks;\n",
+        "",
+        at("conv-tasks-merged"),
+    ),
+    # ---- norm_act_pool
+    Bug(
+        "moments-second-64-pixels-forget-the-first",
+        "csrc/cpu/conv/moments.h",
+        "about[v] += load_lanes<kTail>(squares, lanes) + between",
+        "about[v] += between",
+        at("moments-batch"),
+    ),
+    Bug(
+        "moments-not-less-a-pixel",
+        "csrc/cpu/conv/moments.h",
+        "base[v] = first - first == 0 ? first : Vec<T>{};",
+        "base[v] = Vec<T>{};",
+        ("tests/ops/test_norm_act_pool.py::test_a_common_offset_takes_no_digits_from_the_variance[cpp]",),
+    ),
+    Bug(
+        "moments-second-block-about-the-first's-pixel",
+        "csrc/cpu/norm_act_pool.cpp",
+        "const T *from = x + (unit * pixels + block * kBlockPixels) * width,",
+        "const T *from = x + unit * pixels * width,",
+        at("moments-batch"),
+    ),
+    Bug(
+        "norm-second-block-of-first-lines",
+        "csrc/cpu/norm_act_pool.cpp",
+        "block.x = x + unit",
+        "block.first = 0;\n    block.x = x + unit",
+        at("norm-batch"),
+    ),
+    Bug(
+        "norm-sums-of-first-block-only",
+        "csrc/cpu/norm_act_pool.cpp",
+        "sum_partials(rows.at(first), blocks,",
+        "sum_partials(rows.at(first), 1,",
+        at("norm-batch", "norm-group"),
+    ),
+    Bug(
+        "norm-second-image-is-the-first",
+        "csrc/cpu/conv/window.h",
+        "return {(image * b.height + i * step)",
+        "return {(i * step)",
+        at("norm-batch"),
+    ),
+    Bug(
+        "norm-odd-last-column-not-written",
+        "csrc/cpu/norm_act_pool_kernel.h",
+        "for (int64_t j = line.windows * kStep; j < b.width; ++j)",
+        "for (int64_t j = larger(line.windows, 1) * kStep; j < b.width - b.width % 2; ++j)",
+        at("norm-batch"),
+    ),
+    Bug(
+        "norm-last-channels-with-tables-of-first",
+        "csrc/cpu/conv/window.h",
+        "load(b.tables + k * b.padded + c + v * kWidth<T>);",
+        "load(b.tables + k * b.padded + (V == 1 ? 0 : c) + v * kWidth<T>);",
+        at("norm-67-channels"),
+    ),
+    Bug(
+        "norm-last-of-equal-pixels-wins",
+        "csrc/cpu/conv/window.h",
+        "(key > most)",
+        "(key >= most)",
+        ("tests/ops/test_norm_act_pool.py::test_of_equal_pixels_the_first_takes_the_gradient[batch-cpp]",),
+    ),
+    Bug(
+        "norm-nan-is-no-largest",
+        "csrc/cpu/conv/window.h",
+        "later[k] = (key > most) | (key != key);",
+        "later[k] = key > most;",
+        ("tests/ops/test_norm_act_pool.py::test_special_values_as_in_torch[none-False-max-nan-cpp]",),
+    ),
+    Bug(
+        "norm-second-derivative-without-the-variance",
+        "csrc/cpu/norm_act_pool.cpp",
+        "T(-r * r * (en + r * s / count));",
+        "T(-r * r * en);",
+        at("norm-batch", "norm-curved"),
+    ),
+    Bug(
+        "norm-curvature-not-in-the-means",
+        "csrc/cpu/norm_act_pool.cpp",
+        "e += (vw * sum(2, c) + w * u) / count;",
+        "e += vw * sum(2, c) / count;",
+        at("norm-curved"),
+    ),
+]
