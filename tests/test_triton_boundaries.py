@@ -165,8 +165,7 @@ def test_beyond_a_block(name, dtype, monkeypatch, poisoned_memory):
     require("triton")
     case = CASES[name]
     _patch(monkeypatch, case)
-    # not the numbers that gradients are contracted with: of a cotangent that is x itself a norm's gradient is 0
-    args = case.make(Make(dtype, DEVICE, seed=1))
+    args = case.make(Make(dtype, DEVICE))
     with use_backend("triton"):
         for order in (0, 1):
             testing.check_op(REGISTRY[case.op], args, order)

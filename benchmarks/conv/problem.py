@@ -12,7 +12,8 @@ from torch import nn
 import fastmeta.nn
 from fastmeta import TaskBatch
 from fastmeta.dispatch.spec import Make
-from fastmeta.tasks.wisdm import PersonTasks, wisdm
+from fastmeta.tasks.person_tasks import PersonTasks
+from fastmeta.tasks.wisdm import wisdm
 
 DATA = os.environ.get("FASTMETA_DATA", Path(__file__).parents[3] / "shared" / "data")
 

@@ -156,7 +156,7 @@ ROWS: dict[str, Row] = {
         1.4,
     ),
     "sensors": Row(
-        "Conv4-64 of one dimension, WISDM 3x10, 4-way 5-shot K5 T16",
+        "Conv4-64 of one dimension, windows 3x10, 4-way 5-shot K5 T16",
         problem.sensors,
         _ours,
         {"task loop": LOOPS["task loop, contiguous"]} | VMAP | COMPILED,

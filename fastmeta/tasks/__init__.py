@@ -13,10 +13,11 @@ from fastmeta.tasks.augment import Augmentation
 from fastmeta.tasks.episodes import EpisodeSampler
 from fastmeta.tasks.glyphs import glyphs
 from fastmeta.tasks.omniglot import PARTITIONS, omniglot
+from fastmeta.tasks.person_tasks import PersonTasks
 from fastmeta.tasks.sinusoid import SinusoidTasks
 from fastmeta.tasks.source import TaskSource
 from fastmeta.tasks.unlabelled import AugmentedTasks, ClusterTasks, embed_images, kmeans_partitions
-from fastmeta.tasks.wisdm import PersonTasks, wisdm
+from fastmeta.tasks.wisdm import wisdm
 
 __all__ = [
     "NAMES",
