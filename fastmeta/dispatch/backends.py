@@ -198,9 +198,8 @@ def _triton_why_not(spec: OpSpec, args: Args) -> str | None:
 
 
 def _run_triton(spec: OpSpec, args: Args):
-    return getattr(importlib.import_module(f"fastmeta.kernels.{spec.file}"), spec.name)(
-        *_contiguous(args)
-    )
+    kernels = importlib.import_module(f"fastmeta.kernels.{spec.file}")
+    return getattr(kernels, spec.name)(*_contiguous(_shared_once(args) if spec.shares else args))
 
 
 BACKENDS: dict[str, Backend] = {

@@ -67,7 +67,7 @@ class OpSpec:
     autocast: str = "float32"  # under autocast: "lower" as matmul, "float32" as a loss, "widest" as an addition
     source: str = ""
     backends: tuple[str, ...] = ("cuda", "cpp", "triton", "reference")  # those that have it
-    shares: bool = False  # native kernels take any tensor with a leading size of 1, and no result's shape depends on it
+    shares: bool = False  # kernels take any tensor with a leading size of 1, and no result's shape depends on it
     exact_at_ties: bool = True
     may_share: tuple[str, ...] = ()  # arguments that mapped tasks may share, kept with a leading 1
     ranks: tuple[tuple[str, int], ...] = ()  # dimensions of lists that may come without the task dimension

@@ -238,6 +238,7 @@ SPEC = register(
         consistent=consistent,
         samples=samples,
         workloads=workloads,
+        second_order="explicit",
         autocast="widest",
         may_share=("weight", "bias"),
         source="Ioffe and Szegedy 2015, algorithm 1; Wu and He 2018",
