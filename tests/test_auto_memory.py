@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:tasks run one after the other:Us
 def sweeps(monkeypatch):
     """How many inner loops have been swept; all graphs count as large."""
     monkeypatch.setattr(_graph_size, "LARGE", 1)
+    monkeypatch.setattr(_graph_size, "OF_QUERIES", 0)
     count = []
     sweep = reverse_sweep.InnerLoop.sweep
     monkeypatch.setattr(reverse_sweep.InnerLoop, "sweep", lambda *args: count.append(1) or sweep(*args))
@@ -196,7 +197,7 @@ def test_large_graphs_are_not_kept(monkeypatch):
         kept = net(batch.support_x[0])
     at_most = forward.now  # weights and input too
     del kept
-    size = _graph_size.graph_size(net, MAML(net, inner_steps=5)._inner(batch[1], batch[3]), batch.support_x)
+    size = 5 * 20 * _graph_size.of_row(net, batch.support_x)
     assert 0.8 * 5 * at_most < size <= 5 * at_most
     graph, _ = held(inner_steps=5, memory="graph")
     assert graph > 2 * size  # the second derivatives' part
@@ -207,6 +208,9 @@ def test_large_graphs_are_not_kept(monkeypatch):
     assert after < 0.1 * graph and most < 0.4 * graph
     assert most < 1.1 * held(inner_steps=10)[1] < 1.2 * most
     assert "memory 'auto': no graph over the steps" in MAML(net, inner_steps=5, engine="loop").explain(batch)
+    many = TaskBatch(*batch[:2], batch[2].repeat(1, 50, 1, 1, 1), batch[3].repeat(1, 50))  # which keep as much
+    assert "memory" not in MAML(net, inner_steps=5, engine="loop").explain(many)
+    assert "memory 'auto'" in MAML(net, inner_steps=6, engine="loop").explain(many)
     (swept, found), (kept, right) = (MAML(net, inner_steps=5, inner_lr=0.1, engine="loop", memory=m).gradients(batch)
                                      for m in ("auto", "graph"))  # fmt: skip
     torch.testing.assert_close((swept.loss, found), (kept.loss, right), **CLOSE)
@@ -218,8 +222,8 @@ def test_nothing_of_the_model_shows_that_it_was_looked_at():
     seen = []
     net[0].register_forward_hook(lambda *_: seen.append(1))
     before, state = {n: b.clone() for n, b in net.named_buffers()}, torch.get_rng_state()
-    x, y, *_ = tasks("mlp")
-    assert _graph_size.graph_size(net, MAML(net, inner_steps=2)._inner(y, y), x) > 0
+    x = tasks("mlp")[0]
+    assert _graph_size.of_row(net, x) > 0
     assert not seen and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(b, before[n]) for n, b in net.named_buffers())
-    assert _graph_size.graph_size(nn.Linear(9, 3).double(), MAML(net)._inner(y, y), x) is None  # which takes other rows
+    assert _graph_size.of_row(nn.Linear(9, 3).double(), x) is None  # which takes other rows

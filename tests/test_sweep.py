@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmeta.algorithms import ANIL, BOIL, MAML, MetaSGD
+from fastmeta.engines import _graph_size
 from fastmeta.tasks import TaskBatch
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}
@@ -144,8 +145,11 @@ def test_kernels_sweep_already():
     check(formulas.loss.detach(), sweep(net, clip_norm=0.3, first_order=True, engine="vmap")(batch).loss.detach())
 
 
-@pytest.mark.parametrize("engine", ["vmap", "loop"])
-def test_weights_chunks_and_what_requires_gradients(engine):
+@pytest.mark.parametrize("engine, large", [("vmap", False), ("vmap", True), ("loop", False)])
+def test_weights_chunks_and_what_requires_gradients(engine, large, monkeypatch):
+    """`large`: query rows of one task after the other."""
+    if large:
+        monkeypatch.setattr(_graph_size, "LARGE", 1)
     net, (sx, sy, qx, qy) = make("LSTM"), tasks("LSTM")
     weights = torch.tensor([0.5, 2.0, 0.0], dtype=torch.float64)
     for chunk in (None, 2):
@@ -199,8 +203,10 @@ class Pair(nn.Module):
         return self.b(torch.tanh(self.a(x) * scale))
 
 
-@pytest.mark.parametrize("engine", ["vmap", "loop"])
-def test_losses_with_parameters_and_inputs_of_several_tensors(engine):
+@pytest.mark.parametrize("engine, large", [("vmap", False), ("vmap", True), ("loop", False)])
+def test_losses_with_parameters_and_inputs_of_several_tensors(engine, large, monkeypatch):
+    if large:
+        monkeypatch.setattr(_graph_size, "LARGE", 1)
     torch.manual_seed(0)
     sx, sy, qx, qy = tasks("mlp")
     scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
@@ -360,3 +366,20 @@ def test_memory_does_not_grow_with_the_steps(kind, engine):
     assert many - few < 1.1 * 8 * weights
     assert spaced - few < 0.7 * (many - few)
     assert peak(memory="graph", inner_steps=10) > 2 * many
+
+
+def test_query_rows_of_one_task_after_the_other(monkeypatch):
+    """Where a graph of those of all tasks is large."""
+    net = make("residual, layer norm")
+    sx, sy, qx, qy = tasks("residual, layer norm")
+    batch = TaskBatch(sx, sy, qx.repeat_interleave(40, 1), qy.repeat_interleave(40, 1))
+    found = []
+    for large in (2**30, 1):
+        monkeypatch.setattr(_graph_size, "LARGE", large)
+        maml = MAML(net, inner_lr=0.1, inner_steps=2, engine="vmap", memory="sweep")
+        with Peak() as bytes_of:
+            maml(batch).loss.backward()
+        found.append((bytes_of.most, maml.gradients(batch)))
+    (at_once, right), (in_turn, ours) = found
+    assert in_turn < 0.5 * at_once
+    check((ours[0].task_loss, ours[0].logits, ours[1]), (right[0].task_loss, right[0].logits, right[1]))

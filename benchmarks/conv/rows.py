@@ -23,9 +23,9 @@ from .problem import Problem
 Build = Callable[[Problem], Contender]
 
 
-def maml(problem: Problem) -> MAML:
+def maml(problem: Problem, memory: str = "auto") -> MAML:
     steps = {"inner_lr": problem.lr, "inner_steps": problem.steps, "first_order": problem.first_order}
-    return MAML(problem.model, **steps)
+    return MAML(problem.model, **steps, memory=memory)
 
 
 def backward_of(learner: nn.Module, batch) -> Contender:

@@ -54,11 +54,17 @@ def chunked_loss(
         # Detached at once: a result that held on to its graph would keep the chunk in memory.
         outputs.append(detached(output))
 
+    output = weighted(joined(outputs), weights)
+    if not differentiable:
+        return output
+    return output._replace(loss=with_gradients(output.loss, gradients, receivers))
+
+
+def joined(outputs: Sequence[MetaOutput]) -> MetaOutput:
+    """One result of those of several groups of tasks, the loss without weights."""
+
     def join(field: str) -> Tensor | None:
         parts = [getattr(output, field) for output in outputs]
         return None if parts[0] is None else cat(parts, 0, "the model's outputs for the tasks")
 
-    output = weighted(over_tasks(join("task_loss"), join("accuracy"), join("logits")), weights)
-    if not differentiable:
-        return output
-    return output._replace(loss=with_gradients(output.loss, gradients, receivers))
+    return over_tasks(join("task_loss"), join("accuracy"), join("logits"))

@@ -291,8 +291,7 @@ class InnerLoopAlgorithm(nn.Module):
             return False
         if engine.name == "loop" and len(support_x) > 1 and model is not self.model:  # not in turn, if swept
             return False
-        size = _graph_size.graph_size(model, inner, split(batch[0], tasks)[0])
-        return size is not None and size >= _graph_size.LARGE
+        return _graph_size.is_large(model, inner, split(batch[0], tasks)[0], split(batch[2], tasks)[0])
 
     def _chunked(self, size: int, batch: Sequence[Tensor], weights: Tensor | None) -> MetaOutput:
         return chunked_loss(self._tasks, batch, weights, size, self._trained())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from fastmeta._trees import first, tree_map
 
 from ..engines import InnerLoop
+from ..engines._graph_size import tasks_at_once
 from ..engines._steps import clipped, rates_at
 from ..engines.vmap import VmapEngine, buffers_per_task
 from ..functional import reverse_sweep
 from ..functional.known_gradients import with_gradients
 from ..functional.reverse_sweep import RandomState
+from ._chunks import joined
 from ._graph_again import with_graph_again
 from .output import MetaOutput, detached, judged, weighted
 
@@ -58,7 +61,7 @@ def swept(
     names = engine.moving(model, inner, support_x, support_y)
     shared = [p for name, p in slow.items() if p.requires_grad and name not in names]
     shared += [p for p in of_loss if all(p is not other for other in shared)]
-    output: MetaOutput | None = None
+    outputs: list[MetaOutput] = []
     random = RandomState(sorted({p.device.index for p in slow.values() if p.is_cuda}))
 
     def support_loss(fast: list[Tensor], step: int) -> Tensor:
@@ -66,12 +69,24 @@ def swept(
         with nullcontext() if inner.first_order else engine.exact():
             return engine.losses(model, inner, dict(zip(names, fast, strict=True)), buffers, support_x, support_y).sum()
 
-    def query_loss(fast: list[Tensor]) -> Tensor:
-        nonlocal output
-        logits = engine.predict(model, slow | dict(zip(names, fast, strict=True)), query_x)
-        live = weighted(judged(inner.loss, logits, query_y), weights)
-        output = detached(live)
-        return live.loss
+    def query_loss(fast: list[Tensor], at: slice) -> Tensor:
+        rows, targets = (tree_map(lambda leaf: leaf[at], part) for part in (query_x, query_y))
+        logits = engine.predict(model, slow | dict(zip(names, fast, strict=True)), rows)
+        live = weighted(judged(inner.loss, logits, targets), None if weights is None else weights[at])
+        outputs.append(detached(live))
+        return live.loss * (len(live.task_loss) / tasks)
+
+    def of_queries(fast: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The gradients of the query loss, of some tasks after the other where a graph of all would be large. Who can
+        ask for a graph again wants random numbers drawn for all at once."""
+        size = tasks_at_once(model, query_x) if again is None else tasks
+        adjoints, of_also = [], [None] * len(also)
+        for start in range(0, tasks, size):
+            at = slice(start, start + size)
+            _, adjoint, own = loop.outer_gradient(partial(query_loss, at=at), [w[at] for w in fast], also)
+            adjoints.append(adjoint)
+            of_also = [reverse_sweep.total(*both) for both in zip(of_also, own, strict=True)]
+        return [torch.cat(parts) for parts in zip(*adjoints, strict=True)], of_also
 
     def clip(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         found = {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
@@ -91,8 +106,9 @@ def swept(
     )
     also = [*shared, *leaves]
     fast = loop.adapt([slow[name].detach().expand(tasks, *slow[name].shape) for name in names])
-    _, adjoint, of_also = loop.outer_gradient(query_loss, fast, also)
+    adjoint, of_also = of_queries(fast)
     found = loop.sweep(adjoint, also, of_also)
+    output = weighted(joined(outputs), None if weights is None else weights.detach())
     of_slow = [g.sum(0) if reached else None for g, reached in zip(found.gradients, found.reached, strict=True)]
     learned, of_learned = _of_learned_rates(inner, found.rate_gradients)
     known = [*of_slow, *of_learned, *found.also_gradients]

@@ -73,12 +73,14 @@ class MAML(InnerLoopAlgorithm):
             step. As with `task_chunk`, only `loss` is differentiable, and once; with respect to whatever requires
             gradients. The model runs each step twice and has to do the same (random numbers of torch's own generators
             are drawn alike), or RuntimeError is raised. Kernels sweep in any case; engines that keep a graph are passed
-            over (asked for by name, ValueError). What `adapt` returns has its graph as ever.
+            over (asked for by name, ValueError). What `adapt` returns has its graph as ever. Query rows whose
+            activations are more than 64 MB (on a GPU 1 GB) go through the model for some tasks after the other.
             `"auto"`, the default, sweeps where the engine runs the module itself, in second order, and the activations
-            in a graph over two steps or more would take 64 MB and more (`explain` says so), which one run of the model
-            on a task's support rows tells, once for a size; unless the batch or `weights` require gradients, under
-            transforms of `torch.func`, and with a model that does not do the same twice. What comes of it can be
-            differentiated as with a graph: for more than the gradients of `loss` the tasks run again with one.
+            in a graph over two steps or more would take 64 MB (on a GPU 1 GB) and more than those of the query rows
+            (`explain` says so), which one run of the model on a task's support rows tells, once for a size; unless the
+            batch or `weights` require gradients, under transforms of `torch.func`, and with a model that does not do
+            the same twice. What comes of it can be differentiated as with a graph: for more than the gradients of
+            `loss` the tasks run again with one.
         every: with `"sweep"`, keeps the weights before each `every`-th step alone, and takes the steps between once
             more. Default 1.
 
@@ -173,7 +175,7 @@ class MAML(InnerLoopAlgorithm):
             text = explain(self.engine, self.model, inner, batch[0], batch[1])
             engine = self._engine(inner, batch[0], batch[1])
             if self._sweeps_of_itself(engine, self.model, inner, batch[:4], None):
-                text += "\nmemory 'auto': no graph over the steps, whose activations would be more than 64 MB"
+                text += "\nmemory 'auto': no graph over the steps, which would be large, and larger than the query rows'"
             return text
         except Exception as error:
             self._raise_misfit_of_batch(error, batch)

@@ -1,4 +1,4 @@
-"""How large a graph over the inner steps would be, to know when to do without one."""
+"""How large graphs would be, to know when to do without one."""
 
 from __future__ import annotations
 
@@ -13,23 +13,49 @@ from ..functional.run_again import call_with
 from ._base import InnerLoop
 from ._replica import replica
 
-# Bytes from which the steps are swept. Below, memory is no matter, and running every step once more may be
+# Bytes from which graphs are avoided. Below, memory is no matter, and running every step once more may be
 LARGE = 64 * 2**20
+LARGE_ON_GPU = 2**30  # many rows at once are what a GPU needs
+# A graph over the steps is not large beside that of the query rows, which is there in any case
+OF_QUERIES = 1.0
 _known: WeakKeyDictionary[nn.Module, dict[tuple, int]] = WeakKeyDictionary()
 
 
-def graph_size(model: nn.Module, inner: InnerLoop, x: Tensor) -> int | None:
-    """Bytes of activations that a graph over all inner steps keeps for support rows `x` `[T, S, ...]`; None where the
-    model does not run on these. Of the second derivatives, which keep two to three times that, there is no count."""
-    found, key = _known.setdefault(model, {}), kind(tree_map(lambda leaf: leaf.flatten(0, 1), x))
+def is_large(model: nn.Module, inner: InnerLoop, support_x: Tensor, query_x: Tensor) -> bool:
+    """Whether the activations that a graph over all inner steps keeps for support rows `[T, S, ...]` are many bytes,
+    and more than those of the query rows `[T, Q, ...]`. Of the second derivatives, which keep two to three times that,
+    there is no count."""
+    size = of_row(model, support_x)
+    if size is None:
+        return False
+    (tasks, rows), queries = first(support_x).shape[:2], first(query_x).shape[1]
+    graph = size * rows * inner.steps
+    return tasks * graph >= _large(support_x) and graph > OF_QUERIES * size * queries
+
+
+def tasks_at_once(model: nn.Module, x: Tensor) -> int:
+    """For how many tasks with rows `x` `[T, B, ...]` a graph of one pass is not large; at least one."""
+    size = of_row(model, x)
     tasks, rows = first(x).shape[:2]
+    if not size or not rows:
+        return tasks
+    return max(1, min(tasks, _large(x) // (size * rows)))
+
+
+def _large(x: Tensor) -> int:
+    return LARGE_ON_GPU if first(x).is_cuda else LARGE
+
+
+def of_row(model: nn.Module, x: Tensor) -> int | None:
+    """Bytes of activations that a graph keeps for a row of `x` `[T, B, ...]`; None where the model does not run."""
+    found, key = _known.setdefault(model, {}), kind(tree_map(lambda leaf: leaf.flatten(0, 1), x))
     if key not in found:
         task = tree_map(lambda leaf: leaf[0], x)
         try:
-            found[key] = _saved(model, task) // rows
+            found[key] = _saved(model, task) // first(x).shape[1]
         except Exception:  # what is wrong, the engine that runs says in its own words
             return None
-    return found[key] * rows * tasks * inner.steps
+    return found[key]
 
 
 def _saved(model: nn.Module, x: Tensor) -> int:

@@ -99,12 +99,14 @@ class InnerLoop:
     def outer_gradient(
         self, loss: Callable[[Weights], Tensor], weights: Weights, also: Sequence[Tensor]
     ) -> tuple[Tensor, Weights, list[Tensor | None]]:
-        """An outer loss of adapted weights, and what `sweep` takes: its gradients for the weights and for `also`."""
+        """An outer loss of adapted weights, and what `sweep` takes: its gradients for the weights and for `also`. Of
+        several groups of tasks, one after the other, the weights' gradients join and the others add up."""
         leaves = _leaves(weights)
         with RefuseStaleWeights():
             value = loss(leaves)
         found = self._gradients("outer_loss", value, leaves, also)
-        self._reached = [g is not None for g in found[: len(leaves)]]
+        reached = [g is not None for g in found[: len(leaves)]]
+        self._reached = [a or b for a, b in zip(self._reached, reached, strict=True)] if self._reached else reached
         own = [torch.zeros_like(w) if g is None else g for w, g in zip(leaves, found, strict=False)]
         return value.detach(), own, list(found[len(leaves) :])
 
@@ -279,21 +281,21 @@ class _WayBack:
         outputs, along = zip(*pairs, strict=True)
         found = torch.autograd.grad(outputs, [*leaves, *self.also], grad_outputs=along, allow_unused=True)
         with torch.no_grad():
-            self.also_v = [_sum(*both) for both in zip(self.also_v, found[len(leaves) :], strict=True)]
+            self.also_v = [total(*both) for both in zip(self.also_v, found[len(leaves) :], strict=True)]
         return list(found[: len(leaves)])
 
     def add_rate_gradients(self, rates: Sequence[float | Tensor], momenta: Weights) -> None:
         for rate, v, m in zip(rates, self.v, momenta, strict=True):
             if _requires_grad(rate):
                 so_far = self.rates[id(rate)][1] if id(rate) in self.rates else None
-                self.rates[id(rate)] = rate, _sum(so_far, -(v * m).sum_to_size(rate.shape))
+                self.rates[id(rate)] = rate, total(so_far, -(v * m).sum_to_size(rate.shape))
 
 
 def _leaves(weights: Weights) -> Weights:
     return [w.detach().requires_grad_() for w in weights]
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
