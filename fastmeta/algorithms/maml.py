@@ -175,7 +175,7 @@ class MAML(InnerLoopAlgorithm):
             text = explain(self.engine, self.model, inner, batch[0], batch[1])
             engine = self._engine(inner, batch[0], batch[1])
             if self._sweeps_of_itself(engine, self.model, inner, batch[:4], None):
-                text += "\nmemory 'auto': no graph over the steps, which would be large, and larger than the query rows'"
+                text += "\nmemory 'auto': no graph over the steps, as large as it would be beside the query rows'"
             return text
         except Exception as error:
             self._raise_misfit_of_batch(error, batch)

@@ -11,6 +11,7 @@ from fastmeta.batch import TaskBatch
 from fastmeta.tasks._arguments import check_sizes
 from fastmeta.tasks.augment import Augmentation
 from fastmeta.tasks.episodes import EpisodeSampler
+from fastmeta.tasks.examples import Examples
 from fastmeta.tasks.glyphs import glyphs
 from fastmeta.tasks.omniglot import PARTITIONS, omniglot
 from fastmeta.tasks.person_tasks import PersonTasks
@@ -26,6 +27,7 @@ __all__ = [
     "Augmentation",
     "ClusterTasks",
     "EpisodeSampler",
+    "Examples",
     "PersonTasks",
     "SinusoidTasks",
     "TaskBatch",
