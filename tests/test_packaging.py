@@ -111,7 +111,7 @@ FLOORS = (
     ("algorithms",),
     ("fastmeta",),
     ("training",),
-    ("irl",),
+    ("irl", "estimators"),
     ("cli",),
     ("__main__",),
 )

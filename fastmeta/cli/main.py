@@ -54,6 +54,8 @@ def train(
     model: options.Model = None,
     hidden: options.Hidden = None,
     norm: options.Norm = None,
+    encoder: options.Encoder = None,
+    freeze_encoder: options.FreezeEncoder = None,
     metric: options.Metric = None,
     inner_lr: options.InnerLR = None,
     inner_steps: options.InnerSteps = None,
@@ -89,7 +91,8 @@ def train(
         algorithm=algorithm, data=data, ways=ways, shots=shots, query_shots=query_shots, train_ways=train_ways,
         train_shots=train_shots, train_query_shots=train_query_shots, partition=partition,
         data_root=str(data_root) if data_root else None, model=model, hidden=_widths(hidden), norm=norm, metric=metric,
-        inner_lr=inner_lr, inner_steps=inner_steps, eval_inner_steps=eval_inner_steps, first_order=first_order,
+        encoder=str(encoder) if encoder else None, freeze_encoder=freeze_encoder, inner_lr=inner_lr,
+        inner_steps=inner_steps, eval_inner_steps=eval_inner_steps, first_order=first_order,
         engine=engine, task_chunk=task_chunk, outer_lr=outer_lr, lr_schedule=lr_schedule,
         lr_halve_every=lr_halve_every, task_batch=task_batch, iterations=iterations, minutes=minutes, seed=seed,
         device=device, threads=threads, eval_every=eval_every, eval_tasks=eval_tasks, save_every=save_every,
@@ -120,9 +123,9 @@ def train(
     bar = ConsoleReporter(
         out, iterations=config.iterations, minutes=config.minutes, regression=config.data == "sinusoid"
     )
-    trainer = build_trainer(config, folder, (bar, TensorBoardReporter(folder)) if tensorboard else (bar,))
+    reporters = (bar, TensorBoardReporter(folder)) if tensorboard else (bar,)
+    trainer = build_trainer(config, folder, reporters, resume=checkpoint)
     if checkpoint is not None:
-        trainer.restore(checkpoint)
         _say(f"resumed {folder} at step {trainer.step:,}")
     parameters = sum(p.numel() for p in trainer.algorithm.parameters())
     _say(

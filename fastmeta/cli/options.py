@@ -31,6 +31,7 @@ class WorldName(str, Enum):
 class ModelName(str, Enum):
     mlp = "mlp"
     conv4 = "conv4"
+    none = "none"
 
 
 class NormName(str, Enum):
@@ -147,13 +148,21 @@ DataRoot = _option(
 )
 
 Model = _option(
-    _INNER, ModelName, "--model", "mlp on flattened inputs [B, D], or conv4 on images [B, C, H, W].", "images conv4"
+    _INNER, ModelName, "--model",
+    "mlp on flattened inputs [B, D], conv4 on images [B, C, H, W], or none: nothing before the head.", "images conv4",
 )
 Hidden = _option(
     _INNER, str, "--hidden", "Hidden widths of the mlp, or channels of conv4.",
     "sinusoid 40,40; images 256,128,64,64; conv4 64", metavar="N[,N...]",
 )  # fmt: skip
 Norm = _option(_INNER, NormName, "--norm", "Of the mlp's hidden layers; batch: of a task's rows in MAML.", "none")
+Encoder = _option(
+    _INNER, Path, "--encoder", "safetensors file or checkpoint whose weights the backbone starts from.",
+    "none: new weights", metavar="FILE",
+)  # fmt: skip
+FreezeEncoder = _option(
+    _INNER, bool, "--freeze-encoder/--fine-tune", "Of --encoder: whether the weights stay as they are.", "fine-tune"
+)
 Metric = _option(_INNER, MetricName, "--metric", "Distance of protonet, [T, Q, D] to [T, N, D].", "sqeuclidean")
 InnerLR = _option(
     _INNER, float, "--inner-lr", "Step size of adaptation.", "sinusoid 0.01; images 0.4, above 5 ways 0.1"

@@ -194,10 +194,9 @@ def _run(row: Row, folder: Path, *, episodes: int, common: dict[str, Any], conso
         # the best of few checkpoints counts: judging one takes as long as many a step
         config = dataclasses.replace(config, eval_every=-(-config.iterations // 4), save_every=1000)
     bar = ConsoleReporter(console, iterations=config.iterations, minutes=None, regression=row.data == "sinusoid")
-    trainer = build_trainer(config, folder, (bar,))
     checkpoints = CheckpointFolder(folder)
-    if checkpoints.steps():
-        trainer.restore(checkpoints.newest(fall_back=True)[0])
+    begun = checkpoints.newest(fall_back=True)[0] if checkpoints.steps() else None
+    trainer = build_trainer(config, folder, (bar,), resume=begun)
     console.print(f"{row.name}: {ALGORITHMS[row.algorithm].summary}", highlight=False)
     with bar:
         if trainer.run() is not None:

@@ -13,6 +13,7 @@ from fastmeta.tasks.augment import Augmentation
 from fastmeta.tasks.episodes import EpisodeSampler
 from fastmeta.tasks.examples import Examples
 from fastmeta.tasks.glyphs import glyphs
+from fastmeta.tasks.inputs import Inputs
 from fastmeta.tasks.omniglot import PARTITIONS, omniglot
 from fastmeta.tasks.person_tasks import PersonTasks
 from fastmeta.tasks.sinusoid import SinusoidTasks
@@ -28,6 +29,7 @@ __all__ = [
     "ClusterTasks",
     "EpisodeSampler",
     "Examples",
+    "Inputs",
     "PersonTasks",
     "SinusoidTasks",
     "TaskBatch",

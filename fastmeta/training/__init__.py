@@ -7,6 +7,7 @@ from .evaluate import Evaluation, evaluate
 from .finite import NonFiniteError
 from .loop import Progress, Reporter, Trainer
 from .metrics import Estimate
+from .run import load
 
 __all__ = [
     "Checkpoint",
@@ -20,6 +21,7 @@ __all__ = [
     "RunConfig",
     "Trainer",
     "evaluate",
+    "load",
     "load_checkpoint",
     "run_config",
 ]

@@ -16,7 +16,7 @@ from ..tasks.omniglot import PARTITIONS
 from .registry import ALGORITHMS
 from .schedule import SCHEDULES
 
-MODELS = ("mlp", "conv4")
+MODELS = ("mlp", "conv4", "none")
 LABELS = ("true", "augment", "cluster")
 
 
@@ -43,11 +43,14 @@ class RunConfig:
     train_shots: int
     train_query_shots: int
     model: str
-    hidden: tuple[int, ...]
+    hidden: tuple[int, ...]  # empty for the model "none"
     task_batch: int
     iterations: int | None
     minutes: float | None = None
     norm: str = "none"
+    # a safetensors file that the backbone's weights come from at the start, and whether they stay as they are
+    encoder: str | None = None
+    freeze_encoder: bool = False
     inner_lr: float = 0.01
     inner_steps: int = 1
     eval_inner_steps: int = 1
@@ -92,9 +95,9 @@ class RunConfig:
             values.count(name, getattr(self, name), 0)
         for name in ("inner_lr", "outer_lr", *(() if self.minutes is None else ("minutes",))):
             values.number(name, getattr(self, name), 0, open=True)
-        for name in ("first_order", "augment_support"):
+        for name in ("first_order", "augment_support", "freeze_encoder"):
             values.flag(name, getattr(self, name))
-        for name in ("data_root", "cluster_checkpoint"):
+        for name in ("data_root", "cluster_checkpoint", "encoder"):
             values.path(name, getattr(self, name), or_none=True)
         check_name(self.engine)
         if values.name("device", self.device) != "auto":
@@ -109,7 +112,11 @@ class RunConfig:
             raise ValueError("lr_schedule 'cosine' needs iterations: a time budget does not say where the cosine ends")
         if self.norm != "none" and self.model != "mlp":
             raise ValueError(f"norm is of model mlp; {self.model} has batch norms of its own: leave norm out")
-        if not self.hidden:
+        if self.freeze_encoder and self.encoder is None:
+            raise ValueError("freeze_encoder needs encoder: the file that its weights come from")
+        if self.model == "none":
+            self._check_no_model()
+        elif not self.hidden:
             raise ValueError(f"hidden must be one or more widths of at least 1, got {list(self.hidden)}")
         if self.model == "conv4" and len(self.hidden) != 1:
             raise ValueError(f"hidden must be one number of channels for conv4, got {list(self.hidden)}")
@@ -135,6 +142,15 @@ class RunConfig:
                 f"train_ways must equal ways for {self.algorithm}, whose last layer has one output per class: "
                 f"got {self.train_ways} and {self.ways}"
             )
+
+    def _check_no_model(self) -> None:
+        if self.hidden:
+            raise ValueError(f"hidden is of mlp and conv4; model is 'none': leave hidden out, got {list(self.hidden)}")
+        if self.encoder is not None:
+            raise ValueError("encoder needs a backbone for its weights; model is 'none'")
+        if not ALGORITHMS[self.algorithm].without_model:
+            able = ", ".join(name for name, entry in ALGORITHMS.items() if entry.without_model)
+            raise ValueError(f"model 'none' leaves {self.algorithm} nothing to train or modulate; {able} serve it")
 
     def _check_labels(self) -> None:
         if self.data == "sinusoid" and self.labels != "true":
@@ -240,7 +256,7 @@ def _defaults(algorithm: str, data: str, given: dict[str, Any]) -> dict[str, Any
         "query_shots": 15,
         "train_query_shots": 5,
         "model": model,
-        "hidden": (64,) if model == "conv4" else (256, 128, 64, 64),
+        "hidden": {"conv4": (64,), "none": ()}.get(model, (256, 128, 64, 64)),
     }
     if ALGORITHMS[algorithm].group == "metric":
         return {

@@ -68,6 +68,9 @@ class Trainer:
             itself.
         reporters: who hears of progress.
 
+    Modules of the algorithm whose parameters are all frozen (`requires_grad=False`) stay in eval mode, so that batch
+    norms do not change them.
+
     A step queues work on the device and does not wait for it; losses are read when the progress is shown.
     """
 
@@ -153,7 +156,7 @@ class Trainer:
         Raises `~fastmeta.training.finite.NonFiniteError` on a loss or meta-gradient that is not finite; the
         checkpoints of before are left as they are.
         """
-        self.algorithm.train()
+        self._train_mode()
         shown_at, shown_step, shown_seconds = 0.0, self.step, self.seconds
         with StopSignals() as stop:
             while not self.finished() and stop.received is None:
@@ -192,6 +195,14 @@ class Trainer:
         self._loss.add(output.loss)
         if output.accuracy is not None:
             self._accuracy.add(output.accuracy.mean())
+
+    def _train_mode(self) -> None:
+        """Train mode, but for modules that are frozen whole: their norms keep the statistics that they have."""
+        self.algorithm.train()
+        for module in self.algorithm.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
 
     def _differentiate(self, batch: TaskBatch) -> MetaOutput:
         if self.module is not self.algorithm or not hasattr(self.algorithm, "gradients"):
@@ -265,7 +276,7 @@ class Trainer:
             return
         self._guard.check()
         evaluation = self.validate(stop)
-        self.algorithm.train()
+        self._train_mode()
         if evaluation is None:
             return
         score = finite_or_none(evaluation.score)

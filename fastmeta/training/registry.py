@@ -44,6 +44,8 @@ class Algorithm:
     kinds: tuple[str, ...] = ("classification",)
     # one output per class: as many classes in training as in validation, and no others afterwards
     fixed_ways: bool = False
+    # whether there is something to train where examples are features already (the model "none")
+    without_model: bool = False
     # keyword arguments of the class that `--set name=value` reaches, with their defaults
     settings: Mapping[str, Any] = field(default_factory=dict)
     # what differs from the defaults of its group, for images and for sinusoids
@@ -61,6 +63,8 @@ def _size(tasks: TaskSource) -> tuple[int, int]:
 def encoder(config: Settings, tasks: TaskSource) -> nn.Module:
     """From examples `[B, ...]` to embeddings `[B, D]`."""
     size, channels = _size(tasks)
+    if config.model == "none":
+        return nn.Flatten()
     if config.model == "conv4":
         return conv4(channels, config.hidden[0])
     return mlp([size, *config.hidden], norm=config.norm)
@@ -245,10 +249,11 @@ _FEW_WAYS = {"train_ways": 5, "train_query_shots": 2, "task_batch": 8, "outer_lr
 ALGORITHMS: dict[str, Algorithm] = {
     "maml": Algorithm(
         _maml, "MAML, first or second order", _BOTH, fixed_ways=True, group="inner",
-        settings={"learn_inner_lr": False},
+        without_model=True, settings={"learn_inner_lr": False},
     ),
     "metasgd": Algorithm(
-        _inner_loop("MetaSGD", rate=False), "Meta-SGD: a learned rate per weight", _BOTH, fixed_ways=True, group="inner"
+        _inner_loop("MetaSGD", rate=False), "Meta-SGD: a learned rate per weight", _BOTH, fixed_ways=True,
+        group="inner", without_model=True,
     ),
     "anil": Algorithm(
         _inner_loop("ANIL"), "ANIL: the head alone adapts", _BOTH, fixed_ways=True, group="inner",
@@ -260,7 +265,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "maml++": Algorithm(
         _inner_loop("MAMLPlusPlus"), "MAML++: rates per layer and step, loss after every step", _BOTH, fixed_ways=True,
-        group="inner", images={"inner_lr": 0.1, "inner_steps": 5, "eval_inner_steps": 5},
+        group="inner", without_model=True, images={"inner_lr": 0.1, "inner_steps": 5, "eval_inner_steps": 5},
         settings={
             "learned_rates": True, "multi_step_iterations": 5000, "first_order_iterations": 0, "adapt_norms": False,
         },
@@ -272,12 +277,14 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "reptile": Algorithm(
         _reptile, "Reptile: towards the mean of the adapted weights", _BOTH, fixed_ways=True, group="inner",
+        without_model=True,
         sinusoid={"inner_lr": 0.01, "inner_steps": 10, "eval_inner_steps": 10},
         images={"inner_lr": 1e-3, "inner_steps": 5, "eval_inner_steps": 50},
         settings={"optimizer": "adam", "batch_size": 10, "train_on": "all", "serial": False, "serial_rate": 0.1},
     ),
     "imaml": Algorithm(
         _imaml, "implicit MAML: conjugate gradients in place of a graph", _BOTH, fixed_ways=True, group="inner",
+        without_model=True,
         sinusoid={"inner_lr": 0.01, "inner_steps": 16, "eval_inner_steps": 16},
         images={"inner_lr": 0.1, "inner_steps": 16, "eval_inner_steps": 16},
         settings={"regularization": 2.0, "cg_steps": 2, "cg_damping": 10.0},
@@ -286,17 +293,22 @@ ALGORITHMS: dict[str, Algorithm] = {
     "matching": Algorithm(
         _matching, "Matching Networks",
         settings={"scale": 10.0, "learn_scale": True, "full_context": False, "steps": 5},
-        images=_SOME_WAYS,
+        images=_SOME_WAYS, without_model=True,
     ),
-    "relation": Algorithm(_relation, "Relation Networks", settings={"pool": "sum", "loss": "mse"}),
-    "ridge": Algorithm(_ridge, "ridge regression as the head, solved for every task", _BOTH, settings={"ridge": 1.0}),
+    "relation": Algorithm(
+        _relation, "Relation Networks", settings={"pool": "sum", "loss": "mse"}, without_model=True
+    ),
+    "ridge": Algorithm(
+        _ridge, "ridge regression as the head, solved for every task", _BOTH, settings={"ridge": 1.0},
+        without_model=True,
+    ),
     "gradient-head": Algorithm(
         _gradient_head, "ANIL from a head of zeros: any number of classes", settings={"normalise": True},
         images={**_SOME_WAYS, "inner_lr": 10.0, "inner_steps": 1, "eval_inner_steps": 1},
     ),
     "hypernetwork": Algorithm(
         _hypernetwork, "weights generated from the support set", _BOTH,
-        settings={"mode": "head", "set_width": 128, "rank": 4}, images=_SOME_WAYS,
+        settings={"mode": "head", "set_width": 128, "rank": 4}, images=_SOME_WAYS, without_model=True,
     ),
     "modulated-protonet": Algorithm(
         _modulated_protonet, "Prototypical Networks on features modulated by the task's classes",
@@ -309,6 +321,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "caml-incontext": Algorithm(
         _caml_incontext, "CAML of 2024: in-context learning by a transformer",
         settings={"code_width": 64, "layers": 2, "heads": 8, "feedforward": 256}, images=_FEW_WAYS,
+        without_model=True,
     ),
     "contrastive": Algorithm(
         _contrastive, "SimCLR: two views of images without labels, a linear head on the frozen encoder",

@@ -1,4 +1,4 @@
-"""From a `RunConfig` to a trainer, and from a checkpoint back to a model."""
+"""From a `RunConfig` to a trainer, and from a checkpoint or a run's folder back to a model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .. import values
 from ..tasks import (
     AugmentedTasks,
     ClusterTasks,
+    Inputs,
     TaskSource,
     embed_images,
     kmeans_partitions,
@@ -23,6 +24,7 @@ from ..tasks import (
 )
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load_checkpoint
 from .config import RunConfig
+from .encoder import freeze_encoder, load_encoder
 from .evaluate import Evaluation, evaluate
 from .loop import Reporter, Trainer, load_model
 from .registry import ALGORITHMS
@@ -50,8 +52,12 @@ def prepare(config: RunConfig) -> torch.device:
         torch.set_num_threads(config.threads)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    return values.device("device", name)
+    return device_of(config.device)
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name; of "auto" a GPU if there is one. Raises ValueError."""
+    return values.device("device", name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def build_tasks(config: RunConfig, split: str, device: torch.device, **changed: int | None) -> TaskSource:
@@ -97,11 +103,13 @@ def _encoder(config: RunConfig, device: torch.device) -> nn.Module:
     return encoder
 
 
-def build_algorithm(config: RunConfig, tasks: TaskSource, device: torch.device) -> nn.Module:
+def build_algorithm(config: RunConfig, tasks: TaskSource | Inputs, device: torch.device) -> nn.Module:
     """The config's algorithm with newly initialised weights, which depend on `config.seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         algorithm = ALGORITHMS[config.algorithm].build(config, tasks, dict(config.settings))
+    if config.freeze_encoder:
+        freeze_encoder(algorithm)
     return algorithm.to(device)
 
 
@@ -115,13 +123,21 @@ def validator(config: RunConfig, algorithm: nn.Module, device: torch.device) -> 
     )
 
 
-def build_trainer(config: RunConfig, folder: str | Path | None, reporters: tuple[Reporter, ...] = ()) -> Trainer:
-    """A trainer at step 0 that saves into `folder` (None: nowhere)."""
+def build_trainer(
+    config: RunConfig,
+    folder: str | Path | None,
+    reporters: tuple[Reporter, ...] = (),
+    *,
+    resume: Checkpoint | None = None,
+) -> Trainer:
+    """A trainer that saves into `folder` (None: nowhere), at step 0 or where the checkpoint `resume` was written."""
     device = prepare(config)
     tasks = build_training_tasks(config, device)
     algorithm = build_algorithm(config, tasks, device)
+    if config.encoder is not None and resume is None:  # from then on the checkpoints have its weights
+        load_encoder(algorithm, config.encoder)
     torch.manual_seed(config.seed)  # for what draws from the global generators while training, such as dropout
-    return Trainer(
+    trainer = Trainer(
         algorithm,
         tasks,
         task_batch=config.task_batch,
@@ -134,10 +150,13 @@ def build_trainer(config: RunConfig, folder: str | Path | None, reporters: tuple
         eval_every=config.eval_every,
         checkpoints=CheckpointFolder(folder) if folder is not None else None,
         save_every=config.save_every,
-        record={"config": config.as_json()},
+        record={"config": config.as_json(), "inputs": Inputs.of(tasks).as_json()},
         seed=config.seed,
         reporters=reporters,
     )
+    if resume is not None:
+        trainer.restore(resume)
+    return trainer
 
 
 def config_of(checkpoint: Checkpoint) -> RunConfig:
@@ -172,6 +191,14 @@ def find_checkpoint(path: str | Path, *, newest: bool = False) -> Checkpoint:
     return load_checkpoint(path)
 
 
+def check_ways(config: RunConfig, ways: int) -> None:
+    """Raise ValueError for a number of classes that the config's algorithm cannot serve."""
+    if ALGORITHMS[config.algorithm].fixed_ways and ways != config.ways:
+        raise ValueError(
+            f"ways must be {config.ways}, got {ways}: this {config.algorithm} was trained with one output per class"
+        )
+
+
 def load_for_evaluation(
     checkpoint: Checkpoint,
     split: str = "test",
@@ -189,10 +216,8 @@ def load_for_evaluation(
     Raises CheckpointError if the checkpoint does not fit, ValueError for `ways` that the model cannot serve.
     """
     config = config_of(checkpoint)
-    if ALGORITHMS[config.algorithm].fixed_ways and ways is not None and ways != config.ways:
-        raise ValueError(
-            f"ways must be {config.ways}, got {ways}: this {config.algorithm} was trained with one output per class"
-        )
+    if ways is not None:
+        check_ways(config, ways)
     if data_root is not None:
         config = dataclasses.replace(config, data_root=str(data_root))
     config = dataclasses.replace(config, device=device, threads=threads)
@@ -203,3 +228,35 @@ def load_for_evaluation(
     algorithm = build_algorithm(config, tasks, where)
     load_model(algorithm, checkpoint)
     return config, algorithm, tasks
+
+
+def load(path: str | Path, *, newest: bool = False, device: str = "auto") -> nn.Module:
+    """The trained learner of a run, from its folder alone: no data set is read.
+
+    Args:
+        path: a run's folder, of which the best checkpoint by validation is taken, or one checkpoint's file.
+        newest: of a folder, take the newest checkpoint instead.
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        The learner in eval mode, with `adapt(support_x, support_y)` and `predict(state, query_x)` on whole task batches
+        `[T, ...]`. It takes tasks of any number of classes, where each class is not an output of its last layer, and as
+        many inner steps as in validation. `learner.config` is the run's `RunConfig`, `learner.inputs` says what rows it
+        reads and makes them of yours (`~fastmeta.tasks.Inputs`).
+
+    Raises:
+        CheckpointError: no checkpoint there, or a damaged one, or of another version.
+    """
+    checkpoint = find_checkpoint(path, newest=newest)
+    config, where = config_of(checkpoint), device_of(device)
+    known = checkpoint.record.get("inputs")
+    # runs of before have no inputs; their data is needed for what it looks like
+    inputs = Inputs.of(build_tasks(config, "val", where)) if known is None else Inputs.from_json(known)
+    learner = build_algorithm(config, inputs, where)
+    load_model(learner, checkpoint)
+    if hasattr(learner, "ways"):
+        learner.ways = None
+    if hasattr(learner, "inner_steps"):
+        learner.inner_steps = config.eval_inner_steps
+    learner.config, learner.inputs = config, inputs
+    return learner.eval()
