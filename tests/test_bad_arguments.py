@@ -171,7 +171,13 @@ case("load_images", tasks.load_images, {"split": "val"}, name=choice("glyphs"), 
 case("glyphs", tasks.glyphs, split=choice("val"), seed=seed())
 case("SinusoidTasks", tasks.SinusoidTasks, shots=count(3), query_shots=count(3), device=device())
 case("SinusoidTasks.sample", sampled(tasks.SinusoidTasks), num_tasks=count(2, 0), generator=generator())
-case("EpisodeSampler", tasks.EpisodeSampler, images=images(6, 4, 1, 8, 8), **SIZES, rotations=flag())
+case("EpisodeSampler", tasks.EpisodeSampler, images=may(images(6, 4, 1, 8, 8), {"int64"}), **SIZES, rotations=flag(),
+     replace=flag(), classes=choice("even", "size"), augment=function(tasks.Augmentation),
+     device=optional(device()))  # fmt: skip
+case("EpisodeSampler of all", tasks.EpisodeSampler, {"images": torch.rand(6, 4, 2), "ways": 2, "shots": 1},
+     query_shots=choice("all"), most_queries=count(2, or_none=True))  # fmt: skip
+case("EpisodeSampler of ranges", tasks.EpisodeSampler, {"images": torch.rand(6, 4, 2), "query_shots": 1},
+     ways=may(sizes(2, 3), {"int"}), shots=may(sizes(1, 2), {"int"}))  # fmt: skip
 case("EpisodeSampler.sample", sampled(lambda: tasks.EpisodeSampler(torch.rand(6, 4, 1, 8, 8), ways=2, shots=1,
      query_shots=2)), num_tasks=count(2, 0), generator=generator())  # fmt: skip
 case("AugmentedTasks", tasks.AugmentedTasks, images=images(6, 4, 1, 8, 8), **SIZES,
@@ -182,11 +188,21 @@ case("ClusterTasks", tasks.ClusterTasks, images=images(6, 4, 1, 8, 8), partition
      rotations=flag())  # fmt: skip
 case("ClusterTasks.sample", sampled(lambda: tasks.ClusterTasks(torch.rand(6, 4, 1, 8, 8), torch.arange(24).fmod(4),
      ways=2)), num_tasks=count(2, 0), generator=generator())  # fmt: skip
+case("Examples", tasks.Examples, rows=may(floats(6, 3, alone=True, any_type=True), {"complex"}),
+     labels=may(labels(6), {"int32", "negative", "too large", "bool"}))  # fmt: skip
+case("MixedTasks", tasks.MixedTasks, sources=one_of(lambda: {tasks.SinusoidTasks(): 1}))
+case("MixedTasks, weights", lambda weight: tasks.MixedTasks({tasks.SinusoidTasks(): weight}), weight=number(1.0, 0,
+     open=True))  # fmt: skip
+case("Prefetched", tasks.Prefetched, tasks=one_of(tasks.SinusoidTasks))
+case("Prefetched.sample", sampled(lambda: tasks.Prefetched(tasks.SinusoidTasks())), num_tasks=count(2, 0),
+     generator=generator())  # fmt: skip
 case("kmeans_partitions", tasks.kmeans_partitions, embeddings=floats(12, 3, alone=True, any_type=True),
      clusters=count(2), partitions=count(1), seed=seed())  # fmt: skip
 case("embed_images", tasks.embed_images, encoder=module(nn.Flatten), images=images(6, 4, 1, 8, 8))
 case("Augmentation", tasks.Augmentation, rotate=number(5.0, 0), scale=number(0.1, 0), shift=number(0.1, 0),
-     crop=number(0.1, 0, below=1.0), thicken=number(0.1, 0, below=1.5), drop=number(0.1, 0, below=1.0))  # fmt: skip
+     crop=number(0.1, 0, below=1.0), thicken=number(0.1, 0, below=1.5), drop=number(0.1, 0, below=1.0),
+     flip=number(0.1, 0, below=1.5), brightness=number(0.1, 0), contrast=number(0.1, 0),
+     saturation=number(0.1, 0))  # fmt: skip
 case("Augmentation()", tasks.Augmentation(rotate=5.0, drop=0.1, thicken=0.1),
      images=images(3, 1, 8, 8), generator=generator())  # fmt: skip
 case("mlp", mlp, sizes=sizes(5, 4, 3), activation=choice("relu", "gelu"), bias=flag(True), norm=choice("batch", "none"),

@@ -51,7 +51,7 @@ def test_splits_share_no_character(data_root, partition):
 
 
 def test_rotations_make_four_classes_of_one(data_root):
-    assert len(make_tasks("omniglot", "test", data_root=data_root).images) == 4 * 423
+    assert len(make_tasks("omniglot", "test", data_root=data_root).examples) == 4 * 423
 
 
 def test_second_load_comes_from_a_checked_cache(data_root, fresh_cache):

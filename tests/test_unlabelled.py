@@ -17,12 +17,13 @@ from fastmeta.tasks import (
     kmeans_partitions,
 )
 from fastmeta.tasks.augment import HANDWRITING
-from fastmeta.tasks.unlabelled import _ragged_subsets
+from fastmeta.tasks.drawing import subsets
 from fastmeta.training import CheckpointError, RunConfig, run_config
 from fastmeta.training.run import build_training_tasks
 
 EACH = {
     "rotate": 20.0, "scale": 0.3, "shift": 0.1, "shear": 0.3, "crop": 0.3, "elastic": 0.05, "thicken": 0.9, "drop": 0.2,
+    "brightness": 0.4, "contrast": 0.4,
 }  # fmt: skip
 
 
@@ -113,6 +114,36 @@ def test_elastic_is_smooth():
     moved = (Augmentation(elastic=0.03)(ramp, generator()) - ramp)[..., 4:-4, 4:-4]
     assert 0.015 < moved.std() < 0.045
     assert (moved[..., 1:, :] - moved[..., :-1, :]).abs().mean() < 0.25 * moved.abs().mean()
+
+
+def test_mirrored_images():
+    x = torch.rand(400, 3, 4, 5)
+    flipped = Augmentation(flip=0.3)(x, generator())
+    mirrored = (flipped == x.flip(-1)).flatten(1).all(1)
+    assert torch.equal(flipped[~mirrored], x[~mirrored]) and 0.2 < mirrored.float().mean() < 0.4
+    assert torch.equal(Augmentation(flip=1.0)(x), x.flip(-1))
+
+
+def test_colours():
+    """Each of the three is one number of an image, the same in all its pixels and channels."""
+    x = 0.3 + 0.2 * torch.rand(300, 3, 4, 5, dtype=torch.float64)
+    luma = 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+    centres = {"brightness": 0 * x, "contrast": luma.mean((2, 3), keepdim=True).expand_as(x), "saturation": luma}
+    for name, centre in centres.items():
+        changed = Augmentation(**{name: 0.4})(x, generator())
+        factor = ((changed - centre) / (x - centre)).flatten(1)
+        torch.testing.assert_close(factor, factor[:, :1].expand_as(factor), rtol=1e-6, atol=1e-6)
+        assert 0.6 <= factor.min() < 0.62 and 1.38 < factor.max() < 1.4 and abs(factor.mean() - 1) < 0.04
+        far = ((Augmentation(**{name: 3.0})(x, generator()) - centre) / (x - centre)).flatten(1)
+        assert far.min() > -1e-9  # no negative of an image
+    bright = Augmentation(brightness=1.0, contrast=1.0, saturation=1.0)(torch.rand(200, 3, 4, 4), generator())
+    assert bright.min() == 0 and bright.max() == 1
+    grey = torch.rand(9, 1, 4, 4)
+    assert torch.equal(Augmentation(saturation=0.5)(grey), grey)
+    many = torch.rand(9, 5, 4, 4)
+    washed = Augmentation(saturation=0.5)(many, generator())
+    torch.testing.assert_close(washed.mean(1), many.mean(1), rtol=0, atol=0.2)
+    assert not torch.equal(washed, many)
 
 
 def test_pen_and_dropped_pixels(images):
@@ -260,7 +291,7 @@ def test_clusters_turn_as_a_whole(images):
 
 def test_ragged_subsets_are_uniform():
     population = torch.tensor([2, 3, 5]).repeat(4000)
-    rows = _ragged_subsets(population, 2, generator())
+    rows = subsets(len(population), population, 2, device="cpu", generator=generator())
     assert (rows[:, 0] != rows[:, 1]).all() and (rows < population.unsqueeze(1)).all() and (rows >= 0).all()
     for size in (2, 3, 5):
         pairs = rows[population == size]

@@ -14,8 +14,11 @@ from fastmeta.tasks.episodes import EpisodeSampler
 from fastmeta.tasks.examples import Examples
 from fastmeta.tasks.glyphs import glyphs
 from fastmeta.tasks.inputs import Inputs
+from fastmeta.tasks.mixed import MixedTasks
 from fastmeta.tasks.omniglot import PARTITIONS, omniglot
 from fastmeta.tasks.person_tasks import PersonTasks
+from fastmeta.tasks.placement import episodes_of, placed
+from fastmeta.tasks.prefetch import Prefetched
 from fastmeta.tasks.sinusoid import SinusoidTasks
 from fastmeta.tasks.source import TaskSource
 from fastmeta.tasks.unlabelled import AugmentedTasks, ClusterTasks, embed_images, kmeans_partitions
@@ -30,16 +33,20 @@ __all__ = [
     "EpisodeSampler",
     "Examples",
     "Inputs",
+    "MixedTasks",
     "PersonTasks",
+    "Prefetched",
     "SinusoidTasks",
     "TaskBatch",
     "TaskSource",
     "embed_images",
+    "episodes_of",
     "glyphs",
     "kmeans_partitions",
     "load_images",
     "make_tasks",
     "omniglot",
+    "placed",
     "wisdm",
 ]
 

@@ -18,6 +18,11 @@ def check_images(images: Tensor, layout: str, least: int, most: int | None = Non
         raise ValueError(f"images must have shape {layout}, got {list(images.shape)}")
 
 
+def exact_device(name: str, device: torch.device | str) -> torch.device:
+    """With its number, as tensors name theirs."""
+    return torch.empty(0, device=values.device(name, device)).device
+
+
 def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         values.count(name, size)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from os import PathLike
 
 import torch
 from torch import Tensor
 
 from fastmeta import values
+from fastmeta.tasks import store
 
 
 class Examples:
@@ -26,6 +28,7 @@ class Examples:
         order: int64 `[R]`, which rows are of class 0, then of class 1, and so on.
         offsets: int64 `[C + 1]`: rows `order[offsets[c] : offsets[c + 1]]` are those of class `c`.
         names: `C` strings. groups: `C` strings, or None.
+        mapped: whether the rows are mapped from a file, as `load` leaves them.
 
     Raises:
         TypeError, ValueError: rows that are no tensor, labels or names of another number, no row at all.
@@ -50,7 +53,7 @@ class Examples:
         for what, given in (("names", names), ("groups", groups)):
             if given is not None and len(given) != len(classes):
                 raise ValueError(f"{what} must be one of each class: {len(given)} {what}, {len(classes)} classes")
-        self.rows, self.name = rows, name
+        self.rows, self.name, self.mapped = rows, name, False
         self.names = tuple(names)
         self.groups = None if groups is None else tuple(map(str, groups))
         self.order = label.argsort(stable=True)
@@ -90,7 +93,7 @@ class Examples:
             if not 0 <= values.count("classes", one, 0) < len(self):
                 raise ValueError(f"classes must be numbers from 0 to {len(self) - 1}, got {one}")
         found = object.__new__(Examples)
-        found.rows, found.name = self.rows, self.name if name is None else name
+        found.rows, found.name, found.mapped = self.rows, self.name if name is None else name, self.mapped
         found.names = tuple(self.names[c] for c in classes)
         found.groups = None if self.groups is None else tuple(self.groups[c] for c in classes)
         found.order = torch.cat([self.order[self.offsets[c] : self.offsets[c + 1]] for c in classes])
@@ -102,8 +105,45 @@ class Examples:
         """The same with rows on `device`; of them only those in use."""
         found = self.only(range(len(self)))
         kept = self.order.sort().values
-        found.rows = self.rows[kept].to(device) if len(kept) < len(self.rows) else self.rows.to(device)
+        found.rows = self.rows[kept.to(self.rows.device)] if len(kept) < len(self.rows) else self.rows
+        found.rows, found.mapped = found.rows.to(device), False
         found.order = torch.searchsorted(kept, self.order)
+        return found
+
+    def over(self, rows: Tensor, *, name: str | None = None) -> Examples:
+        """The same classes with other rows `[len(order), ...]`, such as embeddings, given in the order of classes."""
+        values.tensor("rows", rows)
+        if rows.dim() < 1 or len(rows) != len(self.order):
+            raise ValueError(f"rows must be {len(self.order)}, as many as {self.name} has, got {list(rows.shape)}")
+        found = self.only(range(len(self)), name=name)
+        found.rows, found.order, found.mapped = rows, torch.arange(len(rows)), False
+        return found
+
+    def save(self, path: str | PathLike) -> None:
+        """Write the rows in use, class by class, with names and groups, to a safetensors file, whole or not at all.
+
+        Takes memory for a few megabytes of rows at a time, so that what is mapped, and larger than the memory, can be
+        written too.
+
+        Raises:
+            TypeError: rows of a dtype that has no place there. OSError: what the system says.
+        """
+        named = {"name": self.name, "names": self.names, "groups": self.groups}
+        store.save(path, self.rows, self.order, self.offsets, **named)
+
+    @staticmethod
+    def load(path: str | PathLike) -> Examples:
+        """What `save` wrote. Its rows are mapped: they are read from the file as they are used, and take no memory that
+        could not be given back. What is written to them stays in memory and does not change the file.
+
+        Raises:
+            ValueError: a file that is missing, damaged or none of `save`, by name.
+        """
+        found = object.__new__(Examples)
+        found.rows, found.offsets, named = store.load(path)
+        found.order, found.mapped = torch.arange(len(found.rows)), True
+        found.name, found.names = named["name"], tuple(named["names"])
+        found.groups = None if named["groups"] is None else tuple(named["groups"])
         return found
 
     def __repr__(self) -> str:
@@ -116,6 +156,7 @@ class Examples:
 def _numbered(labels: Tensor | Sequence[Hashable]) -> tuple[list, Tensor]:
     """The classes in sorted order, and the class of each row, int64 `[R]`."""
     if isinstance(labels, Tensor):
+        values.on_device("labels", values.tensor("labels", labels))
         if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
             raise ValueError(f"labels must be integers [R], got {labels.dtype} {list(labels.shape)}")
         classes, label = labels.cpu().unique(return_inverse=True)
@@ -124,8 +165,12 @@ def _numbered(labels: Tensor | Sequence[Hashable]) -> tuple[list, Tensor]:
         raise TypeError(f"labels must be a tensor or a sequence, one for each row, got {values.shown(labels)}")
     labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
     try:
-        classes = sorted(set(labels))
+        classes = set(labels)
+    except TypeError as error:
+        raise TypeError(f"labels must be numbers, text or what else has a hash: {error}") from error
+    try:
+        classes = sorted(classes)
     except TypeError:  # of kinds that have no order between them
-        classes = sorted(set(labels), key=lambda one: (type(one).__name__, str(one)))
+        classes = sorted(classes, key=lambda one: (type(one).__name__, str(one)))
     number = {one: i for i, one in enumerate(classes)}
     return classes, torch.tensor([number[one] for one in labels], dtype=torch.int64)

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastmeta import values
 from fastmeta.batch import TaskBatch
 from fastmeta.tasks._arguments import check_sizes
+from fastmeta.tasks.drawing import subsets
 
 
 class PersonTasks:
@@ -43,14 +44,15 @@ class PersonTasks:
         people, who = person.unique(return_inverse=True)
         activities, what = activity.unique(return_inverse=True)
         group = who * len(activities) + what
-        self._rows = group.argsort(stable=True)  # of a person's activity side by side
+        self._rows = group.argsort(stable=True)  # those of a person's activity side by side
         counts = group.bincount(minlength=len(people) * len(activities)).view(len(people), len(activities))
         starts = counts.flatten().cumsum(0).view_as(counts) - counts
         enough = counts >= shots + query_shots
         serve = enough.sum(1) >= ways
         if not serve.any():
             raise ValueError(f"nobody has {ways} activities with {shots} + {query_shots} windows each")
-        self._counts, self._starts, self._enough = counts[serve], starts[serve], enough[serve]
+        self._counts, self._starts, self._number = counts[serve], starts[serve], enough[serve].sum(1)
+        self._activities = enough[serve].sort(dim=1, descending=True, stable=True).indices  # first those with enough
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -66,18 +68,14 @@ class PersonTasks:
         values.generator("generator", generator, self.x.device)
         drawn = {"device": self.x.device, "generator": generator}
         person = torch.randint(len(self._counts), (num_tasks,), **drawn)
-        chosen = _some(self._enough[person], self.ways, drawn)  # [T, N]
+        chosen = subsets(num_tasks, self._number[person], self.ways, **drawn)
+        chosen = self._activities[person].gather(1, chosen)  # [T, N]
         counts, starts = (column[person].gather(1, chosen) for column in (self._counts, self._starts))
-        there = torch.arange(int(self._counts.max()), device=self.x.device) < counts.unsqueeze(-1)
-        rows = self._rows[starts.unsqueeze(-1) + _some(there, self.shots + self.query_shots, drawn)]
+        window = subsets(counts.numel(), counts.flatten(), self.shots + self.query_shots, **drawn)
+        rows = self._rows[starts.unsqueeze(-1) + window.unflatten(0, counts.shape)]
         labels = torch.arange(self.ways, device=self.x.device)
 
         def part(rows: Tensor) -> tuple[Tensor, Tensor]:
             return self.x[rows.flatten(1)], labels.repeat_interleave(rows.shape[2]).repeat(num_tasks, 1)
 
         return TaskBatch(*part(rows[..., : self.shots]), *part(rows[..., self.shots :]))
-
-
-def _some(allowed: Tensor, count: int, drawn: dict) -> Tensor:
-    """`count` different positions of the last dimension, of those `allowed`, in random order."""
-    return torch.rand(allowed.shape, **drawn).masked_fill(~allowed, -1.0).topk(count, -1).indices

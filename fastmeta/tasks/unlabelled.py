@@ -11,7 +11,8 @@ from fastmeta import values
 from fastmeta.batch import TaskBatch
 from fastmeta.tasks._arguments import check_images, check_sizes
 from fastmeta.tasks.augment import HANDWRITING
-from fastmeta.tasks.episodes import subsets
+from fastmeta.tasks.drawing import subsets
+from fastmeta.tasks.rows import as_inputs
 
 _AT_ONCE = 1024  # images through an encoder
 
@@ -79,7 +80,7 @@ class AugmentedTasks:
         values.generator("generator", generator, self.images.device)
         device, plain = self.images.device, 0 if self.augment_support else 1
         chosen = subsets(num_tasks, len(self.images), self.ways, device=device, generator=generator)
-        images = _floating(self.images[chosen.flatten()])
+        images = as_inputs(self.images[chosen.flatten()])
         each = self.shots + self.query_shots
         views = self.augmentation(images.repeat_interleave(each - plain, 0), generator)
         views = views.unflatten(0, (num_tasks, self.ways, each - plain))
@@ -154,10 +155,11 @@ class ClusterTasks:
         values.generator("generator", generator, self.images.device)
         device, each = self.images.device, self.shots + self.query_shots
         partition = torch.randint(len(self._first), (num_tasks,), device=device, generator=generator)
-        cluster = _ragged_subsets(self._clusters[partition], self.ways, generator) + self._first[partition].unsqueeze(1)
-        cluster = cluster.flatten()
-        member = _ragged_subsets(self._size[cluster], each, generator) + self._start[cluster].unsqueeze(1)
-        images = _floating(self.images[self._members[member.flatten()]])
+        drawn = {"device": device, "generator": generator}
+        cluster = subsets(num_tasks, self._clusters[partition], self.ways, **drawn)
+        cluster = (cluster + self._first[partition].unsqueeze(1)).flatten()
+        member = subsets(len(cluster), self._size[cluster], each, **drawn) + self._start[cluster].unsqueeze(1)
+        images = as_inputs(self.images[self._members[member.flatten()]])
         return _batch(images.unflatten(0, (num_tasks, self.ways, each)), self.shots)
 
     def _index(self, partitions: Tensor, turns: int) -> tuple[Tensor, ...]:
@@ -232,26 +234,9 @@ def embed_images(encoder: nn.Module, images: Tensor) -> Tensor:
     """Embeddings `[M, D]` of images `[..., C, H, W]`, flattened to M, by `encoder` in eval mode."""
     was_training = values.module("encoder", encoder).training
     encoder.eval()
-    embeddings = [encoder(_floating(part)) for part in _pool(images, False).split(_AT_ONCE)]
+    embeddings = [encoder(as_inputs(part)) for part in _pool(images, False).split(_AT_ONCE)]
     encoder.train(was_training)
     return torch.cat(embeddings)
-
-
-def _ragged_subsets(population: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
-    """Row i is a uniform random subset of `size` of `range(population[i])`, in random order, int64 `[rows, size]`.
-
-    As `~fastmeta.tasks.episodes.subsets`, for populations that differ.
-    """
-    rows, device = len(population), population.device
-    chosen = torch.empty(rows, size, dtype=torch.int64, device=device)
-    for i in range(size):
-        last = population - size + i
-        # in float64 a number below 1 times a whole number below 2^53 stays below it
-        draw = (torch.rand(rows, device=device, dtype=torch.float64, generator=generator) * (last + 1)).long()
-        taken = (chosen[:, :i] == draw.unsqueeze(1)).any(1)
-        chosen[:, i] = torch.where(taken, last, draw)
-    order = torch.rand(rows, size, device=device, generator=generator).argsort(1)
-    return chosen.gather(1, order)
 
 
 def _pool(images: Tensor, rotations: bool) -> Tensor:
@@ -260,10 +245,6 @@ def _pool(images: Tensor, rotations: bool) -> Tensor:
     if values.flag("rotations", rotations):
         images = torch.cat([torch.rot90(images, turns, (-2, -1)) for turns in range(4)])
     return images.contiguous()
-
-
-def _floating(images: Tensor) -> Tensor:
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def _batch(examples: Tensor, shots: int) -> TaskBatch:

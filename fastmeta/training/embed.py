@@ -9,6 +9,7 @@ from torch import nn
 
 from ..algorithms import ProtoNet
 from ..tasks import EpisodeSampler
+from ..tasks.rows import as_inputs
 
 _IMAGES = 1024  # at a time
 
@@ -16,28 +17,25 @@ _IMAGES = 1024  # at a time
 def embedding_pays(algorithm: ProtoNet, tasks: object, episodes: int) -> bool:
     """Whether embedding all images of `tasks` is allowed, and less work than embedding `episodes` episodes.
 
-    It is not allowed where an image's embedding depends on its neighbours: batch norm that has no running
-    statistics.
+    It is not allowed where an image's embedding depends on its neighbours (batch norm that has no running
+    statistics), nor where images are augmented.
     """
-    if not isinstance(tasks, EpisodeSampler):
+    if not isinstance(tasks, EpisodeSampler) or tasks.augment is not None:
         return False
     if any(
         isinstance(layer, nn.modules.batchnorm._NormBase) and layer.running_mean is None
         for layer in algorithm.modules()
     ):
         return False
-    classes, instances = tasks.images.shape[:2]
-    return classes * instances <= episodes * tasks.ways * (tasks.shots + tasks.query_shots)
+    return len(tasks.examples.order) <= episodes * tasks.fewest_rows
 
 
 def embed(encoder: nn.Module, tasks: EpisodeSampler, stop: Callable[[], bool] | None = None) -> EpisodeSampler | None:
     """The same episodes from the same generator, with embeddings `[D, 1, 1]` for images; None if `stop` said
     so."""
-    parts = []
-    for images in tasks.images.flatten(0, 1).split(_IMAGES):
+    rows, parts = tasks.examples.rows, []
+    for part in tasks.examples.order.to(rows.device).split(_IMAGES):
         if stop is not None and stop():
             return None
-        parts.append(encoder(images.float().div_(255) if images.dtype == torch.uint8 else images))
-    embeddings = torch.cat(parts).unflatten(0, tasks.images.shape[:2])[..., None, None]
-    sizes = {"ways": tasks.ways, "shots": tasks.shots, "query_shots": tasks.query_shots}
-    return EpisodeSampler(embeddings, **sizes, name=f"{tasks.name}, embedded")
+        parts.append(encoder(as_inputs(rows[part].to(tasks.device))))
+    return tasks.over(torch.cat(parts)[..., None, None], f"{tasks.name}, embedded")
