@@ -55,6 +55,11 @@ class Prefetched:
     def output_size(self) -> int:
         return self.tasks.output_size
 
+    @property
+    def inputs(self):
+        """What `~fastmeta.tasks.Inputs.of` asks for."""
+        return getattr(self.tasks, "inputs", None)
+
     def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
         """`num_tasks` tasks, those that `tasks.sample` would give for this `generator`."""
         values.count("num_tasks", num_tasks, 0)
