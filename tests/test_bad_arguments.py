@@ -340,7 +340,8 @@ LEARNERS = {
                                  "ridge": number(1.0, 0, open=True), "fine_tune_steps": count(1, 0),
                                  "fine_tune_lr": number(0.1, 0, open=True)}),
     "InContextCAML": (net, WAYS | {"features": count(N), "max_ways": count(N), "code_width": count(5, N),
-                                   "layers": count(1), "heads": count(2), "feedforward": count(8)}),
+                                   "layers": count(1), "heads": count(2), "feedforward": count(8),
+                                   "query_in_context": flag(True)}),
     "ConditionalCAML": (lambda: algorithms.FiLMMLP(N, [D, 4, N]), INNER | TASK_CHUNK | RATE | {
         "encoder": module(net), "metric_weight": number(0.5, 0), "adapts": function(lambda: None)}),
     "ModulatedProtoNet": (net, WAYS | {"base": module(lambda: algorithms.FiLMMLP(2 * N, [D, 4, 4])),

@@ -38,6 +38,9 @@ LEARNERS = {
     "relation": lambda f, **o: RelationNetwork(f, RelationMLP(4, 6), **o),
     "relation-mean": lambda f, **o: RelationNetwork(f, RelationMLP(4, 6), pool="mean", loss="cross_entropy", **o),
     "in-context": lambda f, **o: InContextCAML(f, 4, code_width=12, heads=4, feedforward=8, **o),
+    "in-context-once": lambda f, **o: InContextCAML(
+        f, 4, code_width=12, heads=4, feedforward=8, query_in_context=False, **o
+    ),
     "modulation": lambda f, **o: ModulatedProtoNet(f, FiLMMLP(8, [5, 6, 4]), **o),
     "hypernetwork": lambda f, **o: Hypernetwork(f, 4, mode="lowrank", hidden=(5,), set_width=6, rank=2, **o),
     "contrastive": lambda f, **o: Contrastive(f, head="ridge", centre="support", fine_tune_steps=1, **o).eval(),

@@ -320,7 +320,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "caml-incontext": Algorithm(
         _caml_incontext, "CAML of 2024: in-context learning by a transformer",
-        settings={"code_width": 64, "layers": 2, "heads": 8, "feedforward": 256}, images=_FEW_WAYS,
+        settings={"code_width": 64, "layers": 2, "heads": 8, "feedforward": 256, "query_in_context": True},
+        images=_FEW_WAYS,
         without_model=True,
     ),
     "contrastive": Algorithm(

@@ -15,9 +15,9 @@ def network(**options):
     return InContextCAML(mlp([5, 8, 4], "tanh"), 4, **options)
 
 
-@pytest.mark.parametrize("max_ways", [3, 5])
-def test_protocol(max_ways):
-    check_protocol(network(max_ways=max_ways), class_batch())
+@pytest.mark.parametrize("options", [{"max_ways": 3}, {"max_ways": 5}, {"query_in_context": False}], ids=str)
+def test_protocol(options):
+    check_protocol(network(**options), class_batch())
 
 
 @pytest.mark.parametrize("classes, width", [(2, 2), (5, 5), (5, 64), (20, 64)])
@@ -55,8 +55,47 @@ def test_is_one_sequence_per_query():
             torch.testing.assert_close(logits[task, row], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_queries_do_not_see_each_other():
-    net, batch = network(), class_batch()
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_support_set_encoded_once_is_one_masked_from_the_query(layers):
+    net, batch = network(query_in_context=False, max_ways=5, layers=layers).double(), class_batch(dtype=torch.float64)
+    with torch.no_grad():  # the layers begin with zeros and ones, which hide what is left out
+        for parameter in net.transformer.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    output = net(batch)
+    hidden = torch.zeros(7, 7, dtype=torch.bool)
+    hidden[:6, 6] = True  # support rows do not see the query, the last
+    unknown = net.unknown.expand(1, -1)
+    logits = torch.empty_like(output.logits)
+    for task in range(4):
+        codes = net.code_scale * net.code[batch.support_y[task]]
+        support = torch.cat([net.norm(net.encoder(batch.support_x[task])), codes], 1)
+        for row, x in enumerate(batch.query_x[task]):
+            query = torch.cat([net.norm(net.encoder(x.unsqueeze(0))), unknown], 1)
+            tokens = torch.cat([support, query]).unsqueeze(0)
+            for block in net.transformer[:-1]:
+                tokens = block(tokens, src_mask=hidden)
+            logits[task, row] = net.head(net.transformer[-1](tokens)[0, -1])[:3]
+    torch.testing.assert_close(output.logits, logits, rtol=1e-11, atol=1e-12)
+    expected = F.cross_entropy(logits.flatten(0, 1), batch.query_y.flatten())
+    parameters = list(net.parameters())
+    found = torch.autograd.grad(output.loss, parameters)
+    wanted = torch.autograd.grad(expected, parameters, allow_unused=True)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_predict_does_not_encode_the_support_set_again():
+    net, batch = network(query_in_context=False), class_batch()
+    state = net.adapt(batch.support_x, batch.support_y)
+    read = []
+    net.transformer[0].norm1.register_forward_hook(lambda _, inputs, __: read.append(tuple(inputs[0].shape)))
+    net.predict(state, batch.query_x)
+    assert read == [(4, 9, 16)]
+
+
+@pytest.mark.parametrize("query_in_context", [True, False])
+def test_queries_do_not_see_each_other(query_in_context):
+    net, batch = network(query_in_context=query_in_context), class_batch()
     state = net.adapt(batch.support_x, batch.support_y)
     alone = torch.cat([net.predict(state, batch.query_x[:, i : i + 1]) for i in range(9)], 1)
     torch.testing.assert_close(alone, net.predict(state, batch.query_x), rtol=1e-4, atol=1e-5)
