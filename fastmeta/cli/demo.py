@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, vmap
 from ..algorithms import MAML
 from ..tasks.omniglot import is_local
 from ..training import Evaluation, RunConfig, Trainer, evaluate, run_config
+from ..training.checkpoint import check_writable
 from ..training.reporting import ConsoleReporter
 from ..training.run import build_tasks, build_trainer
 
@@ -41,14 +42,14 @@ def run_demo(
     from .picture import draw_curves
 
     console = console or Console()
+    folder = Path(folder)
+    check_writable(folder)
     began = time.perf_counter()
     episodes = 20 if quick else 1000
     maml, regression = _sinusoids(console, 0.5 if quick else 45, episodes)
     accuracy, accuracy_name = _characters(console, 0.5 if quick else 55, episodes, data_root)
     console.print("the same meta-gradient with torch.func (vmap of grad), in turn", highlight=False)
     ours, plain, difference = compare(maml.algorithm, maml.tasks, _TASK_BATCH, seconds=0.5 if quick else 10)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "curves.png"
     draw_curves(maml.algorithm, build_tasks(_sinusoid_config(1), "test", maml.device, query_shots=200), picture)
 

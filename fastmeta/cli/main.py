@@ -1,4 +1,4 @@
-"""The command line: `fastmeta train`, `evaluate`, `demo` and `info`.
+"""The command line: `fastmeta train`, `evaluate`, `report`, `demo` and `info`.
 
 Commands import what they need when they run, so that `--help` is quick. The options stand in `options.py`.
 """
@@ -20,9 +20,10 @@ import typer
 from rich.console import Console
 
 from . import options
+from .config_file import write_settings
 
 if TYPE_CHECKING:
-    from ..training import Checkpoint, CheckpointFolder
+    from ..training import Checkpoint, CheckpointFolder, Evaluation, RunConfig
 
 app = typer.Typer(
     help="Meta-learning over thousands of tasks at once.",
@@ -35,7 +36,8 @@ out, err = Console(), Console(stderr=True)
 
 @app.command()
 def train(
-    algorithm: options.Algorithm,
+    algorithm: options.Algorithm = None,
+    config_file: options.Config = None,
     data: options.Data = None,
     ways: options.Ways = None,
     shots: options.Shots = None,
@@ -81,6 +83,7 @@ def train(
     save_every: options.SaveEvery = None,
     test_tasks: options.TestTasks = None,
     tensorboard: options.TensorBoard = False,
+    report: options.Report = True,
     debug: options.Debug = False,
 ) -> None:
     """Meta-train, with checkpoints and validation.
@@ -102,6 +105,8 @@ def train(
     )  # fmt: skip
     given = {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
     from ..training import CheckpointFolder, run_config
+    from ..training.checkpoint import check_writable
+    from ..training.log import LogReporter
     from ..training.reporting import ConsoleReporter, TensorBoardReporter
     from ..training.run import build_trainer, find_checkpoint, resumed_config
 
@@ -113,6 +118,8 @@ def train(
         checkpoint = _newest(CheckpointFolder(folder), fall_back)
         config = resumed_config(checkpoint, given)
     else:
+        if algorithm is None:
+            raise ValueError(f"what to train is needed: one of {', '.join(options.ALGORITHM_NAMES)}")
         if data is None:
             raise ValueError(f"--data is needed: one of {', '.join(name.value for name in options.DataName)}")
         config = run_config(**given)
@@ -123,10 +130,13 @@ def train(
     bar = ConsoleReporter(
         out, iterations=config.iterations, minutes=config.minutes, regression=config.data == "sinusoid"
     )
-    reporters = (bar, TensorBoardReporter(folder)) if tensorboard else (bar,)
-    trainer = build_trainer(config, folder, reporters, resume=checkpoint)
+    trainer = build_trainer(config, folder, resume=checkpoint)
     if checkpoint is not None:
         _say(f"resumed {folder} at step {trainer.step:,}")
+    check_writable(folder)
+    log = LogReporter(folder, step=trainer.step, seconds=trainer.seconds, device=trainer.device)
+    write_settings(folder / "run.toml", config, test_tasks=test_tasks, tensorboard=tensorboard, report=report)
+    trainer.reporters = (bar, log, *([TensorBoardReporter(folder)] if tensorboard else []))
     parameters = sum(p.numel() for p in trainer.algorithm.parameters())
     _say(
         f"{config.algorithm} on {config.data}: {parameters:,} parameters on {trainer.device}, "
@@ -142,7 +152,10 @@ def train(
         raise typer.Exit(128 + received)
     _say(f"finished at step {trainer.step:,} after {trainer.seconds:.1f} s of training; checkpoints in {folder}")
     if test_tasks is not None:
-        _judge(find_checkpoint(folder), episodes=test_tasks, device=config.device, threads=config.threads)
+        best = find_checkpoint(folder)
+        log.test(best.step, _judge(best, episodes=test_tasks, device=config.device, threads=config.threads))
+    if report:
+        _report(folder, config)
 
 
 @app.command()
@@ -172,6 +185,38 @@ def evaluate(
     )  # fmt: skip
 
 
+@app.command()
+def report(
+    run: options.ReportRun,
+    tasks: options.ReportTasks = 100,
+    data_root: options.DataRoot = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    debug: options.Debug = False,
+) -> None:
+    """Write report.html into a run's folder: curves, queries with predictions and mistakes, settings."""
+    from ..training.report import write_report
+
+    path = write_report(run, tasks=tasks, device=device or "auto", threads=threads, data_root=data_root)
+    _say(f"report in {path}")
+
+
+def _report(folder: Path, config: RunConfig) -> None:
+    """The report at the end of a run, which stays a good one if there is something wrong with that."""
+    from ..training.report import write_report
+
+    try:
+        tasks = min(config.eval_tasks, 100)
+        path = write_report(
+            folder, tasks=tasks, device=config.device, threads=config.threads, data_root=config.data_root
+        )
+        _say(f"report in {path}")
+    except Exception as error:
+        if options.debugging():
+            raise
+        _warn(f"warning: no report was written: {' '.join(str(error).split())}")
+
+
 def _judge(
     found: Checkpoint,
     *,
@@ -184,8 +229,8 @@ def _judge(
     device: str,
     threads: int | None,
     as_json: bool = False,
-) -> None:
-    """Say how good a checkpoint is on held-out tasks."""
+) -> Evaluation:
+    """Say how good a checkpoint is on held-out tasks, and return it."""
     from ..training.evaluate import evaluate as judge
     from ..training.reporting import describe
     from ..training.run import load_for_evaluation
@@ -204,7 +249,7 @@ def _judge(
         about = {"checkpoint": str(found.path), "step": found.step, "algorithm": config.algorithm, "data": config.data}
         about |= {"split": split, **sizes, "inner_steps": inner_steps, "seed": seed, "seconds": seconds}
         print(json.dumps({**about, **evaluation.as_json()}, indent=1, allow_nan=False))
-        return
+        return evaluation
     size = f"{sizes['shots']} shots" if regression else f"{sizes['ways']}-way {sizes['shots']}-shot"
     _say(f"{config.algorithm} on {config.data}, {split} split, {size}, {episodes} episodes, {found.path}")
     _say(f"{describe(evaluation, regression)} (95% confidence interval), in {seconds:.1f} s", style="bold")
@@ -212,6 +257,7 @@ def _judge(
         _say(f"  expected calibration error {100 * evaluation.calibration_error:.2f}%")
     for step, estimate in enumerate(evaluation.loss_by_step):
         _say(f"  MSE after {step:>2} inner steps  {estimate.plain()}")
+    return evaluation
 
 
 @app.command()
@@ -306,6 +352,8 @@ def _clear_errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
         _fail(error, 2)
+    except (MemoryError, OverflowError) as error:
+        _fail(RuntimeError(f"too large for this machine: {error or 'out of memory'}"), 1)
     except RuntimeError as error:
         # Any other RuntimeError is a bug, whose traceback is wanted.
         from torch import OutOfMemoryError
@@ -314,6 +362,8 @@ def _clear_errors() -> Iterator[None]:
 
         if isinstance(error, OutOfMemoryError):
             _fail(RuntimeError(f"{str(error).splitlines()[0]} --task-chunk bounds the memory of a step"), 1)
+        if "can't allocate memory" in str(error) or "overflow" in str(error).lower():  # of a CPU, which has no class
+            _fail(RuntimeError(f"too large for this machine: {str(error).splitlines()[0]}"), 1)
         if isinstance(error, NonFiniteError):
             _fail(error, 1)
         raise

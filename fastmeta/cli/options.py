@@ -85,6 +85,19 @@ def _set_debug(value: bool) -> bool:
     return value
 
 
+def _read_config(ctx: typer.Context, value: Path | None) -> Path | None:
+    if value is not None:
+        from .config_file import options_of
+
+        ctx.default_map = {**(ctx.default_map or {}), **options_of(value, ctx)}
+    return value
+
+
+def _after_the_file(ctx: typer.Context, param: typer.CallbackParam, value: list[str] | None) -> list[str] | None:
+    """Of an option that may be given often: what `--config` says, then what the command line does."""
+    return [*((ctx.default_map or {}).get(param.name) or ()), *(value or ())] or None
+
+
 def _option(panel: str | None, kind: type, flag: str, help: str, default: str | bool = False, **more: Any) -> Any:
     """An option that is None unless given: its default, printed as `default`, depends on other options."""
     return Annotated[kind | None, typer.Option(flag, help=help, show_default=default, rich_help_panel=panel, **more)]
@@ -92,11 +105,20 @@ def _option(panel: str | None, kind: type, flag: str, help: str, default: str | 
 
 _TASKS, _INNER, _OUTER, _RUN = "Tasks", "Model and inner loop", "Outer loop", "The run"
 
-Algorithm = Annotated[AlgorithmName, typer.Argument(help="What to train.")]
+Algorithm = Annotated[
+    AlgorithmName | None, typer.Argument(help="What to train.", show_default="of --config or of the run resumed")
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", is_eager=True, callback=_read_config, show_default=False, rich_help_panel=_RUN,
+        help="Options from a TOML file, by their names; those given here are taken before it.",
+    ),
+]  # fmt: skip
 Settings = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="NAME=VALUE", rich_help_panel=_INNER,
+        "--set", metavar="NAME=VALUE", rich_help_panel=_INNER, callback=_after_the_file,
         help="An argument of the algorithm's own class, such as full_context=true; may be given often.",
     ),
 ]  # fmt: skip
@@ -127,7 +149,7 @@ Labels = _option(
 Augment = Annotated[
     list[str] | None,
     typer.Option(
-        "--augment", metavar="NAME=VALUE", rich_help_panel=_TASKS,
+        "--augment", metavar="NAME=VALUE", rich_help_panel=_TASKS, callback=_after_the_file,
         help="Of --labels augment: rotate, scale, shift, shear, crop, elastic, thicken or drop; may be given often.",
     ),
 ]  # fmt: skip
@@ -186,7 +208,7 @@ Schedule = _option(
     "protonet halve, else constant",
 )  # fmt: skip
 HalveEvery = _option(
-    _OUTER, int, "--lr-halve-every", "Halve the outer rate every so many steps.", "protonet 2000", min=1
+    _OUTER, int, "--lr-halve-every", "Halve the outer rate every so many steps; 0: never.", "protonet 2000", min=0
 )
 TaskBatchSize = _option(
     _OUTER, int, "--task-batch", "T, tasks per step.", "sinusoid 100; images 32, above 5 ways 16; protonet 1", min=1
@@ -229,7 +251,13 @@ TensorBoard = Annotated[
     bool,
     typer.Option("--tensorboard/--no-tensorboard", rich_help_panel=_RUN, help="Write TensorBoard scalars to --out."),
 ]
+Report = Annotated[
+    bool, typer.Option("--report/--no-report", rich_help_panel=_RUN, help="Write report.html to --out at the end.")
+]
 Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
+
+ReportRun = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, into which report.html goes.")]
+ReportTasks = Annotated[int, typer.Option("--tasks", min=2, help="Held-out tasks to judge.")]
 
 Checkpoint = Annotated[
     Path, typer.Argument(help="A run's folder, of which the best checkpoint is taken, or one checkpoint's file.")

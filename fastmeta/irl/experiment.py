@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import values
 from ..algorithms import MAML
 from ..nn import mlp
 from ..training.metrics import Estimate
@@ -93,10 +94,13 @@ def experiment(
         progress: takes a method and how many outer steps it has done.
 
     Raises:
-        ValueError: an unknown world.
+        TypeError, ValueError: an unknown world, a number or device that is none.
     """
     if world not in WORLDS:
         raise ValueError(f"world must be one of {', '.join(WORLDS)}; got {world!r}")
+    values.count("iterations", iterations)
+    values.count("num_tasks", num_tasks, 2)
+    values.seed("seed", seed)
     tasks = WORLDS[world](device=device)
     options = {"iterations": iterations, "seed": seed}
     steps, rate = INNER[world]

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,16 +75,16 @@ class CheckpointFolder:
         path = self.path(step)
         tensor_path = path.with_suffix(".safetensors")
         path.unlink(missing_ok=True)  # what is about to be replaced is no checkpoint from here on
-        _write(tensor_path, data)
+        write_whole(tensor_path, data)
         body = {
             **record,
             "format": FORMAT,
             "step": step,
-            "versions": _versions(),
+            "versions": versions(),
             "tensors": {"file": tensor_path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
         }
         body["sha256"] = _fingerprint(body)
-        _write(path, (json.dumps(body, indent=1, allow_nan=False) + "\n").encode())
+        write_whole(path, (json.dumps(body, indent=1, allow_nan=False) + "\n").encode())
         self._prune()
         return path
 
@@ -209,7 +210,8 @@ def _fingerprint(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, all of it or nothing, so that it is on the disk when this returns."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
@@ -224,7 +226,18 @@ def _write(path: Path, data: bytes) -> None:
             os.close(folder)
 
 
-def _versions() -> dict[str, str]:
+def check_writable(folder: Path) -> None:
+    """Make a folder if it is absent, and raise OSError, which names it, unless files can be written there. For what
+    would else find out when there is much to lose."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"?")
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def versions() -> dict[str, str]:
     import fastmeta
 
     return {"fastmeta": fastmeta.__version__, "torch": str(torch.__version__), "python": platform.python_version()}

@@ -18,6 +18,8 @@ from .schedule import SCHEDULES
 
 MODELS = ("mlp", "conv4", "none")
 LABELS = ("true", "augment", "cluster")
+# beyond these PyTorch ends in an overflow, and OpenMP without a word
+_LARGEST, _MOST_THREADS = 2**31 - 1, 1024
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,12 @@ class RunConfig:
             values.device("device", self.device, here=False)
         values.seed("seed", self.seed)
         values.counts("hidden", self.hidden)
+        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "seed"}
+        sizes |= {"hidden": max(self.hidden, default=0)}
+        for name, value in sizes.items():
+            most = _MOST_THREADS if name == "threads" else _LARGEST
+            if type(value) is int and value > most:
+                raise ValueError(f"{name} must be at most {most}, got {value}")
         if self.iterations is None and self.minutes is None:
             raise ValueError("iterations or minutes must be given: one of them ends the run")
         if self.lr_schedule == "halve" and self.lr_halve_every < 1:

@@ -18,6 +18,7 @@ from .embed import embed, embedding_pays
 from .metrics import CalibrationError, Estimate, finite_or_none
 
 if TYPE_CHECKING:
+    from ..algorithms import MetaOutput
     from ..tasks import TaskBatch, TaskSource
 
 # Task batches are cut so that one batch's inputs hold at most this many numbers: the activations of a conv4
@@ -120,6 +121,20 @@ def evaluate(
     accuracy = Estimate.of(torch.cat(accuracies)) if accuracies else None
     curve = by_step_estimates if by_step and last is not None else []
     return Evaluation(by_step_estimates[-1], accuracy, curve, calibration.read())
+
+
+@torch.no_grad()
+def judged(
+    algorithm: nn.Module, tasks: TaskSource, *, episodes: int, inner_steps: int | None = None, seed: int = 0
+) -> Iterator[tuple[TaskBatch, MetaOutput]]:
+    """`episodes` tasks, some at a time, and what `algorithm` makes of them, in eval mode and with `inner_steps` as
+    `evaluate`, whose tasks these are."""
+    device = next((parameter.device for parameter in algorithm.parameters()), torch.device("cpu"))
+    with _judging(algorithm, tasks):
+        if inner_steps is not None:
+            algorithm.inner_steps = inner_steps
+        for batch in _batches(tasks, episodes, torch.Generator(device).manual_seed(_STREAM + seed)):
+            yield batch, algorithm(batch)
 
 
 @contextmanager

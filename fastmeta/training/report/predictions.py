@@ -1,0 +1,133 @@
+"""What a trained algorithm says of held-out tasks, query by query: what a report shows of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..evaluate import judged
+from ..metrics import Estimate
+
+if TYPE_CHECKING:
+    from ...algorithms import MetaOutput
+    from ...tasks import TaskBatch, TaskSource
+
+TASKS_SHOWN = 3
+MISTAKES_SHOWN = 24
+_POINTS_SHOWN = 2000
+
+
+class Query(NamedTuple):
+    """A query row: the example, its class and the one predicted (regression: its targets and those predicted, `[O]`),
+    as names, and the probability of that (None in regression). In a mistake, a support example of both classes."""
+
+    x: Tensor
+    true: str | Tensor
+    predicted: str | Tensor
+    probability: float | None = None
+    of_true: Tensor | None = None
+    of_predicted: Tensor | None = None
+
+
+class Task(NamedTuple):
+    """A task: its support rows with their classes, its query rows."""
+
+    support: list[tuple[Tensor, str | Tensor]]
+    queries: list[Query]
+
+
+@dataclass
+class Predictions:
+    """`tasks` are the first few, `mistakes` the most confident of all, `confusion` how often a query of the one named
+    class was taken for the other (None where classes have no names), `points` `[n, 2]` pairs of target and prediction
+    in regression."""
+
+    loss: Estimate
+    accuracy: Estimate | None
+    tasks: list[Task] = field(default_factory=list)
+    mistakes: list[Query] = field(default_factory=list)
+    confusion: Counter[tuple[str, str]] | None = None
+    points: Tensor | None = None
+
+
+def predict_tasks(
+    algorithm: nn.Module, tasks: TaskSource, *, episodes: int, inner_steps: int | None = None, seed: int = 0
+) -> Predictions:
+    """Judge `algorithm` on `episodes` tasks, as `fastmeta.training.evaluate` does, and keep what a report shows."""
+    losses, accuracies, points = [], [], []
+    shown: list[Task] = []
+    mistakes: list[Query] = []
+    for batch, output in judged(algorithm, tasks, episodes=episodes, inner_steps=inner_steps, seed=seed):
+        losses.append(output.task_loss)
+        few = range(min(TASKS_SHOWN - len(shown), batch.num_tasks))
+        if output.accuracy is None:
+            own = _rows(batch.query_mask, batch.query_y)
+            points.append(torch.stack([batch.query_y[own].flatten(), output.logits[own].flatten()], 1).cpu())
+            shown += [_regressed(batch, output, task) for task in few]
+            continue
+        accuracies.append(output.accuracy)
+        found = _Classified(batch, output)
+        shown += [found.task(task) for task in few]
+        mistakes = sorted([*mistakes, *found.mistakes()], key=lambda query: -query.probability)[:MISTAKES_SHOWN]
+    every = torch.cat(points) if points else None
+    if every is not None and len(every) > _POINTS_SHOWN:
+        every = every[:: -(-len(every) // _POINTS_SHOWN)]
+    accuracy = Estimate.of(torch.cat(accuracies)) if accuracies else None
+    return Predictions(Estimate.of(torch.cat(losses)), accuracy, shown, mistakes, None, every)
+
+
+class _Classified:
+    """The queries of a task batch with the classes that were predicted."""
+
+    def __init__(self, batch: TaskBatch, output: MetaOutput):
+        self.batch = batch
+        self.probability, column = output.logits.softmax(-1).max(-1)
+        self.predicted = column if output.classes is None else output.classes.gather(1, column)
+        self.query_rows = _rows(batch.query_mask, batch.query_y)
+        self.support_rows = _rows(batch.support_mask, batch.support_y)
+
+    def task(self, task: int) -> Task:
+        own = self.support_rows[task].nonzero().flatten().tolist()
+        support = [(self.batch.support_x[task, row].cpu(), self._name(self.batch.support_y[task, row])) for row in own]
+        return Task(support, [self._query(task, row) for row in self.query_rows[task].nonzero().flatten().tolist()])
+
+    def mistakes(self) -> list[Query]:
+        """Those of highest probability."""
+        wrong = (self.predicted != self.batch.query_y) & self.query_rows
+        best = self.probability.masked_fill(~wrong, -1).flatten().topk(min(MISTAKES_SHOWN, wrong.numel()))
+        places = [divmod(place, wrong.shape[1]) for place in best.indices.tolist()]
+        return [self._query(task, row, beside=True) for task, row in places if wrong[task, row]]
+
+    def _query(self, task: int, row: int, beside: bool = False) -> Query:
+        true, predicted = self.batch.query_y[task, row], self.predicted[task, row]
+        both = [self._support_of(task, label) for label in (true, predicted)] if beside else []
+        return Query(
+            self.batch.query_x[task, row].cpu(), self._name(true), self._name(predicted),
+            float(self.probability[task, row]), *both,
+        )  # fmt: skip
+
+    def _support_of(self, task: int, label: Tensor) -> Tensor:
+        row = ((self.batch.support_y[task] == label) & self.support_rows[task]).nonzero()[0, 0]
+        return self.batch.support_x[task, row].cpu()
+
+    def _name(self, label: Tensor) -> str:
+        return f"class {int(label)}"
+
+
+def _regressed(batch: TaskBatch, output: MetaOutput, task: int) -> Task:
+    support_rows, query_rows = _rows(batch.support_mask, batch.support_y), _rows(batch.query_mask, batch.query_y)
+
+    def of(rows: Tensor, *tensors: Tensor):
+        return zip(*(tensor[task][rows[task]].cpu() for tensor in tensors), strict=True)
+
+    queries = of(query_rows, batch.query_x, batch.query_y, output.logits)
+    return Task(list(of(support_rows, batch.support_x, batch.support_y)), [Query(*row) for row in queries])
+
+
+def _rows(mask: Tensor | None, y: Tensor) -> Tensor:
+    """`[T, B]`: the tasks' own rows."""
+    return y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask
