@@ -98,7 +98,7 @@ def test_the_command_line_wins(tmp_path, settings_of):
     ("text", "said"),
     [
         ("trian_ways = 3", "there is no option trian_ways; did you mean train-ways?"),
-        ("second-order = true", "there is no option second-order; did you mean first-order?"),
+        ("inner_learning = 1.0", "there is no option inner_learning; did you mean inner-lr?"),
         ("resume = true", "there is no option resume; "),
         ("q = 1", "there is no option q; the keys are algorithm, augment, "),
         ("[train]\nways = 5", "there is no option train; "),
