@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastmeta
-from fastmeta.algorithms import MAML, ProtoNet, RidgeHead
+from fastmeta.algorithms import MAML, FastWeights, ProtoNet, RidgeHead
 from fastmeta.nn import mlp
 from fastmeta.tasks import Inputs
 from fastmeta.training import run_config
@@ -133,6 +133,25 @@ def test_rows_in_any_form_and_in_pieces():
         found.predict(last[:, :, :4])
     with pytest.raises(ValueError, match="examples of one shape"):
         found.predict([last[0], last[0][:2]])
+
+
+@pytest.mark.parametrize("name", ["maml", "cavia", "a state that cannot be repeated"])
+def test_norms_by_the_rows_at_hand_see_one_query_beside_the_support_set(monkeypatch, name):
+    x, y, query = problem()
+    if name not in ALGORITHMS:
+        name = monkeypatch.delattr(FastWeights, "of_tasks") or "maml"
+    learner = built(name, norm="batch").eval()
+    found = Classifier(learner, calibrate=True).fit(x, y)
+    with torch.no_grad():
+        rows = torch.from_numpy(x)[None]
+        state = learner.adapt(rows, torch.from_numpy(y)[None])
+        each = [torch.cat([rows, torch.from_numpy(row)[None, None]], 1) for row in query]
+        logits = torch.stack([learner.predict(state, beside)[0, -1] for beside in each]).double()
+        together = learner.predict(state, torch.from_numpy(query)[None])[0].double()
+    np.testing.assert_allclose(found.adapted_.predict(torch.from_numpy(query)), logits, atol=1e-6)
+    assert not torch.allclose(together, logits, atol=1e-3)
+    pieces = Classifier(learner, chunk_size=23).fit(x, y)  # two queries and their support sets
+    np.testing.assert_allclose(pieces.adapted_.predict(torch.from_numpy(query)), logits, atol=1e-6)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

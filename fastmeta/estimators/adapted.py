@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import values
 from ..tasks.inputs import as_numbers
 from ..training.run import check_ways, device_of, load
+from .batch_norms import beside_support, by_rows_at_hand
 from .calibrate import left_out_logits, temperature
 from .rules import RULES, rule
 
@@ -67,6 +68,9 @@ class Adapted:
             stays 1, as in regression.
         chunk_size: rows that go through the learner at a time.
 
+    A learner with batch norms that have no running statistics sees each query beside the support set alone, so that
+    what it says of one does not depend on the others.
+
     Raises:
         ValueError: rows, targets or a number of classes that the learner does not serve.
     """
@@ -85,6 +89,7 @@ class Adapted:
             y = learner.inputs.prepare_targets(y)
         y = y.to(rows.device, rows.dtype if rows.is_floating_point() and not classifies else None)
         self.state = learner.adapt(rows.unsqueeze(0), y.unsqueeze(0))
+        self._beside = rows if by_rows_at_hand(learner) else None
         outputs = learner.predict(self.state, rows[None, : self.chunk_size]).shape[2]
         if outputs != size:
             what = "classes" if classifies else "numbers a row"
@@ -96,12 +101,16 @@ class Adapted:
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Logits `[n, N]` or predictions `[n, O]` of rows `[n, ...]`, float64 on the CPU."""
-        found = torch.cat([self._piece(part) for part in x.split(self.chunk_size)])
+        size = self.chunk_size if self._beside is None else max(1, self.chunk_size // (len(self._beside) + 1))
+        found = torch.cat([self._piece(part) for part in x.split(size)])
         inputs = getattr(self.learner, "inputs", None)
         return found if inputs is None else inputs.restore_targets(found)
 
     def _piece(self, x: Tensor) -> Tensor:
-        return self.learner.predict(self.state, self._rows(x).unsqueeze(0))[0].double().cpu()
+        rows = self._rows(x)
+        if self._beside is not None:
+            return beside_support(self.learner, self.state, self._beside, rows).double().cpu()
+        return self.learner.predict(self.state, rows.unsqueeze(0))[0].double().cpu()
 
     def probabilities(self, x: Tensor) -> Tensor:
         """Of each class, `[n, N]`."""

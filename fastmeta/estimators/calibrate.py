@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .batch_norms import by_rows_at_hand, one_query_each
+
 _MOST = 128  # support rows that are left out in turn
 _RANGE = 1e-3, 1e3  # of the temperature
 
@@ -21,7 +23,11 @@ def left_out_logits(learner: nn.Module, rows: Tensor, labels: Tensor, at_once: i
     for queries in left_out.split(max(1, at_once // size)):
         others = kept + (kept >= queries.unsqueeze(1))  # [t, S - 1]
         state = learner.adapt(rows[others], labels[others])
-        found.append(learner.predict(state, rows[queries].unsqueeze(1))[:, 0].double())
+        if by_rows_at_hand(learner):
+            logits = one_query_each(learner, state, rows[others], rows[queries])
+        else:
+            logits = learner.predict(state, rows[queries].unsqueeze(1))[:, 0]
+        found.append(logits.double())
     return torch.cat(found), labels[left_out]
 
 

@@ -34,8 +34,8 @@ class FewShotClassifier(ClassifierMixin, FewShotEstimator):
         device: where the learner runs: "auto", "cpu", "cuda" or "cuda:N"; None (default) leaves a module where it is,
             takes a GPU for a run where there is one, and the CPU for rules.
         chunk_size: rows of a prediction that go through the learner at a time, which bounds memory; 1024 by default.
-            A net with batch norm that has no running statistics (`conv4` in MAML) normalises the rows of a piece
-            together, so its predictions of a row depend a little on the others'.
+            A net with batch norms that have no running statistics (`conv4` in MAML) sees each row beside the support
+            set alone, so that its prediction does not depend on the others.
 
     `fit`, `predict`, `predict_proba` and `score` take rows `[n, ...]` as NumPy arrays, tensors, data frames of numbers,
     or lists of examples or pictures; uint8 counts from 0 to 255 as 0 to 1. A run on images reads `[n, C, H, W]`,
