@@ -112,7 +112,7 @@ FLOORS = (
     ("fastmeta",),
     ("training",),
     ("irl", "estimators"),
-    ("cli",),
+    ("compat", "cli"),
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(FLOORS) for name in names}

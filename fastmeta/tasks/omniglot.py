@@ -58,6 +58,18 @@ def omniglot(split: str = "train", partition: str = "vinyals", data_root: str | 
     return images[chosen].unsqueeze(2)
 
 
+def characters(data_root: str | os.PathLike | None = None) -> tuple[Tensor, list[str]]:
+    """All characters, uint8 `[1623, 20, 28, 28]`, ink 255 on 0, and the names they are known by in the archives, such
+    as `images_background/Korean/character01`. Argument and errors are those of `omniglot`."""
+    archives = _find(data_root)
+    images, names = _load(archives)
+    folder = {}
+    for path in archives:
+        with zipfile.ZipFile(path) as archive:
+            folder |= {n.split("/")[-3]: n.split("/")[0] for n in archive.namelist() if n.endswith(".png")}
+    return images, [f"{folder[name.split('/')[0]]}/{name}" for name in names]
+
+
 def is_local(data_root: str | os.PathLike | None = None) -> bool:
     """Whether Omniglot can be had without a download."""
     try:

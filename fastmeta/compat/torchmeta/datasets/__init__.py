@@ -1,0 +1,29 @@
+"""Data sets of images. Of torchmeta's, Omniglot is here; `utils.data.ClassDataset` makes one of your own images."""
+
+from fastmeta.compat._absent import not_here
+from fastmeta.compat.torchmeta.datasets import helpers
+from fastmeta.compat.torchmeta.datasets.omniglot import Omniglot
+
+__all__ = ["Omniglot", "helpers"]
+__getattr__ = not_here(
+    __name__,
+    "torchmeta 1.8.0",
+    [
+        "Bach",
+        "CIFARFS",
+        "CUB",
+        "DoubleMNIST",
+        "FC100",
+        "Letter",
+        "MiniImagenet",
+        "Pascal5i",
+        "PlantsMargin",
+        "PlantsShape",
+        "PlantsTexture",
+        "TCGA",
+        "TieredImagenet",
+        "TripleMNIST",
+        "helpers_tabular",
+    ],
+    "Make a `utils.data.ClassDataset` of your files.",
+)
