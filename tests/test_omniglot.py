@@ -99,3 +99,20 @@ def test_environment_names_the_folder(monkeypatch, data_root):
     monkeypatch.setenv("FASTMETA_DATA", str(data_root))
     assert len(omniglot("val")) == 172
     assert loader.is_local()
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "text"),
+    [(6, 1, "is encrypted"), (8, 97, "is compressed by method 97"), (22, 0x7FFFFFFF, "would be 2,147,483,647 bytes")],
+)
+def test_harmful_archives_end_in_one_line(tmp_path, fresh_cache, at, value, text):
+    for name in ARCHIVES:
+        archive(tmp_path / name, 1, 1)
+    data = bytearray((tmp_path / ARCHIVES[1]).read_bytes())
+    central, size = data.index(b"PK\x01\x02"), 4 if at == 22 else 2
+    for place in (at, central + at + 2):  # of a member's two headers
+        data[place : place + size] = value.to_bytes(size, "little")
+    (tmp_path / ARCHIVES[1]).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{ARCHIVES[1]}: member .* {text}") as told:
+        omniglot(data_root=tmp_path)
+    assert "\n" not in str(told.value) and not list(fresh_cache.glob("*"))

@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
@@ -23,6 +24,7 @@ from . import options
 from .config_file import write_settings
 
 if TYPE_CHECKING:
+    from ..tasks import Data
     from ..training import Checkpoint, CheckpointFolder, Evaluation, RunConfig
 
 app = typer.Typer(
@@ -46,6 +48,10 @@ def train(
     train_shots: options.TrainShots = None,
     train_query_shots: options.TrainQueryShots = None,
     partition: options.Partition = None,
+    image_size: options.ImageSize = None,
+    grey: options.Grey = None,
+    on_error: options.OnError = None,
+    rotations: options.Rotations = None,
     labels: options.Labels = None,
     augment: options.Augment = None,
     augment_support: options.AugmentSupport = None,
@@ -90,9 +96,11 @@ def train(
 
     Defaults are the papers' settings. SIGINT (Ctrl-C) and SIGTERM write a checkpoint and leave.
     """
+    if data is not None:
+        data = _own_data(data, image_size=image_size, grey=grey, on_error=on_error.value if on_error else None)
     given = dict(
         algorithm=algorithm, data=data, ways=ways, shots=shots, query_shots=query_shots, train_ways=train_ways,
-        train_shots=train_shots, train_query_shots=train_query_shots, partition=partition,
+        train_shots=train_shots, train_query_shots=train_query_shots, partition=partition, rotations=rotations,
         data_root=str(data_root) if data_root else None, model=model, hidden=_widths(hidden), norm=norm, metric=metric,
         encoder=str(encoder) if encoder else None, freeze_encoder=freeze_encoder, inner_lr=inner_lr,
         inner_steps=inner_steps, eval_inner_steps=eval_inner_steps, first_order=first_order,
@@ -110,7 +118,7 @@ def train(
     from ..training.reporting import ConsoleReporter, TensorBoardReporter
     from ..training.run import build_trainer, find_checkpoint, resumed_config
 
-    checkpoint = None
+    checkpoint = opened = None
     if resume:
         if out_dir is None:
             raise ValueError("--resume needs --out: the folder of the run to go on with")
@@ -121,16 +129,17 @@ def train(
         if algorithm is None:
             raise ValueError(f"what to train is needed: one of {', '.join(options.ALGORITHM_NAMES)}")
         if data is None:
-            raise ValueError(f"--data is needed: one of {', '.join(name.value for name in options.DataName)}")
-        config = run_config(**given)
-        folder = out_dir or Path("runs") / f"{config.algorithm}-{config.data}-{time.strftime('%Y%m%d-%H%M%S')}"
+            names = ", ".join(options.DATA_NAMES)
+            raise ValueError(f"--data is needed: one of {names}, or your own, such as folder:PATH")
+        opened = _open(data)
+        config = run_config(**given, opened=opened)
+        folder = out_dir or Path("runs") / f"{config.algorithm}-{config.data_name}-{time.strftime('%Y%m%d-%H%M%S')}"
         if CheckpointFolder(folder).steps():
             raise ValueError(f"--out {folder} holds a run already: --resume goes on with it, or name another folder")
 
-    bar = ConsoleReporter(
-        out, iterations=config.iterations, minutes=config.minutes, regression=config.data == "sinusoid"
-    )
-    trainer = build_trainer(config, folder, resume=checkpoint)
+    bar = ConsoleReporter(out, iterations=config.iterations, minutes=config.minutes, regression=config.regression)
+    opened = opened or _open(config.data)
+    trainer = build_trainer(config, folder, resume=checkpoint, opened=opened)
     if checkpoint is not None:
         _say(f"resumed {folder} at step {trainer.step:,}")
     check_writable(folder)
@@ -153,9 +162,10 @@ def train(
     _say(f"finished at step {trainer.step:,} after {trainer.seconds:.1f} s of training; checkpoints in {folder}")
     if test_tasks is not None:
         best = find_checkpoint(folder)
-        log.test(best.step, _judge(best, episodes=test_tasks, device=config.device, threads=config.threads))
+        judged = _judge(best, episodes=test_tasks, device=config.device, threads=config.threads, opened=opened)
+        log.test(best.step, judged)
     if report:
-        _report(folder, config)
+        _report(folder, config, opened)
 
 
 @app.command()
@@ -201,14 +211,14 @@ def report(
     _say(f"report in {path}")
 
 
-def _report(folder: Path, config: RunConfig) -> None:
+def _report(folder: Path, config: RunConfig, opened: Data | None) -> None:
     """The report at the end of a run, which stays a good one if there is something wrong with that."""
     from ..training.report import write_report
 
     try:
         tasks = min(config.eval_tasks, 100)
         path = write_report(
-            folder, tasks=tasks, device=config.device, threads=config.threads, data_root=config.data_root
+            folder, tasks=tasks, device=config.device, threads=config.threads, data_root=config.data_root, opened=opened
         )
         _say(f"report in {path}")
     except Exception as error:
@@ -229,14 +239,16 @@ def _judge(
     device: str,
     threads: int | None,
     as_json: bool = False,
+    opened: Data | None = None,
 ) -> Evaluation:
     """Say how good a checkpoint is on held-out tasks, and return it."""
     from ..training.evaluate import evaluate as judge
     from ..training.reporting import describe
-    from ..training.run import load_for_evaluation
+    from ..training.run import config_of, load_for_evaluation
 
+    opened = opened or _open(config_of(found).data)
     config, algorithm, tasks = load_for_evaluation(
-        found, split, device=device, threads=threads, data_root=data_root, **sizes
+        found, split, device=device, threads=threads, data_root=data_root, opened=opened, **sizes
     )
     sizes = {name: sizes.get(name) or getattr(config, name) for name in ("ways", "shots", "query_shots")}
     regression = tasks.kind == "regression"
@@ -253,6 +265,10 @@ def _judge(
     size = f"{sizes['shots']} shots" if regression else f"{sizes['ways']}-way {sizes['shots']}-shot"
     _say(f"{config.algorithm} on {config.data}, {split} split, {size}, {episodes} episodes, {found.path}")
     _say(f"{describe(evaluation, regression)} (95% confidence interval), in {seconds:.1f} s", style="bold")
+    targets = (getattr(tasks.inputs, "table", None) or {}).get("targets") if hasattr(tasks, "inputs") else None
+    if targets is not None and targets["shift"] and len(targets["scale"]) == 1:
+        error = targets["scale"][0] * evaluation.loss.mean**0.5
+        _say(f"  targets have variance 1 in training; in their own unit the root of the MSE is {error:.4g}")
     if evaluation.calibration_error is not None:
         _say(f"  expected calibration error {100 * evaluation.calibration_error:.2f}%")
     for step, estimate in enumerate(evaluation.loss_by_step):
@@ -348,6 +364,22 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _clear_errors() -> Iterator[None]:
+    with warnings.catch_warnings():
+        otherwise = warnings.showwarning
+
+        def show(message, category, *where, **more):
+            if category.__name__ == "DataWarning":  # of fastmeta.tasks, which takes too long to import for --help
+                _warn(f"warning: {message}")
+            else:
+                otherwise(message, category, *where, **more)
+
+        warnings.showwarning = show
+        with _one_line():
+            yield
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -383,6 +415,26 @@ def _say(text: str, style: str | None = None) -> None:
 
 def _warn(text: str) -> None:
     err.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _own_data(data: str, **chosen: int | bool | str | None) -> str:
+    """`--data` with what is chosen beside it as options of its own, so that a run keeps all in one line."""
+    there = [name for name, value in chosen.items() if value is not None]
+    if not there:
+        return data
+    from ..tasks.read import is_form, with_options
+
+    if not is_form(data):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in there)
+        raise ValueError(f"{flags}: of --data folder:PATH and zip:PATH, and it is {data}")
+    return with_options(data, **chosen)
+
+
+def _open(data: str) -> Data | None:
+    """Own data, opened with a bar; None for a name."""
+    from ..tasks.read import is_form, open_data
+
+    return open_data(data, progress=err.is_terminal) if is_form(data) else None
 
 
 def _settings(given: list[str] | None, flag: str, example: str) -> tuple[tuple[str, object], ...] | None:

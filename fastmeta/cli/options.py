@@ -17,10 +17,7 @@ ALGORITHM_NAMES = (
 AlgorithmName = Enum("AlgorithmName", {name: name for name in ALGORITHM_NAMES}, type=str)
 
 
-class DataName(str, Enum):
-    sinusoid = "sinusoid"
-    glyphs = "glyphs"
-    omniglot = "omniglot"
+DATA_NAMES = ("sinusoid", "glyphs", "omniglot")  # kept equal to `tasks.NAMES`, which takes too long to import
 
 
 class WorldName(str, Enum):
@@ -57,6 +54,11 @@ class MetricName(str, Enum):
 class PartitionName(str, Enum):
     vinyals = "vinyals"
     c1200 = "1200"
+
+
+class OnErrorName(str, Enum):
+    refuse = "refuse"
+    skip = "skip"
 
 
 class LabelsName(str, Enum):
@@ -122,7 +124,21 @@ Settings = Annotated[
         help="An argument of the algorithm's own class, such as full_context=true; may be given often.",
     ),
 ]  # fmt: skip
-Data = _option(_TASKS, DataName, "--data", "sinusoid is regression, glyphs are drawn here, omniglot is real.", "needed")
+Data = _option(
+    _TASKS, str, "--data",
+    "sinusoid (regression), glyphs (drawn here) or omniglot; or your own: folder:PATH or zip:PATH of images as "
+    "class/image.png, npz:, npy: or safetensors:FILE, csv: or parquet:FILE?label=COLUMN. More options after the ?.",
+    "needed", metavar="DATA",
+)  # fmt: skip
+ImageSize = _option(_TASKS, int, "--image-size", "Of folder: and zip:, the side of the images.", "84", min=1)
+Grey = _option(_TASKS, bool, "--grey/--rgb", "Of folder: and zip:, one channel or three.", "rgb")
+OnError = _option(
+    _TASKS, OnErrorName, "--on-error", "Of folder: and zip:, refuse images that cannot be read, or skip them.", "refuse"
+)
+Rotations = _option(
+    _TASKS, bool, "--rotations/--no-rotations", "Every rotation of a class of images by 90 degrees is a class.",
+    "omniglot and glyphs yes, own data no",
+)  # fmt: skip
 Ways = _option(_TASKS, int, "--ways", "N, classes per task; a support set is [T, N * shots, ...].", "5", min=1)
 Shots = _option(_TASKS, int, "--shots", "Support examples per class.", "1; sinusoid 10", min=1)
 QueryShots = _option(

@@ -193,7 +193,7 @@ def _run(row: Row, folder: Path, *, episodes: int, common: dict[str, Any], conso
     if "eval_every" not in row.options and config.iterations:
         # the best of few checkpoints counts: judging one takes as long as many a step
         config = dataclasses.replace(config, eval_every=-(-config.iterations // 4), save_every=1000)
-    bar = ConsoleReporter(console, iterations=config.iterations, minutes=None, regression=row.data == "sinusoid")
+    bar = ConsoleReporter(console, iterations=config.iterations, minutes=None, regression=config.regression)
     checkpoints = CheckpointFolder(folder)
     begun = checkpoints.newest(fall_back=True)[0] if checkpoints.steps() else None
     trainer = build_trainer(config, folder, (bar,), resume=begun)

@@ -19,8 +19,12 @@ from fastmeta.tasks.omniglot import PARTITIONS, omniglot
 from fastmeta.tasks.person_tasks import PersonTasks
 from fastmeta.tasks.placement import episodes_of, placed
 from fastmeta.tasks.prefetch import Prefetched
+from fastmeta.tasks.read import Data, DataWarning, is_form, open_data, split_examples
+from fastmeta.tasks.read.tasks import tasks_of
+from fastmeta.tasks.regression_tasks import RegressionTasks
 from fastmeta.tasks.sinusoid import SinusoidTasks
 from fastmeta.tasks.source import TaskSource
+from fastmeta.tasks.task_rows import TaskRows
 from fastmeta.tasks.unlabelled import AugmentedTasks, ClusterTasks, embed_images, kmeans_partitions
 from fastmeta.tasks.wisdm import wisdm
 
@@ -30,14 +34,18 @@ __all__ = [
     "AugmentedTasks",
     "Augmentation",
     "ClusterTasks",
+    "Data",
+    "DataWarning",
     "EpisodeSampler",
     "Examples",
     "Inputs",
     "MixedTasks",
     "PersonTasks",
     "Prefetched",
+    "RegressionTasks",
     "SinusoidTasks",
     "TaskBatch",
+    "TaskRows",
     "TaskSource",
     "embed_images",
     "episodes_of",
@@ -47,6 +55,8 @@ __all__ = [
     "make_tasks",
     "omniglot",
     "placed",
+    "open_data",
+    "split_examples",
     "wisdm",
 ]
 
@@ -55,7 +65,7 @@ SPLITS = ("train", "val", "test")
 
 
 def make_tasks(
-    name: str,
+    name: str | Data,
     split: str = "train",
     *,
     ways: int | None = None,
@@ -65,19 +75,24 @@ def make_tasks(
     data_root: str | PathLike | None = None,
     seed: int = 0,
     partition: str = "vinyals",
+    rotations: bool | None = None,
 ):
-    """A source of tasks by name.
+    """A source of tasks by name, or from data of your own.
 
     Args:
-        name: "sinusoid" (regression), "glyphs" (drawn here, no network) or "omniglot" (real).
+        name: "sinusoid" (regression), "glyphs" (drawn here, no network) or "omniglot" (real); or own data, a line as
+            `open_data` takes it, such as "folder:photos", or what that returned.
         split: "train", "val" or "test"; their classes are disjoint. Sinusoids have no splits: all are one distribution.
-        ways: N, classes per task, 5 by default. Not for sinusoids.
-        shots: support examples per class, 1 by default; of a sinusoid, 10.
-        query_shots: query examples per class, 15 by default; of a sinusoid, 10.
+        ways: N, classes per task, 5 by default; of a person's, 3. Not for regression.
+        shots: support examples per class, 1 by default; of regression, 10.
+        query_shots: query examples per class, 15 by default; of a person's, 5; of regression, 10.
         device: where the data lies and the tasks are drawn.
         data_root: folder of real data; see `omniglot`.
         seed: of the glyphs' classes.
         partition: of Omniglot's characters, "vinyals" or "1200".
+        rotations: whether every rotation of a class of images is a class; default of own data no, else yes.
+
+    Own data of classes that have fewer than `shots + query_shots` rows are left out, with a warning.
 
     Returns:
         An object with `sample(num_tasks, generator=None) -> TaskBatch`, `kind`, `input_shape` and `output_size`.
@@ -86,14 +101,20 @@ def make_tasks(
         TypeError, ValueError: an unknown name, split or partition, a number or device that is none; more ways, shots or
             query shots than the data has.
     """
-    values.choice("name", name, NAMES)
+    if not isinstance(name, Data) and not (isinstance(name, str) and is_form(name)):
+        values.choice("name", name, NAMES)
     values.choice("split", split, SPLITS)
     values.choice("partition", partition, PARTITIONS)
+    if rotations is not None:
+        values.flag("rotations", rotations)
     sizes = {"ways": ways, "shots": shots, "query_shots": query_shots}
     check_sizes(**{key: size for key, size in sizes.items() if size is not None})
     device = values.device("device", device)
     values.seed("seed", seed)
     values.path("data_root", data_root, or_none=True)
+    if name not in NAMES:
+        data = open_data(name) if isinstance(name, str) else name
+        return tasks_of(data, split, device, rotations=bool(rotations), **sizes)
     if name == "sinusoid":
         return SinusoidTasks(shots=_or(shots, 10), query_shots=_or(query_shots, 10), device=device)
     images = load_images(name, split, data_root=data_root, seed=seed, partition=partition)
@@ -102,21 +123,26 @@ def make_tasks(
         ways=_or(ways, 5),
         shots=_or(shots, 1),
         query_shots=_or(query_shots, 15),
-        rotations=True,
+        rotations=rotations is not False,
         name=f"{name}/{split}",
     )
 
 
 def load_images(
-    name: str,
+    name: str | Data,
     split: str = "train",
     *,
     data_root: str | PathLike | None = None,
     seed: int = 0,
     partition: str = "vinyals",
 ) -> Tensor:
-    """The images of a split by name, uint8 `[classes, instances, C, H, W]`, without rotations. Arguments and errors as
-    of `make_tasks`, but a name must be one of images."""
+    """The images of a split by name, uint8 `[classes, instances, C, H, W]`, without rotations; of own data `[R, C, H,
+    W]`. Arguments and errors as of `make_tasks`, but a name must be one of images."""
+    if isinstance(name, Data):
+        part = name.part(split)
+        if len(part.input_shape) != 3:
+            raise ValueError(f"{part.name} must be images [C, H, W], and its rows are {list(part.input_shape)}")
+        return part.rows[part.order]
     values.choice("name", name, NAMES[1:])
     values.choice("split", split, SPLITS)
     values.choice("partition", partition, PARTITIONS)

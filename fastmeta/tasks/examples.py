@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,25 @@ class Examples:
         self.order = label.argsort(stable=True)
         counts = label.bincount(minlength=len(classes))
         self.offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+    @classmethod
+    def from_dataset(
+        cls,
+        data: Any,
+        *,
+        image: str | None = None,
+        label: str | None = None,
+        image_size: int | None = None,
+        grey: bool = False,
+        name: str | None = None,
+    ) -> Examples:
+        """Examples from a labelled `torch.utils.data.Dataset` or a Hugging Face `datasets.Dataset`. Arguments and
+        errors as of `fastmeta.tasks.read.dataset`."""
+        from fastmeta.tasks.read._items import items_of
+
+        name = type(data).__name__ if name is None else name
+        rows, labels, names = items_of(data, image, label, image_size, grey, name)
+        return cls(rows, labels, names=names, name=name)
 
     @property
     def counts(self) -> Tensor:

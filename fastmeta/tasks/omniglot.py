@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import tempfile
-import zipfile
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -18,6 +16,9 @@ import torch
 from torch import Tensor
 
 from fastmeta import values
+from fastmeta.tasks.read._archive import open_archive
+from fastmeta.tasks.read._cache import Made, cache_folder, cached
+from fastmeta.tasks.read._pictures import open_picture
 
 CHARACTERS, DRAWINGS, SIZE = 1623, 20, 28
 PARTITIONS = ("vinyals", "1200")
@@ -65,8 +66,8 @@ def characters(data_root: str | os.PathLike | None = None) -> tuple[Tensor, list
     images, names = _load(archives)
     folder = {}
     for path in archives:
-        with zipfile.ZipFile(path) as archive:
-            folder |= {n.split("/")[-3]: n.split("/")[0] for n in archive.namelist() if n.endswith(".png")}
+        with open_archive(path) as archive:
+            folder |= {n.split("/")[-3]: n.split("/")[0] for n in archive.members if n.endswith(".png")}
     return images, [f"{folder[name.split('/')[0]]}/{name}" for name in names]
 
 
@@ -104,7 +105,7 @@ def _find(data_root: str | os.PathLike | None) -> tuple[Path, ...]:
         ) from error
     try:
         return tuple(
-            Path(pooch.retrieve(_URL + name, f"md5:{md5}", fname=name, path=_cache(), progressbar=False))
+            Path(pooch.retrieve(_URL + name, f"md5:{md5}", fname=name, path=cache_folder(), progressbar=False))
             for name, md5 in zip(ARCHIVES, _PUBLISHED_MD5, strict=True)
         )
     except (OSError, ValueError) as error:
@@ -114,63 +115,30 @@ def _find(data_root: str | os.PathLike | None) -> tuple[Path, ...]:
         ) from error
 
 
-def _cache() -> Path:
-    folder = os.environ.get("FASTMETA_CACHE")
-    if folder is None:
-        import pooch
-
-        folder = pooch.os_cache("fastmeta")
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return Path(folder)
-    except OSError:  # read-only home: this run then decodes for itself
-        return Path(tempfile.mkdtemp(prefix="fastmeta-"))
-
-
 @lru_cache(maxsize=1)
 def _load(archives: tuple[Path, ...]) -> tuple[Tensor, list[str]]:
     """All characters, uint8 `[1623, 20, 28, 28]`, and their names, from the cache if it is whole."""
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
-
     digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in archives)).hexdigest()
-    cached = _cache() / f"omniglot-{SIZE}-{digest[:16]}.safetensors"
-    if cached.is_file():
-        try:
-            with safe_open(cached, "pt") as file:
-                images, metadata = file.get_tensor("images"), file.metadata()
-            whole = hashlib.sha256(images.numpy().tobytes()).hexdigest() == metadata["sha256"]
-            if whole and metadata["format"] == _FORMAT:
-                return images, metadata["names"].split("\n")
-        except (SafetensorError, KeyError, OSError):
-            pass  # damaged: made anew below, over it
-    images, names = _decode(archives)
-    metadata = {
-        "format": _FORMAT,
-        "names": "\n".join(names),
-        "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest(),
-    }
-    partial = cached.with_suffix(f".{os.getpid()}.partial")
-    save_file({"images": images}, partial, metadata)
-    os.replace(partial, cached)
-    return images, names
+    tensors, texts = cached(f"omniglot-{SIZE}-{digest[:16]}", _FORMAT, lambda: _decode(archives))
+    return tensors["images"], texts["names"].split("\n")
 
 
-def _decode(archives: tuple[Path, ...]) -> tuple[Tensor, list[str]]:
+def _decode(archives: tuple[Path, ...]) -> Made:
     import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     drawings: dict[str, list[Tensor]] = {}
     for path in archives:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                for name in sorted(n for n in archive.namelist() if n.endswith(".png")):
-                    image = Image.open(io.BytesIO(archive.read(name))).convert("L")
-                    small = ImageOps.invert(image).resize((SIZE, SIZE), Image.Resampling.BOX)
-                    character = "/".join(name.split("/")[-3:-1])
-                    drawings.setdefault(character, []).append(torch.from_numpy(np.array(small)))
-        except (zipfile.BadZipFile, UnidentifiedImageError, OSError, EOFError, zipfile.zlib.error) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+        with open_archive(path) as archive:
+            for name in sorted(n for n in archive.members if n.endswith(".png")):
+                data = archive.read(name)
+                try:
+                    image = open_picture(io.BytesIO(data), ("PNG",)).convert("L")
+                except (OSError, SyntaxError, ValueError) as error:
+                    raise ValueError(f"{path} is damaged: {name}: {error}") from error
+                small = ImageOps.invert(image).resize((SIZE, SIZE), Image.Resampling.BOX)
+                character = "/".join(name.split("/")[-3:-1])
+                drawings.setdefault(character, []).append(torch.from_numpy(np.array(small)))
     short = [name for name, images in drawings.items() if len(images) != DRAWINGS]
     if len(drawings) != CHARACTERS or short:
         raise ValueError(
@@ -178,4 +146,5 @@ def _decode(archives: tuple[Path, ...]) -> tuple[Tensor, list[str]]:
             + (f"; {short[0]} has {len(drawings[short[0]])} drawings, should be {DRAWINGS}" if short else "")
         )
     names = sorted(drawings)
-    return torch.stack([torch.stack(drawings[name]) for name in names]), names
+    images = torch.stack([torch.stack(drawings[name]) for name in names])
+    return {"images": images}, {"names": "\n".join(names)}

@@ -70,7 +70,7 @@ def load(path: str | os.PathLike) -> tuple[Tensor, Tensor, dict[str, Any]]:
             metadata = file.metadata() or {}
         if metadata.get("fastmeta.examples") != _FORMAT:
             raise ValueError(f"{path} holds no examples that this version can read")
-        tensors = _mapped(path)
+        tensors = mapped(path)
         named = json.loads(metadata["names"])
         rows, offsets = tensors["rows"], tensors["offsets"].clone()
         names, groups, _ = tuple(named["names"]), named["groups"], named["name"]
@@ -86,8 +86,8 @@ def load(path: str | os.PathLike) -> tuple[Tensor, Tensor, dict[str, Any]]:
     return rows, offsets, named
 
 
-def _mapped(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, as views of one map of it.
+def mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, as views of one map of it; numbers at multiples of their size, and metadata.
 
     `safe_open` maps too, but for PyTorch in a way that asks the system to set the whole size aside, which it refuses
     for a file larger than its memory. Pages that are written to, if ever, are copied, and the file stays as it is.

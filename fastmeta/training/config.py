@@ -6,13 +6,17 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .. import values
 from ..dispatch.backends import METRICS
 from ..engines.select import check_name
 from ..nn import NORMS
 from ..tasks import NAMES as DATA
+from ..tasks import Data, Examples, TaskRows, open_data
 from ..tasks.augment import HANDWRITING, Augmentation
 from ..tasks.omniglot import PARTITIONS
+from ..tasks.read import is_form, parse
 from .registry import ALGORITHMS
 from .schedule import SCHEDULES
 
@@ -20,6 +24,10 @@ MODELS = ("mlp", "conv4", "none")
 LABELS = ("true", "augment", "cluster")
 # beyond these PyTorch ends in an overflow, and OpenMP without a word
 _LARGEST, _MOST_THREADS = 2**31 - 1, 1024
+# of own data
+_LEAST_SIDE = 16  # of images for a conv4
+_MOST_WAYS = 20  # of training tasks by default
+_PERSON_WAYS = 3
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,9 @@ class RunConfig:
     images (`~fastmeta.tasks.AugmentedTasks`, with `augmentation` and `augment_support`); `"cluster"` clusters
     (`~fastmeta.tasks.ClusterTasks`) of what the encoder of `cluster_checkpoint` makes of the images, or of pixels.
     Validation and test tasks always have the data's own.
+
+    `data` is a name, or a line as `~fastmeta.tasks.open_data` takes it: where own data lies, and how it
+    is read and split.
     """
 
     algorithm: str
@@ -64,6 +75,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     partition: str = "vinyals"
+    rotations: bool = True  # whether every rotation of a class of images is a class
     data_root: str | None = None
     labels: str = "true"
     augmentation: tuple[tuple[str, float], ...] = ()
@@ -82,11 +94,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         choices = {
-            "algorithm": tuple(ALGORITHMS), "data": DATA, "model": MODELS, "norm": NORMS, "metric": METRICS,
+            "algorithm": tuple(ALGORITHMS), "model": MODELS, "norm": NORMS, "metric": METRICS,
             "partition": PARTITIONS, "labels": LABELS, "lr_schedule": SCHEDULES,
         }  # fmt: skip
         for name, allowed in choices.items():
             values.choice(name, getattr(self, name), allowed)
+        check_data(self.data)
         counts = ("ways", "shots", "query_shots", "train_ways", "train_shots", "train_query_shots", "task_batch")
         for name in (*counts, "eval_tasks", "clusters", "cluster_partitions"):
             values.count(name, getattr(self, name))
@@ -97,7 +110,7 @@ class RunConfig:
             values.count(name, getattr(self, name), 0)
         for name in ("inner_lr", "outer_lr", *(() if self.minutes is None else ("minutes",))):
             values.number(name, getattr(self, name), 0, open=True)
-        for name in ("first_order", "augment_support", "freeze_encoder"):
+        for name in ("first_order", "augment_support", "freeze_encoder", "rotations"):
             values.flag(name, getattr(self, name))
         for name in ("data_root", "cluster_checkpoint", "encoder"):
             values.path(name, getattr(self, name), or_none=True)
@@ -128,15 +141,15 @@ class RunConfig:
             raise ValueError(f"hidden must be one or more widths of at least 1, got {list(self.hidden)}")
         if self.model == "conv4" and len(self.hidden) != 1:
             raise ValueError(f"hidden must be one number of channels for conv4, got {list(self.hidden)}")
-        if self.data == "sinusoid":
+        if self.regression:
             if "regression" not in ALGORITHMS[self.algorithm].kinds:
                 raise ValueError(
-                    f"{self.algorithm} classifies, and sinusoid is regression: use maml, or data glyphs or omniglot"
+                    f"{self.algorithm} classifies, and {self.data} is regression: use maml, or data glyphs or omniglot"
                 )
-            if self.model == "conv4":
-                raise ValueError("conv4 needs images, and sinusoid has numbers: use model mlp")
             if self.ways != 1 or self.train_ways != 1:
-                raise ValueError("sinusoid is regression, it has no ways: leave ways out")
+                raise ValueError(f"{self.data} is regression, it has no ways: leave ways out")
+        if self.model == "conv4" and self._of_numbers():
+            raise ValueError(f"conv4 needs images, and {self.data} has numbers: use model mlp")
         self._check_labels()
         own = ALGORITHMS[self.algorithm].settings
         for name, value in self.settings:
@@ -160,9 +173,22 @@ class RunConfig:
             able = ", ".join(name for name, entry in ALGORITHMS.items() if entry.without_model)
             raise ValueError(f"model 'none' leaves {self.algorithm} nothing to train or modulate; {able} serve it")
 
+    @property
+    def regression(self) -> bool:
+        """Whether tasks are of numbers to be told, not of classes."""
+        return self.data == "sinusoid" or (is_form(self.data) and parse(self.data).kind == "regression")
+
+    @property
+    def data_name(self) -> str:
+        """Of the data in names of folders."""
+        return parse(self.data).name if is_form(self.data) else self.data
+
+    def _of_numbers(self) -> bool:
+        return self.data == "sinusoid" or (is_form(self.data) and parse(self.data).form in ("csv", "parquet"))
+
     def _check_labels(self) -> None:
-        if self.data == "sinusoid" and self.labels != "true":
-            raise ValueError(f"labels {self.labels!r} needs images, and sinusoid has numbers: leave labels out")
+        if self._of_numbers() and self.labels != "true":
+            raise ValueError(f"labels {self.labels!r} needs images, and {self.data} has numbers: leave labels out")
         if self.labels != "augment" and (self.augmentation or self.augment_support):
             raise ValueError(f"augmentation and augment_support are of labels 'augment'; labels is {self.labels!r}")
         if self.labels != "cluster" and self.cluster_checkpoint is not None:
@@ -198,15 +224,27 @@ class RunConfig:
         return cls(**{**chosen, "hidden": tuple(chosen["hidden"]), **named})
 
 
-def run_config(algorithm: str, data: str, **given: Any) -> RunConfig:
+def check_data(data: str) -> None:
+    """Raise ValueError unless `data` is a known name, or a line of own data that can be read."""
+    if isinstance(data, str) and is_form(data):
+        parse(data)
+    else:
+        values.choice("data", data, (*DATA, "folder:PATH and other forms of own data"))
+
+
+def run_config(algorithm: str, data: str, *, opened: Data | None = None, **given: Any) -> RunConfig:
     """A `RunConfig` with what is `given` (None counts as not given) and published settings for the rest.
+
+    Of own data the defaults depend on what it is: images of at least 16 x 16 get a conv4, other rows an mlp; tasks of
+    training have at most 20 ways, and no more than there are classes large enough. `opened` is what
+    `~fastmeta.tasks.open_data` made of it, if that was called already.
 
     Sources: MAML on sinusoids, section 5.1 of Finn et al. 2017 (10 shots, one step of 0.01 in training) with
     more tasks per step; MAML on images, their section A.1 (20-way: five steps of 0.1); prototypical networks,
     Snell et al. 2017, section 3.1 (60-way episodes of 5 queries, Adam at 1e-3 halved every 2,000 episodes).
     """
     values.choice("algorithm", algorithm, tuple(ALGORITHMS))
-    values.choice("data", data, DATA)
+    check_data(data)
     given = {key: value for key, value in given.items() if value is not None}
     for name, least in (("ways", 1), ("inner_steps", 0), ("eval_every", 0)):  # what defaults are made of
         if name in given:
@@ -219,14 +257,21 @@ def run_config(algorithm: str, data: str, **given: Any) -> RunConfig:
     for name in ("augmentation", "settings"):
         if name in given and not isinstance(given[name], (tuple, list, dict)):
             raise TypeError(f"{name} must hold names with their values, got {values.shown(given[name])}")
-    chosen = _defaults(algorithm, data, given)
+    source = _source(data, opened)
+    chosen = _defaults(algorithm, source, given)
     entry = ALGORITHMS[algorithm]
-    chosen.update(entry.sinusoid if data == "sinusoid" else entry.images)
+    chosen.update(entry.sinusoid if source.regression else entry.images)
+    if not source.regression:
+        chosen.update(_own(source.part, chosen, given))
     if given.get("minutes") is not None and "iterations" not in given:
         chosen["iterations"] = None
     if given.get("lr_halve_every") and "lr_schedule" not in given:
         chosen["lr_schedule"] = "halve"
     chosen.update(given)
+    if chosen["model"] == "conv4" and source.part is not None and not source.images:
+        shape = list(source.part.input_shape)
+        least = f"{_LEAST_SIDE} x {_LEAST_SIDE}"
+        raise ValueError(f"conv4 needs images of at least {least}, and {data} has {shape}: use mlp")
     if "inner_steps" in given and "eval_inner_steps" not in given:
         chosen["eval_inner_steps"] = max(chosen.get("eval_inner_steps", 0), given["inner_steps"])
     for name in ("ways", "shots", "query_shots"):
@@ -241,8 +286,46 @@ def run_config(algorithm: str, data: str, **given: Any) -> RunConfig:
     return RunConfig(algorithm=algorithm, data=data, **chosen)
 
 
-def _defaults(algorithm: str, data: str, given: dict[str, Any]) -> dict[str, Any]:
-    if data == "sinusoid":
+@dataclass(frozen=True)
+class _Source:
+    """What defaults depend on: `part` is own data's training split."""
+
+    regression: bool
+    images: bool
+    part: Examples | TaskRows | None = None
+
+
+def _source(data: str, opened: Data | None) -> _Source:
+    if not is_form(data):
+        return _Source(data == "sinusoid", data != "sinusoid")
+    opened = open_data(data) if opened is None else opened
+    part, shape = opened.part("train"), opened.input_shape
+    if part.rows.dtype != torch.uint8 and not part.rows.is_floating_point():
+        raise ValueError(
+            f"{data}: rows of {values.dtype_of(part.rows)} are token ids, which need a model of your own; write "
+            "features as float32"
+        )
+    images = len(shape) == 3 and min(shape[1:]) >= _LEAST_SIDE
+    return _Source(opened.kind == "regression", images, part)
+
+
+def _own(part: Examples | TaskRows | None, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Which of the defaults of classification are others for own data."""
+    if part is None:
+        return {}
+    chosen = {**defaults, **given}
+    if isinstance(part, TaskRows):
+        ways = given.get("ways", min(_PERSON_WAYS, len(part.classes)))
+        return {"rotations": False, "ways": ways, "train_ways": ways, "query_shots": 5, "train_query_shots": 5}
+    if "train_ways" not in chosen or chosen.get("labels", "true") != "true":
+        return {"rotations": False}
+    each = chosen.get("train_shots", chosen["shots"]) + chosen.get("train_query_shots", chosen["query_shots"])
+    there = int((part.counts >= each).sum())
+    return {"rotations": False, "train_ways": max(chosen["ways"], min(_MOST_WAYS, chosen["train_ways"], there))}
+
+
+def _defaults(algorithm: str, source: _Source, given: dict[str, Any]) -> dict[str, Any]:
+    if source.regression:
         inner_steps = given.get("inner_steps", 1)
         return {
             "ways": 1,
@@ -256,7 +339,7 @@ def _defaults(algorithm: str, data: str, given: dict[str, Any]) -> dict[str, Any
             "iterations": 20_000,
             "eval_every": 1000,
         }
-    model = given.get("model", "conv4")
+    model = given.get("model", "conv4" if source.images else "mlp")
     ways = given.get("ways", 5)
     common = {
         "ways": 5,

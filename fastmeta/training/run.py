@@ -15,13 +15,17 @@ from .. import values
 from ..tasks import (
     AugmentedTasks,
     ClusterTasks,
+    Data,
     Inputs,
     TaskSource,
     embed_images,
     kmeans_partitions,
     load_images,
     make_tasks,
+    open_data,
 )
+from ..tasks.read import is_form
+from ..tasks.read.tasks import with_inputs
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load_checkpoint
 from .config import RunConfig
 from .encoder import freeze_encoder, load_encoder
@@ -60,36 +64,50 @@ def device_of(name: str) -> torch.device:
     return values.device("device", name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def build_tasks(config: RunConfig, split: str, device: torch.device, **changed: int | None) -> TaskSource:
+def open_source(config: RunConfig, opened: Data | None = None) -> str | Data:
+    """What the config's tasks are made from: a name, or own data, `opened` if that is done."""
+    return (opened or open_data(config.data)) if is_form(config.data) else config.data
+
+
+def build_tasks(
+    config: RunConfig, split: str, device: torch.device, *, opened: Data | None = None, **changed: int | None
+) -> TaskSource:
     """The config's tasks of one split (`"train"`, `"val"` or `"test"`), with true labels; `changed` replaces ways,
-    shots or query_shots."""
+    shots or query_shots; `opened` is the config's own data, if it has been opened."""
     prefix = "train_" if split == "train" else ""
     sizes = {name: getattr(config, prefix + name) for name in ("ways", "shots", "query_shots")}
     sizes |= {name: value for name, value in changed.items() if value is not None}
-    if config.data == "sinusoid":
+    if config.regression:
         del sizes["ways"]
     return make_tasks(
-        config.data, split, **sizes, device=device, data_root=config.data_root, partition=config.partition
-    )
+        open_source(config, opened), split, **sizes, device=device, data_root=config.data_root,
+        partition=config.partition, rotations=config.rotations and not config.regression,
+    )  # fmt: skip
 
 
-def build_training_tasks(config: RunConfig, device: torch.device) -> TaskSource:
+def build_training_tasks(config: RunConfig, device: torch.device, opened: Data | None = None) -> TaskSource:
     """What the config trains on: tasks of the split "train", with true labels or, from its images alone, made ones.
 
     Raises ValueError; ImportError where clusters need scikit-learn and there is none.
     """
     if config.labels == "true":
-        return build_tasks(config, "train", device)
-    images = load_images(config.data, "train", data_root=config.data_root, partition=config.partition).to(device)
+        return build_tasks(config, "train", device, opened=opened)
+    source = open_source(config, opened)
+    images = load_images(source, "train", data_root=config.data_root, partition=config.partition).to(device)
     options: dict[str, Any] = {name: getattr(config, f"train_{name}") for name in ("ways", "shots", "query_shots")}
-    options |= {"rotations": True, "name": f"{config.data}/train"}
+    options |= {"rotations": config.rotations, "name": f"{config.data_name}/train"}
     if config.labels == "augment":
-        return AugmentedTasks(images, augmentation=config.augment(), augment_support=config.augment_support, **options)
-    embeddings = images.flatten(0, 1)
+        how = {"augmentation": config.augment(), "augment_support": config.augment_support}
+        return _from(source, AugmentedTasks(images, **how, **options))
+    embeddings = images.flatten(0, -4)
     if config.cluster_checkpoint is not None:
         embeddings = F.normalize(embed_images(_encoder(config, device), images), dim=1)
     partitions = kmeans_partitions(embeddings, config.clusters, config.cluster_partitions, seed=config.seed)
-    return ClusterTasks(images, partitions, **options)
+    return _from(source, ClusterTasks(images, partitions, **options))
+
+
+def _from(source: str | Data, tasks: TaskSource) -> TaskSource:
+    return with_inputs(tasks, source) if isinstance(source, Data) else tasks
 
 
 def _encoder(config: RunConfig, device: torch.device) -> nn.Module:
@@ -113,9 +131,11 @@ def build_algorithm(config: RunConfig, tasks: TaskSource | Inputs, device: torch
     return algorithm.to(device)
 
 
-def validator(config: RunConfig, algorithm: nn.Module, device: torch.device) -> Callable[..., Evaluation | None]:
+def validator(
+    config: RunConfig, algorithm: nn.Module, device: torch.device, opened: Data | None = None
+) -> Callable[..., Evaluation | None]:
     """What a trainer calls to validate: the same `config.eval_tasks` held-out tasks every time."""
-    tasks = build_tasks(config, "val", device)
+    tasks = build_tasks(config, "val", device, opened=opened)
     steps = config.eval_inner_steps if hasattr(algorithm, "inner_steps") else None
     episodes = config.eval_tasks
     return lambda stop: evaluate(
@@ -129,10 +149,14 @@ def build_trainer(
     reporters: tuple[Reporter, ...] = (),
     *,
     resume: Checkpoint | None = None,
+    opened: Data | None = None,
 ) -> Trainer:
-    """A trainer that saves into `folder` (None: nowhere), at step 0 or where the checkpoint `resume` was written."""
+    """A trainer that saves into `folder` (None: nowhere), at step 0 or where the checkpoint `resume` was written.
+    `opened` is own data that has been opened."""
     device = prepare(config)
-    tasks = build_training_tasks(config, device)
+    if is_form(config.data):
+        opened = open_source(config, opened)
+    tasks = build_training_tasks(config, device, opened)
     algorithm = build_algorithm(config, tasks, device)
     if config.encoder is not None and resume is None:  # from then on the checkpoints have its weights
         load_encoder(algorithm, config.encoder)
@@ -146,7 +170,7 @@ def build_trainer(
         lr_halve_every=config.lr_halve_every,
         iterations=config.iterations,
         minutes=config.minutes,
-        validate=validator(config, algorithm, device) if config.eval_every else None,
+        validate=validator(config, algorithm, device, opened) if config.eval_every else None,
         eval_every=config.eval_every,
         checkpoints=CheckpointFolder(folder) if folder is not None else None,
         save_every=config.save_every,
@@ -209,9 +233,10 @@ def load_for_evaluation(
     ways: int | None = None,
     shots: int | None = None,
     query_shots: int | None = None,
+    opened: Data | None = None,
 ) -> tuple[RunConfig, nn.Module, TaskSource]:
     """A checkpoint's settings, its trained algorithm, and tasks of `split` to judge it on, by default as it
-    was validated.
+    was validated. `opened` is the run's own data, if it has been opened.
 
     Raises CheckpointError if the checkpoint does not fit, ValueError for `ways` that the model cannot serve.
     """
@@ -224,7 +249,7 @@ def load_for_evaluation(
     where = prepare(config)
     sizes = {"ways": ways, "shots": shots, "query_shots": query_shots}
     sizes = {name: value or getattr(config, name) for name, value in sizes.items()}
-    tasks = build_tasks(config, split, where, **sizes)
+    tasks = build_tasks(config, split, where, opened=opened, **sizes)
     algorithm = build_algorithm(config, tasks, where)
     load_model(algorithm, checkpoint)
     return config, algorithm, tasks

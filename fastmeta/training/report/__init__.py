@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checkpoint import CheckpointFolder, write_whole
 from ..log import read_log
 from ..run import config_of, find_checkpoint, load_for_evaluation
 from .page import page
 from .predictions import predict_tasks
+
+if TYPE_CHECKING:
+    from ...tasks import Data
 
 NAME = "report.html"
 
@@ -20,12 +24,13 @@ def write_report(
     device: str = "auto",
     threads: int | None = None,
     data_root: str | Path | None = None,
+    opened: Data | None = None,
 ) -> Path:
     """Write `folder/report.html` about the run in `folder`, and return its path.
 
     Args: tasks: held-out ones of the split "test", on which the best checkpoint is judged and from which the examples
-        are. device, threads, data_root: what these are judged with. Where their data cannot be had, the page says why
-        and shows the rest.
+        are. device, threads, data_root, opened: what these are judged with. Where their data cannot be had, the page
+        says why and shows the rest.
 
     Raises CheckpointError where the folder holds no checkpoint that can be read; OSError where it cannot be written.
     """
@@ -35,7 +40,7 @@ def write_report(
     parameters = sum(tensor.numel() for tensor in best.group("model").values())
     try:
         config, algorithm, source = load_for_evaluation(
-            best, "test", device=device, threads=threads, data_root=data_root
+            best, "test", device=device, threads=threads, data_root=data_root, opened=opened
         )
         parameters = sum(parameter.numel() for parameter in algorithm.parameters())
         steps = config.eval_inner_steps if hasattr(algorithm, "inner_steps") else None

@@ -97,7 +97,7 @@ def page(
 ) -> str:
     """The whole of `report.html`. `best`, `newest`: the run's checkpoints; `log`: its lines; `found`: what the best
     one says of test tasks, or why that is not known."""
-    size = f"{config.shots} shots" if config.data == "sinusoid" else f"{config.ways}-way {config.shots}-shot"
+    size = f"{config.shots} shots" if config.regression else f"{config.ways}-way {config.shots}-shot"
     sections = [
         _section("Results", _key_figures(best, newest, log, found, parameters)),
         _section("Curves", _curves(config, newest, log)),

@@ -1,0 +1,201 @@
+"""A table: classes by a column, or tasks by a column with a number or a class to tell of each row."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmeta import values
+from fastmeta.tasks.examples import Examples
+from fastmeta.tasks.read._columns import Columns, read_columns
+from fastmeta.tasks.read._warning import DataWarning
+from fastmeta.tasks.read.features import Features
+from fastmeta.tasks.read.splits import SPLITS, Splits, split_examples, split_name
+from fastmeta.tasks.task_rows import TaskRows
+
+MISSING = ("mean", "drop", "refuse")
+_SHOWN = 8
+
+
+class Table(NamedTuple):
+    """What came of a table: its parts, and how other rows are brought to the same numbers."""
+
+    splits: Splits
+    features: Features
+    targets: Features | None  # of regression: how the targets were scaled
+
+
+def table(
+    path: str | os.PathLike,
+    *,
+    label: str | None = None,
+    task: str | None = None,
+    target: str | Sequence[str] | None = None,
+    features: Sequence[str] | None = None,
+    one_hot: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    missing: str = "mean",
+    indicator: bool = False,
+    standardise: bool = True,
+    split: str | Callable[[Examples | TaskRows], Splits] = split_examples,
+    delimiter: str | None = None,
+) -> Table:
+    """Rows of a CSV or Parquet file, in three splits.
+
+    Args:
+        path: `.parquet` needs pyarrow; any other file is text with a header, cells between commas, semicolons, tabs or
+            bars.
+        label: the column of the classes. Alone: classification by class, `Examples`.
+        task: the column of the tasks, with `label` (what is to be told of a row, in every task: `TaskRows` of classes)
+            or with `target`.
+        target: a column of numbers, or several: regression by task, `TaskRows`.
+        features: the columns to tell it from; default all other columns of numbers.
+        ignore: columns not to tell it from, such as another target.
+        one_hot: columns of text to tell it from, each value a column of zeros and ones.
+        missing: a feature that is empty, `?`, `NA`, `NaN`, `null` or `none`: "mean" (default) fills in the mean of the
+            column, "drop" leaves the row out, "refuse" raises. The first two warn, and count. A row without label,
+            task or target is dropped or refused, and refused with "mean".
+        indicator: with "mean", another column that is 1 where there was none, for each column that has such cells.
+        standardise: features with mean 0 and variance 1, targets too. Means and variances, those that fill cells as
+            well, are of the rows that train.
+        split: a column of train, val and test, or what makes splits of the whole: `split_examples`, or a partial of it.
+        delimiter: between cells; default what the header has most of.
+
+    Returns:
+        A `Table`: splits of rows float32 `[R, D]`, targets float32 `[R, O]`.
+
+    Raises:
+        TypeError, ValueError: a cell that is no number, a missing one, a class or task in two splits: with file, row
+            and column; columns that are not there; no features.
+        ImportError: Parquet without pyarrow.
+    """
+    values.path("path", path)
+    values.choice("missing", missing, MISSING)
+    values.flag("indicator", indicator)
+    values.flag("standardise", standardise)
+    targets = () if target is None else (target,) if isinstance(target, str) else tuple(target)
+    if not (label is not None) ^ bool(targets):
+        raise ValueError("a table needs label (a column of classes) or target (columns of numbers), and not both")
+    if targets and task is None:
+        raise ValueError("target needs task: the column that says which task, such as a patient, a row is of")
+    path = Path(path)
+    columns = read_columns(path, delimiter)
+    by_column = split if isinstance(split, str) else None
+    about = [name for name in (label, task, *targets) if name is not None]
+    columns.check(*about, *(features or ()), *one_hot, *ignore, *([] if by_column is None else [by_column]))
+    numeric = tuple(features) if features is not None else _numeric(columns, {*about, *one_hot, *ignore, by_column})
+    if not numeric and not one_hot:
+        raise ValueError(f"{path} has no features: no column of numbers beside {', '.join(about)}")
+    columns = _told(columns, about, drop=missing == "drop")
+    used, columns, raw = _filled(columns, Features(numeric, shift=standardise), missing, indicator)
+    used = dataclasses.replace(
+        used, one_hot=tuple((name, tuple(sorted({*columns.texts(name)} - {None}))) for name in one_hot)
+    )
+    aims = Features(targets, shift=standardise)
+    raw_aims = aims.raw(columns)
+
+    def whole(rows: Tensor, aimed: Tensor) -> Examples | TaskRows:
+        if task is None:
+            return Examples(rows, _keys(columns.texts(label)), name=path.stem)
+        if targets:
+            return TaskRows(rows, aimed, _keys(columns.texts(task)), name=path.stem)
+        classes, found = np.unique(_keys(columns.texts(label)), return_inverse=True)
+        told = torch.from_numpy(found.astype(np.int64))
+        return TaskRows(rows, told, _keys(columns.texts(task)), classes=classes.tolist(), name=path.stem)
+
+    def parts(rows: Tensor, aimed: Tensor) -> Splits:
+        made = whole(rows, aimed)
+        if by_column is None:
+            return split(made)
+        return split_examples(made, names=_by_column(columns, by_column, task or label))
+
+    # who trains must be known before it is known how rows are scaled
+    training = parts(torch.arange(len(columns)), raw_aims).train
+    if training is None:
+        raise ValueError(f"{path}: no row trains; the split needs a part for training")
+    chosen = training.order if isinstance(training, Examples) else training.by_task.order
+    used, aims = used.fit(raw[chosen]), aims.fit(raw_aims[chosen])
+    return Table(parts(used(columns, raw), aims(columns, raw_aims)), used, aims if targets else None)
+
+
+def _numeric(columns: Columns, others: set[str | None]) -> tuple[str, ...]:
+    left = [name for name in columns.cells if name not in others]
+    found = tuple(name for name in left if columns.is_numeric(name))
+    texts = [name for name in left if name not in found]
+    if texts:
+        told = f"{columns.path}: columns of text are left out: {', '.join(texts[:_SHOWN])}; one_hot takes them"
+        warnings.warn(told, DataWarning, stacklevel=3)
+    return found
+
+
+def _told(columns: Columns, about: Sequence[str], drop: bool) -> Columns:
+    """Rows that have a label, a task and targets."""
+    bad = {i: name for name in about for i, cell in enumerate(columns.cells[name]) if cell is None}
+    if bad and not drop:
+        raise ValueError(
+            f"{columns.where(min(bad), bad[min(bad)])}: empty, and in {len(bad):,} rows together; what is to be told "
+            "cannot be filled in: missing 'drop' leaves such rows out"
+        )
+    if len(bad) == len(columns):
+        raise ValueError(f"{columns.path}: no row has all of {', '.join(about)}")
+    if bad:
+        told = f"{columns.path}: {len(bad):,} rows without {' or '.join(about)} are dropped"
+        warnings.warn(told, DataWarning, stacklevel=3)
+        columns = columns.only([i for i in range(len(columns)) if i not in bad])
+    return columns
+
+
+def _filled(columns: Columns, features: Features, missing: str, indicator: bool) -> tuple[Features, Columns, Tensor]:
+    """Features, rows and numbers when what is missing has been said, and dropped or refused where it is to be."""
+    raw = features.raw(columns)
+    blank = raw.isnan()
+    if not blank.any():
+        return features, columns, raw
+    short = [name for name, any_of in zip(features.numeric, blank.any(0).tolist(), strict=True) if any_of]
+    counts = dict(zip(features.numeric, blank.sum(0).tolist(), strict=True))
+    shown = ", ".join(f"{counts[name]:,} in {name!r}" for name in short[:_SHOWN])
+    more = f" and more in {len(short) - _SHOWN} others" if len(short) > _SHOWN else ""
+    told = f"{columns.path}: {int(blank.sum()):,} cells are missing, {shown}{more}"
+    if missing == "refuse":
+        row, column = blank.nonzero()[0].tolist()
+        raise ValueError(
+            f"{columns.where(row, features.numeric[column])}: empty; {told}; missing 'mean' fills in the column's "
+            "mean, 'drop' leaves the row out"
+        )
+    if missing == "mean":
+        warnings.warn(f"{told}; filled with the mean of the rows that train", DataWarning, stacklevel=3)
+        return dataclasses.replace(features, indicators=tuple(short) if indicator else ()), columns, raw
+    kept = (~blank.any(1)).nonzero().flatten().tolist()
+    if not kept:
+        raise ValueError(f"{told}; missing 'drop' leaves no row")
+    warnings.warn(f"{told}; {len(columns) - len(kept):,} rows are dropped", DataWarning, stacklevel=3)
+    return features, columns.only(kept), raw[kept]
+
+
+def _by_column(columns: Columns, column: str, of: str) -> dict[str, list[str]]:
+    """The names in column `of` of each split."""
+    found: dict[str, tuple[str, int]] = {}
+    cells = columns.cells[column]
+    for i, name in enumerate(columns.texts(of)):
+        split = split_name(cells[i] and str(cells[i]), columns.where(i, column))
+        before, row = found.setdefault(name, (split, i))
+        if before != split:
+            raise ValueError(
+                f"{columns.where(i, column)}: {of} {name!r} is in {split} here, and in {before} in row "
+                f"{columns.lines[row]}: all rows of one must be in one split"
+            )
+    return {split: [name for name, (of, _) in found.items() if of == split] for split in SPLITS}
+
+
+def _keys(texts: Sequence[str]) -> list[str] | list[int]:
+    """Numbers where all texts are whole ones, so that 2 comes before 10."""
+    whole = all(text.isdecimal() and text == str(int(text)) for text in set(texts))
+    return [int(text) for text in texts] if whole else list(texts)
