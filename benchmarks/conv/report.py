@@ -63,8 +63,8 @@ def losses(rows: list[dict]) -> list[str]:
 def memory(found: dict) -> list[str]:
     lines = [(run["contender"], str(run["steps"]), f"{run['megabytes']:.0f}") for run in found["runs"]]
     said = (
-        f"{found['title']}: peak memory is {_bar(found['of_the_loops_graph'], '<=')} of that of the loop whose losses "
-        f"are summed, and with K = 20 {_bar(found['k20_of_k5'], '<=')} times that with K = 5."
+        f"{found['title']}: the least peak memory is {_bar(found['of_the_loops_graph'], '<=')} of that of the loop "
+        f"whose losses are summed, and with K = 20 {_bar(found['k20_of_k5'], '<=')} times that with K = 5."
     )
     return [said, "", *_table(("contender", "K", "MB above the data"), lines)]
 

@@ -23,9 +23,9 @@ from .problem import Problem
 Build = Callable[[Problem], Contender]
 
 
-def maml(problem: Problem, memory: str = "auto") -> MAML:
+def maml(problem: Problem, **options) -> MAML:
     steps = {"inner_lr": problem.lr, "inner_steps": problem.steps, "first_order": problem.first_order}
-    return MAML(problem.model, **steps, memory=memory)
+    return MAML(problem.model, **steps, **options)
 
 
 def backward_of(learner: nn.Module, batch) -> Contender:
