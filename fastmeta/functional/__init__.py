@@ -13,10 +13,13 @@ from .embeddings import class_prototypes, contrastive_loss, pairwise_distance, p
 from .inner_loops import adapt_mlp, meta_loss_mlp
 from .meta_gradient import meta_gradient, meta_loss
 from .mlp import functional_mlp
+from .optimizer_steps import AdamState, adam_step, sgd_step
 from .run_again import functional_call
 from .updates import fast_weight_update
 
 __all__ = [
+    "AdamState",
+    "adam_step",
     "adapt_mlp",
     "class_prototypes",
     "contrastive_loss",
@@ -29,6 +32,7 @@ __all__ = [
     "norm_act_pool",
     "pairwise_distance",
     "prototypical_loss",
+    "sgd_step",
     "task_conv1d",
     "task_conv2d",
 ]
