@@ -148,6 +148,10 @@ case("fast_weight_update of one", functional.fast_weight_update, params=floats(4
      lr=rates(floats(4, D)))  # fmt: skip
 case("fast_weight_update with rates", functional.fast_weight_update, params=layers((4, D), (4,)),
      grads=layers((T, 4, D), (T, 4)), lr=rates(layers((4, D), (4,))))  # fmt: skip
+case("sgd_step", functional.sgd_step, params=layers((T, 4, D), (T, 4)), grads=layers((T, 4, D), (T, 4)),
+     lr=number(0.1), momentum=number(0.1, 0), dampening=number(0.1), weight_decay=number(0.1, 0))  # fmt: skip
+case("adam_step", functional.adam_step, params=layers((T, 4, D), (T, 4)), grads=layers((T, 4, D), (T, 4)),
+     lr=number(0.1), eps=number(0.1, 0), weight_decay=number(0.1, 0), decoupled=flag(), amsgrad=flag())  # fmt: skip
 case("meta_gradient", functional.meta_gradient, {"params": {"w": torch.ones(2, 3, requires_grad=True)}},
      inner_loss=function(lambda: squares, False), outer_loss=function(lambda: squares, False), lr=number(0.1),
      steps=count(2, 0), momentum=number(0.1, 0), weight_decay=number(0.1, 0), first_order=flag(), every=count(1),

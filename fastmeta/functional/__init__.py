@@ -13,12 +13,11 @@ from .embeddings import class_prototypes, contrastive_loss, pairwise_distance, p
 from .inner_loops import adapt_mlp, meta_loss_mlp
 from .meta_gradient import meta_gradient, meta_loss
 from .mlp import functional_mlp
-from .optimizer_steps import AdamState, adam_step, sgd_step
+from .optimizer_steps import adam_step, sgd_step
 from .run_again import functional_call
 from .updates import fast_weight_update
 
 __all__ = [
-    "AdamState",
     "adam_step",
     "adapt_mlp",
     "class_prototypes",

@@ -1,7 +1,6 @@
 """`fastmeta.compat.higher`: against autograd by hand, torch's own optimisers, and higher where it is installed."""
 
 import gc
-import importlib
 import warnings
 import weakref
 
@@ -118,8 +117,7 @@ def test_numbers_of_higher(name, learned):
         override = None
         if learned:
             override = library.optim.get_trainable_opt_params(opt)
-            override = {k: library.utils._recursive_map(v, widened) if library is theirs else
-                        library.utils.mapped(widened, v) for k, v in override.items()}  # fmt: skip
+            override = {key: library.utils._recursive_map(value, widened) for key, value in override.items()}
         results.append(meta_gradient(library, model, opt, override=override))
     (loss, gradients), (truth, their_gradients) = results
     # in higher the count of Adagrad's steps is a float32 tensor, and so is what it divides
@@ -442,9 +440,3 @@ def test_a_graph_is_freed_with_its_loop():
         assert step() is None
     finally:
         gc.enable()
-
-
-def test_names_that_are_not_here():
-    for module in ("", ".optim", ".patch", ".utils"):
-        with pytest.raises(AttributeError, match="no attribute"):
-            _ = importlib.import_module(f"fastmeta.compat.higher{module}").nonsense

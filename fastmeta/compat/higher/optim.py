@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastmeta.functional.update_rules import adam, average, largest, root, velocity
 
-from .utils import copied, flatten, mapped
+from .utils import _recursive_map, copied, flatten
 
 _GroupedGradsType = list[list[Tensor]]
 _OverrideType = dict[str, list[Any]]
@@ -126,7 +126,7 @@ class DifferentiableOptimizer(abc.ABC):
 def _copied_state(key: str, value: Any, device: torch.device | None) -> Any:
     if key in ("step", "eta", "mu"):  # which torch counts in float32 tensors
         return _number(value)
-    return mapped(lambda leaf: copied(leaf, device) if torch.is_tensor(leaf) else leaf, value)
+    return _recursive_map(value, lambda leaf: copied(leaf, device) if torch.is_tensor(leaf) else leaf)
 
 
 class _ByTensor(DifferentiableOptimizer):
@@ -396,8 +396,9 @@ def get_trainable_opt_params(opt: torch.optim.Optimizer, device: torch.device | 
     for group in opt.param_groups:
         for key, value in group.items():
             if key != "params" and all(isinstance(x, (int, float)) for x in flatten(value)):
-                learned = mapped(lambda x: torch.tensor(float(x), device=device, requires_grad=True), value)
-                override[key].append(learned)
+                override[key].append(
+                    _recursive_map(value, lambda x: torch.tensor(float(x), device=device, requires_grad=True))
+                )
     return override
 
 

@@ -31,10 +31,10 @@ def moved(t: Tensor, requires_grad: bool, device: torch.device | None) -> Tensor
     return t if device is None else t.to(device)
 
 
-def mapped(function: Callable[[Any], Any], x: Any) -> Any:
-    """`function` of every leaf of nested dicts, lists, sets and tuples."""
-    if isinstance(x, dict):
-        return type(x)({key: mapped(function, value) for key, value in x.items()})
-    if isinstance(x, (list, set, tuple)):
-        return type(x)([mapped(function, part) for part in x])
-    return function(x)
+def _recursive_map(target: Any, map_fn: Callable[[Any], Any]) -> Any:
+    """`map_fn` of every leaf of nested dicts, lists, sets and tuples."""
+    if isinstance(target, dict):
+        return type(target)({key: _recursive_map(value, map_fn) for key, value in target.items()})
+    if isinstance(target, (list, set, tuple)):
+        return type(target)([_recursive_map(part, map_fn) for part in target])
+    return map_fn(target)
