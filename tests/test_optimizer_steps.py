@@ -73,11 +73,12 @@ HYPER = {
     sgd_step: {"lr": 0.1, "momentum": 0.7, "dampening": 0.2, "weight_decay": 0.3},
     adam_step: {"lr": 0.1, "betas": (0.6, 0.8), "eps": 0.01, "weight_decay": 0.3},
 }
+DOUBLE = {"dtype": torch.float64, "device": DEVICE}
 FORMS = {
     "one number": lambda value: value,
-    "one element": lambda value: torch.tensor(value, dtype=torch.float64, device=DEVICE),
-    "per task": lambda value: value + torch.arange(T, dtype=torch.float64, device=DEVICE) / 20,
-    "per tensor": lambda value: {"w": value, "b": [torch.tensor([value + 0.05], dtype=torch.float64, device=DEVICE), value]},
+    "one element": lambda value: torch.tensor(value, **DOUBLE),
+    "per task": lambda value: value + torch.arange(T, **DOUBLE) / 20,
+    "per tensor": lambda value: {"w": value, "b": [torch.tensor([value + 0.05], **DOUBLE), value]},
     "per element": lambda value: pytree.tree_map(lambda s: value + 0.1 * torch.sigmoid(s), tree(seed=5)),
     "per task and element": lambda value: pytree.tree_map(lambda s: value + 0.1 * torch.sigmoid(s), tree(T, seed=6)),
 }

@@ -49,7 +49,7 @@ def rows(seed):
 @pytest.fixture(autouse=True)
 def no_warning_of_rprop():
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*(Rprop|RMSprop).*")
+        warnings.filterwarnings("ignore", ".*(Rprop|RMSprop|to a scalar).*")
         yield
 
 
