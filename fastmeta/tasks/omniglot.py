@@ -48,7 +48,7 @@ def omniglot(split: str = "train", partition: str = "vinyals", data_root: str | 
     values.choice("split", split, ("train", "val", "test"))
     values.choice("partition", partition, PARTITIONS)
     values.path("data_root", data_root, or_none=True)
-    images, names = _load(_find(data_root))
+    images, names = _load(find_archives(data_root))
     index = {name: i for i, name in enumerate(names)}
     if partition == "vinyals":
         wanted = resources.files("fastmeta.tasks").joinpath(f"splits/vinyals_{split}.txt").read_text().split()
@@ -91,7 +91,8 @@ def _archives_in(root: Path) -> tuple[Path, ...]:
     raise ValueError(f"no Omniglot in {root}: {' and '.join(ARCHIVES)} must lie there or in {root / 'omniglot'}")
 
 
-def _find(data_root: str | os.PathLike | None) -> tuple[Path, ...]:
+def find_archives(data_root: str | os.PathLike | None = None) -> tuple[Path, ...]:
+    """The two archives, downloaded if they are nowhere; `data_root` and errors as of `omniglot`."""
     root = data_root or os.environ.get("FASTMETA_DATA")
     if root is not None:
         if not Path(root).is_dir():

@@ -1,0 +1,39 @@
+"""Gradients of a loss for every parameter of a module, as the learners take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+_HINT = "learn2learn: Maybe try with allow_nograd=True and/or allow_unused=True ?"
+
+
+def gradients_of(
+    loss: Tensor,
+    parameters: Iterable[Tensor],
+    *,
+    create_graph: bool,
+    retain_graph: bool | None = None,
+    allow_unused: bool = False,
+    allow_nograd: bool = False,
+) -> list[Tensor | None]:
+    """One for each parameter: None for those without `requires_grad` under `allow_nograd`, and for those that the loss
+    does not depend on under `allow_unused`.
+
+    Raises:
+        RuntimeError: one of these and not allowed; or what else autograd refuses.
+    """
+    parameters = list(parameters)
+    wanted = [p for p in parameters if p.requires_grad] if allow_nograd else parameters
+    options = {"create_graph": create_graph, "retain_graph": create_graph if retain_graph is None else retain_graph}
+    try:
+        found = iter(torch.autograd.grad(loss, wanted, allow_unused=allow_unused, **options))
+    except RuntimeError as error:
+        if allow_nograd:
+            raise
+        raise RuntimeError(f"{error}\n{_HINT}") from error
+    if not allow_nograd:
+        return list(found)
+    return [next(found) if p.requires_grad else None for p in parameters]

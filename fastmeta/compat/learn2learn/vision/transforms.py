@@ -1,0 +1,5 @@
+"""Task transforms of images."""
+
+from ..data._rotation import RandomClassRotation
+
+__all__ = ["RandomClassRotation"]
