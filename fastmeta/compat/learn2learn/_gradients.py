@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 _HINT = "learn2learn: Maybe try with allow_nograd=True and/or allow_unused=True ?"
+_COMPILED = (
+    "the loss comes out of torch.compile, which cannot be differentiated twice: the meta-gradient would lack its "
+    "second derivatives, silently in torch.autograd.grad. Do not compile it, or adapt with first_order=True"
+)
 
 
 def gradients_of(
@@ -23,8 +27,10 @@ def gradients_of(
     does not depend on under `allow_unused`.
 
     Raises:
-        RuntimeError: one of these and not allowed; or what else autograd refuses.
+        RuntimeError: one of these and not allowed; a graph wanted of a compiled loss; or what else autograd refuses.
     """
+    if create_graph and type(loss.grad_fn).__name__ == "CompiledFunctionBackward":
+        raise RuntimeError(_COMPILED)
     parameters = list(parameters)
     wanted = [p for p in parameters if p.requires_grad] if allow_nograd else parameters
     options = {"create_graph": create_graph, "retain_graph": create_graph if retain_graph is None else retain_graph}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._attention import called
 from ..optim.parameter_update import ParameterUpdate
 from ..optim.update_rules.differentiable_sgd import DifferentiableSGD
 from ..utils import clone_module
@@ -51,7 +52,7 @@ class GBML(nn.Module):
         self._params_updated = False  # whether a loss can depend on the transforms
 
     def forward(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
+        return called(self.module, args, kwargs, second_order=not self.first_order or self.adapt_transform)
 
     def clone(
         self,

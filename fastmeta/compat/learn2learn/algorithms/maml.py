@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .._attention import called
 from .._gradients import gradients_of
 from ..utils import clone_module, update_module
 from .base_learner import BaseLearner
@@ -61,6 +62,9 @@ class MAML(BaseLearner):
         self.first_order = first_order
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
+
+    def forward(self, *args, **kwargs):
+        return called(self.module, args, kwargs, second_order=not self.first_order)
 
     def adapt(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .._attention import called
 from .._gradients import gradients_of
 from ..utils import clone_module, clone_parameters, update_module
 from .base_learner import BaseLearner
@@ -45,8 +46,7 @@ class MetaSGD(BaseLearner):
         first_order: whether the gradients of `adapt` are constants; False by default.
         lrs: the rates, one for each of `model.parameters()`; by default an `nn.ParameterList` of their shapes.
 
-    Where it differs from 0.2.0: parameters that stand in several places stay one after `adapt`, and recurrent layers
-    take their new weights.
+    Where it differs from 0.2.0: parameters that stand in several places stay one after `adapt`.
     """
 
     def __init__(self, model: nn.Module, lr: float = 1.0, first_order: bool = False, lrs=None):
@@ -56,6 +56,9 @@ class MetaSGD(BaseLearner):
             lrs = nn.ParameterList([nn.Parameter(torch.ones_like(p) * lr) for p in model.parameters()])
         self.lrs = lrs
         self.first_order = first_order
+
+    def forward(self, *args, **kwargs):
+        return called(self.module, args, kwargs, second_order=not self.first_order)
 
     def clone(self) -> MetaSGD:
         """A `MetaSGD` around clones of module and rates, in the graph."""
