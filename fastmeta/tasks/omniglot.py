@@ -62,7 +62,7 @@ def omniglot(split: str = "train", partition: str = "vinyals", data_root: str | 
 def characters(data_root: str | os.PathLike | None = None) -> tuple[Tensor, list[str]]:
     """All characters, uint8 `[1623, 20, 28, 28]`, ink 255 on 0, and the names they are known by in the archives, such
     as `images_background/Korean/character01`. Argument and errors are those of `omniglot`."""
-    archives = _find(data_root)
+    archives = find_archives(data_root)
     images, names = _load(archives)
     folder = {}
     for path in archives:
