@@ -277,6 +277,87 @@ def _judge(
 
 
 @app.command()
+def predict(
+    run: options.Run,
+    support: options.Support,
+    query: options.Query,
+    out_file: options.Predictions = None,
+    as_json: options.Json = False,
+    calibrate: options.Calibrate = False,
+    force: options.Force = False,
+    on_error: options.Damaged = options.OnErrorName.refuse,
+    image_size: options.RuleImageSize = None,
+    grey: options.RuleGrey = None,
+    label: options.Label = None,
+    target: options.Target = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    debug: options.Debug = False,
+) -> None:
+    """Adapt to examples of your own classes, and say what other pictures or rows are."""
+    if out_file is None and not as_json:
+        raise ValueError("--out is needed: the CSV file for the predictions; or --json, which prints them")
+    _refuse_overwriting(out_file, force)
+    import torch
+
+    from .predict import predict as predicted
+    from .predict import write
+
+    if threads:
+        torch.set_num_threads(threads)
+    began = time.perf_counter()
+    found, about = predicted(
+        run, support, query, calibrate=calibrate, device=device, on_error=on_error.value, image_size=image_size,
+        grey=grey, label=label, target=target or (),
+    )  # fmt: skip
+    if out_file is not None:
+        write(out_file, found)
+    about |= {"seconds": time.perf_counter() - began}
+    if as_json:
+        told = {"run": run, "out": str(out_file) if out_file else None, **about, "predictions": found.as_json()}
+        print(json.dumps(told, indent=1, allow_nan=False))
+        return
+    of = f" of {len(about['classes'])} classes" if "classes" in about else ""
+    _say(f"{about['query_rows']:,} predictions from {about['support_rows']:,} support rows{of}: {out_file}")
+    if "accuracy" in about:
+        _say(f"{100 * about['accuracy']:.1f}% are as the folders of the queries say", style="bold")
+    if calibrate:
+        _say(f"temperature {about['temperature']:.3g}")
+
+
+@app.command()
+def embed(
+    source: options.EncoderSource,
+    data: options.EmbedData,
+    out_file: options.FeaturesFile = Path("features.safetensors"),
+    force: options.Force = False,
+    data_root: options.DataRoot = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    debug: options.Debug = False,
+) -> None:
+    """Write an encoder's features of a data set once; algorithms then train on them."""
+    splits = out_file.with_suffix(".csv")
+    for path in (out_file, splits):
+        _refuse_overwriting(path, force)
+    import torch
+
+    from ..training.features import embed_data
+
+    if threads:
+        torch.set_num_threads(threads)
+    examples = embed_data(source, data, out_file, splits, device=device or "auto", data_root=data_root)
+    _say(f"{examples}: {out_file}, its splits: {splits}")
+    form = f"safetensors:{out_file}?splits={splits.name}"
+    _say(f"train on them with: fastmeta train ridge --data '{form}' --model none")
+
+
+def _refuse_overwriting(path: Path | None, force: bool) -> None:
+    if path is not None and path.exists() and not force:
+        raise ValueError(f"{path} is there already: --force writes over it, or name another file")
+
+
+@app.command()
 def reproduce(
     suite: options.Suite = "quick",
     out_dir: options.ReproduceFolder = Path("runs/reproduce"),

@@ -296,6 +296,47 @@ Suite = Annotated[
 ReproduceFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the runs and the table go.")]
 Only = Annotated[list[str] | None, typer.Option("--only", metavar="ROW", help="Run this row; may be given often.")]
 
+Run = Annotated[
+    str,
+    typer.Argument(
+        help="A run's folder or checkpoint, or a rule without training: nearest-mean, nearest, ridge, in-context."
+    ),
+]
+Support = Annotated[
+    Path,
+    typer.Option(
+        "--support", metavar="PATH",
+        help="What is known: a folder or .zip of class/picture, or a table (.csv, .parquet) with a column that tells.",
+    ),
+]  # fmt: skip
+Query = Annotated[
+    Path, typer.Option("--query", metavar="PATH", help="What is asked: a folder or .zip of pictures, or a table.")
+]
+Predictions = _option(
+    None, Path, "--out", "CSV file for the predictions.", "needed without --json", metavar="FILE"
+)
+Calibrate = Annotated[
+    bool, typer.Option("--calibrate", help="Fit the probabilities to support rows predicted from the others.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Write over a file that is there.")]
+Damaged = Annotated[OnErrorName, typer.Option("--on-error", help="Of pictures that cannot be read.")]
+RuleImageSize = _option(None, int, "--image-size", "Side of the pictures, for a rule.", "84; a run has its own", min=1)
+RuleGrey = _option(None, bool, "--grey/--rgb", "Channels of the pictures, for a rule.", "rgb; a run has its own")
+Label = _option(None, str, "--label", "Column of the classes in a table, for a rule.", "a run has its own")
+Target = Annotated[
+    list[str] | None,
+    typer.Option("--target", help="Column of numbers to predict in a table, for ridge; may be given often."),
+]
+EncoderSource = Annotated[
+    Path, typer.Argument(help="A run's folder or checkpoint, or a safetensors file with the weights of a conv4 or mlp.")
+]
+EmbedData = Annotated[
+    str, typer.Option("--data", help="glyphs, omniglot, or own data, such as folder:photos; as of train.")
+]
+FeaturesFile = Annotated[
+    Path, typer.Option("--out", metavar="FILE", help="safetensors file for features; beside it a .csv of the splits.")
+]
+
 World = Annotated[WorldName, typer.Argument(help="The distribution of tasks.")]
 IrlIterations = Annotated[int, typer.Option("--iterations", min=1, help="Outer steps.")]
 IrlTasks = Annotated[int, typer.Option("--tasks", min=2, help="New tasks that each line is judged on.")]

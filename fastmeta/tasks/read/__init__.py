@@ -1,10 +1,11 @@
 """Ways in for data of one's own: folders of pictures, arrays, data sets of other libraries, and tables."""
 
+from fastmeta.tasks.read._columns import Columns, read_columns
 from fastmeta.tasks.read._warning import DataWarning
 from fastmeta.tasks.read.arrays import array_file, arrays
 from fastmeta.tasks.read.dataset import dataset
 from fastmeta.tasks.read.features import Features
-from fastmeta.tasks.read.folder import folder
+from fastmeta.tasks.read.folder import folder, pictures
 from fastmeta.tasks.read.open_data import Data, open_data
 from fastmeta.tasks.read.spec import FORMS, Spec, is_form, parse, with_options
 from fastmeta.tasks.read.splits import Splits, names_in_files, names_in_table, split_examples
@@ -12,6 +13,7 @@ from fastmeta.tasks.read.table import Table, table
 
 __all__ = [
     "FORMS",
+    "Columns",
     "Data",
     "DataWarning",
     "Features",
@@ -27,6 +29,8 @@ __all__ = [
     "names_in_table",
     "open_data",
     "parse",
+    "pictures",
+    "read_columns",
     "split_examples",
     "table",
     "with_options",

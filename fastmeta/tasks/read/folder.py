@@ -44,6 +44,24 @@ class File(NamedTuple):
         return PurePosixPath(self.name).parts
 
 
+class _How(NamedTuple):
+    """How pictures are read: arguments of `folder`."""
+
+    image_size: int
+    grey: bool
+    background: str
+    on_error: str
+    progress: bool
+
+    def checked(self) -> _How:
+        values.count("image_size", self.image_size)
+        values.flag("grey", self.grey)
+        values.choice("background", self.background, tuple(BACKGROUNDS))
+        values.choice("on_error", self.on_error, ON_ERROR)
+        values.flag("progress", self.progress)
+        return self
+
+
 def folder(
     path: str | os.PathLike,
     *,
@@ -84,13 +102,9 @@ def folder(
             damaged or have more pixels than Pillow allows, by name; an archive that is damaged, encrypted, or would
             unpack to more than it may.
     """
+    how = _How(image_size, grey, background, on_error, progress).checked()
     values.path("path", path)
-    values.count("image_size", image_size)
-    values.flag("grey", grey)
-    values.choice("background", background, tuple(BACKGROUNDS))
-    values.choice("on_error", on_error, ON_ERROR)
     values.flag("cache", cache)
-    values.flag("progress", progress)
     path = Path(path)
     with opened(path) as (files, read):
         if under is not None:
@@ -100,21 +114,9 @@ def folder(
             prefix = ""
         names, groups, classes = _classes(path, files)
 
-        def decode(file: File) -> np.ndarray:
-            with open_picture(io.BytesIO(read(prefix + file.name)), formats()) as image:
-                return square(image, image_size, grey, background)
-
         def make() -> Made:
-            shape = (len(files), 1 if grey else 3, image_size, image_size)
-            rows, failed = _decode(files, decode, shape, progress)
-            if failed and on_error == "refuse":
-                raise ValueError(_told(path, files, failed) + "; on_error 'skip' takes the others")
-            if len(failed) == len(files):
-                raise ValueError(_told(path, files, failed))
-            kept = [i for i in range(len(files)) if i not in failed]
-            told = _told(path, files, failed) + ", skipped" if failed else ""
-            labels = torch.tensor([classes[i] for i in kept])
-            return {"rows": _squeezed(rows, kept), "labels": labels}, {"told": told}
+            rows, kept, told = _decoded(path, files, lambda name: read(prefix + name), how)
+            return {"rows": rows, "labels": torch.tensor([classes[i] for i in kept])}, {"told": told}
 
         if cache:
             choices = [str(path.resolve()), image_size, grey, background, on_error, *files]
@@ -136,6 +138,37 @@ def folder(
     )
     found.mapped = not small
     return found
+
+
+def pictures(
+    path: str | os.PathLike,
+    *,
+    image_size: int = 84,
+    grey: bool = False,
+    background: str = "white",
+    on_error: str = "refuse",
+    progress: bool = False,
+) -> tuple[Tensor, list[str]]:
+    """Pictures that are of no class yet: all that lie in a folder or archive, in folders inside too, or one file.
+
+    Arguments and errors as of `folder`, which treats each picture alike; nothing is kept.
+
+    Returns:
+        Rows uint8 `[R, 3 or 1, image_size, image_size]`, and the name of each within the folder, in their order.
+    """
+    how = _How(image_size, grey, background, on_error, progress).checked()
+    path = Path(values.path("path", path))
+    if path.is_file() and path.suffix.lower() in suffixes():
+        files, folder = [File(path.name, ())], path.parent
+        rows, kept, told = _decoded(folder, files, lambda name: (folder / name).read_bytes(), how)
+    else:
+        with opened(path) as (files, read):
+            if not files:
+                raise ValueError(f"{path} holds no picture that Pillow can read")
+            rows, kept, told = _decoded(path, files, read, how)
+    if told:
+        warnings.warn(told, DataWarning, stacklevel=2)
+    return rows, [files[i].name for i in kept]
 
 
 @contextlib.contextmanager
@@ -192,6 +225,26 @@ def _classes(path: Path, files: Sequence[File]) -> tuple[list[str], list[str] | 
     names = sorted(set(of))
     number = {name: i for i, name in enumerate(names)}
     return names, [name.split("/")[0] for name in names] if depth == 3 else None, [number[name] for name in of]
+
+
+def _decoded(
+    path: Path, files: Sequence[File], read: Callable[[str], bytes], how: _How
+) -> tuple[Tensor, list[int], str]:
+    """Rows, the files that they are of, and what is to be said of those that could not be read."""
+
+    def decode(file: File) -> np.ndarray:
+        with open_picture(io.BytesIO(read(file.name)), formats()) as image:
+            return square(image, how.image_size, how.grey, how.background)
+
+    shape = (len(files), 1 if how.grey else 3, how.image_size, how.image_size)
+    rows, failed = _decode(files, decode, shape, how.progress)
+    told = _told(path, files, failed) if failed else ""
+    if failed and how.on_error == "refuse":
+        raise ValueError(f"{told}; on_error 'skip' takes the others")
+    if len(failed) == len(files):
+        raise ValueError(told)
+    kept = [i for i in range(len(files)) if i not in failed]
+    return _squeezed(rows, kept), kept, told and f"{told}, skipped"
 
 
 def _decode(
