@@ -15,7 +15,10 @@ import torch
 from PIL import Image
 
 from fastmeta import cli
+from fastmeta.algorithms import NearestNeighbour
+from fastmeta.tasks import EpisodeSampler, Examples
 from fastmeta.training import CheckpointFolder, Estimate, run_config
+from fastmeta.training.evaluate import judged
 from fastmeta.training.log import LogReporter, read_log
 from fastmeta.training.report.charts import Line, line_chart
 from fastmeta.training.report.page import page
@@ -223,6 +226,37 @@ def test_predictions_of_tasks_are_the_algorithms(tmp_path):
     assert [q.probability for q in found.mistakes] == pytest.approx(best[: len(found.mistakes)].tolist())
     first = found.mistakes[0]
     assert any(torch.equal(first.of_true, x) for x in batch.support_x.flatten(0, 1))
+
+
+@pytest.mark.parametrize("sizes", [{"ways": 3, "shots": 1}, {"ways": (2, 4), "shots": (1, 3)}], ids=str)
+def test_names_are_those_of_the_rows(sizes):
+    names = ["<b>", "two", "same", "same", "five"]
+    counts = torch.tensor([5, 6, 4, 5, 7])
+    labels = torch.arange(5).repeat_interleave(counts)[torch.randperm(27, generator=torch.Generator().manual_seed(0))]
+    rows = labels[:, None] + 0.4 * torch.rand(27, 2, generator=torch.Generator().manual_seed(1))
+    examples = Examples(rows, labels, names=names, groups=["a", "a", "b", "c", "c"])
+    tasks = EpisodeSampler(examples, **sizes, query_shots=1)
+    named = ("a/<b>", "a/two", "b/same", "c/same", "c/five")
+    found = predict_tasks(NearestNeighbour(torch.nn.Identity()), tasks, episodes=40, named=True)
+    assert found.accuracy.mean == 1 and not found.mistakes
+    assert set(found.confusion) == {(name, name) for name in named}
+    for task in found.tasks:
+        assert all(label == named[int(x[0])] for x, label in task.support)
+        assert all(query.true == query.predicted == named[int(query.x[0])] for query in task.queries)
+    # classes 0 and 1 fall together, and so do 2 and 3
+    judge = NearestNeighbour(Halved())
+    found = predict_tasks(judge, tasks, episodes=40, named=True)
+    wrong = {pair for pair in found.confusion if pair[0] != pair[1]}
+    assert wrong and wrong <= {named[:2], named[1::-1], named[2:4], named[3:1:-1]}
+    assert found.mistakes and {(query.true, query.predicted) for query in found.mistakes} <= wrong
+    queries = [batch.query_y.numel() if batch.query_mask is None else int(batch.query_mask.sum())
+               for batch, _ in judged(judge, tasks, episodes=40)]  # fmt: skip
+    assert found.confusion.total() == sum(queries)
+
+
+class Halved(torch.nn.Module):
+    def forward(self, x):
+        return (x[:, :1] / 2).floor()
 
 
 def test_charts_hold_one_point_and_many():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...tasks import NAMES, EpisodeSampler
 from ..checkpoint import CheckpointFolder, write_whole
 from ..log import read_log
 from ..run import config_of, find_checkpoint, load_for_evaluation
@@ -14,7 +15,7 @@ from .predictions import predict_tasks
 if TYPE_CHECKING:
     from ...tasks import Data
 
-NAME = "report.html"
+FILE = "report.html"
 
 
 def write_report(
@@ -36,7 +37,7 @@ def write_report(
     """
     folder = Path(folder)
     best, newest = find_checkpoint(folder), CheckpointFolder(folder).newest(fall_back=True)[0]
-    path = folder / NAME
+    path = folder / FILE
     parameters = sum(tensor.numel() for tensor in best.group("model").values())
     try:
         config, algorithm, source = load_for_evaluation(
@@ -44,7 +45,8 @@ def write_report(
         )
         parameters = sum(parameter.numel() for parameter in algorithm.parameters())
         steps = config.eval_inner_steps if hasattr(algorithm, "inner_steps") else None
-        found = predict_tasks(algorithm, source, episodes=tasks, inner_steps=steps)
+        named = config.data not in NAMES and isinstance(source, EpisodeSampler)
+        found = predict_tasks(algorithm, source, episodes=tasks, inner_steps=steps, named=named)
     except (ValueError, TypeError, OSError, ImportError) as error:
         found = str(error)
     text = page(folder, config_of(best), best, newest, read_log(folder), found, parameters)

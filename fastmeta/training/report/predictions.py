@@ -14,7 +14,7 @@ from ..metrics import Estimate
 
 if TYPE_CHECKING:
     from ...algorithms import MetaOutput
-    from ...tasks import TaskBatch, TaskSource
+    from ...tasks import EpisodeSampler, TaskBatch, TaskSource
 
 TASKS_SHOWN = 3
 MISTAKES_SHOWN = 24
@@ -55,10 +55,21 @@ class Predictions:
 
 
 def predict_tasks(
-    algorithm: nn.Module, tasks: TaskSource, *, episodes: int, inner_steps: int | None = None, seed: int = 0
+    algorithm: nn.Module,
+    tasks: TaskSource,
+    *,
+    episodes: int,
+    inner_steps: int | None = None,
+    seed: int = 0,
+    named: bool = False,
 ) -> Predictions:
-    """Judge `algorithm` on `episodes` tasks, as `fastmeta.training.evaluate` does, and keep what a report shows."""
+    """Judge `algorithm` on `episodes` tasks, as `fastmeta.training.evaluate` does, and keep what a report shows.
+
+    named: whether the data's classes have names: `tasks` is then an `~fastmeta.tasks.EpisodeSampler`.
+    """
     losses, accuracies, points = [], [], []
+    tasks = _Named(tasks) if named else tasks
+    confusion: Counter[tuple[str, str]] | None = Counter() if named else None
     shown: list[Task] = []
     mistakes: list[Query] = []
     for batch, output in judged(algorithm, tasks, episodes=episodes, inner_steps=inner_steps, seed=seed):
@@ -70,21 +81,56 @@ def predict_tasks(
             shown += [_regressed(batch, output, task) for task in few]
             continue
         accuracies.append(output.accuracy)
-        found = _Classified(batch, output)
+        found = _Classified(batch, output, tasks.names_of(batch) if named else _numbered(batch))
+        if confusion is not None:
+            confusion += found.confusion()
         shown += [found.task(task) for task in few]
         mistakes = sorted([*mistakes, *found.mistakes()], key=lambda query: -query.probability)[:MISTAKES_SHOWN]
     every = torch.cat(points) if points else None
     if every is not None and len(every) > _POINTS_SHOWN:
         every = every[:: -(-len(every) // _POINTS_SHOWN)]
     accuracy = Estimate.of(torch.cat(accuracies)) if accuracies else None
-    return Predictions(Estimate.of(torch.cat(losses)), accuracy, shown, mistakes, None, every)
+    return Predictions(Estimate.of(torch.cat(losses)), accuracy, shown, mistakes, confusion, every)
+
+
+class _Named:
+    """The episodes of a sampler, of which it is known which of the data's classes they have."""
+
+    def __init__(self, tasks: EpisodeSampler):
+        self.tasks, examples = tasks, tasks.examples
+        self.kind, self.input_shape, self.output_size = tasks.kind, tasks.input_shape, tasks.output_size
+        number = torch.arange(len(examples)).repeat_interleave(examples.counts).unsqueeze(1)
+        self._numbers = tasks.over(number.to(tasks.device), "numbers of classes")
+        self._classes: Tensor | None = None
+        self._names = examples.names
+        if len(set(self._names)) < len(self._names) and examples.groups is not None:
+            self._names = tuple(map("/".join, zip(examples.groups, examples.names, strict=True)))
+
+    def sample(self, num_tasks: int, *, generator: torch.Generator) -> TaskBatch:
+        before = generator.get_state()
+        self._classes = self._numbers.sample(num_tasks, generator=generator).support_x.squeeze(2)
+        generator.set_state(before)
+        return self.tasks.sample(num_tasks, generator=generator)
+
+    def names_of(self, batch: TaskBatch) -> list[dict[int, str]]:
+        """Of each task of the batch that was sampled last, by label."""
+        own = _rows(batch.support_mask, batch.support_y)
+        return [
+            {label: self._names[number] for label, number in zip(y[rows].tolist(), cls[rows].tolist(), strict=True)}
+            for y, cls, rows in zip(batch.support_y, self._classes, own, strict=True)
+        ]
+
+
+def _numbered(batch: TaskBatch) -> list[dict[int, str]]:
+    """Where classes have no names, their labels in the task stand for them."""
+    return [{label: f"class {label}" for label in set(y.tolist())} for y in batch.support_y]
 
 
 class _Classified:
-    """The queries of a task batch with the classes that were predicted."""
+    """The queries of a task batch with the classes that were predicted; `names` of each task's, by label."""
 
-    def __init__(self, batch: TaskBatch, output: MetaOutput):
-        self.batch = batch
+    def __init__(self, batch: TaskBatch, output: MetaOutput, names: list[dict[int, str]]):
+        self.batch, self.names = batch, names
         self.probability, column = output.logits.softmax(-1).max(-1)
         self.predicted = column if output.classes is None else output.classes.gather(1, column)
         self.query_rows = _rows(batch.query_mask, batch.query_y)
@@ -92,7 +138,8 @@ class _Classified:
 
     def task(self, task: int) -> Task:
         own = self.support_rows[task].nonzero().flatten().tolist()
-        support = [(self.batch.support_x[task, row].cpu(), self._name(self.batch.support_y[task, row])) for row in own]
+        y = self.batch.support_y[task]
+        support = [(self.batch.support_x[task, row].cpu(), self._name(task, y[row])) for row in own]
         return Task(support, [self._query(task, row) for row in self.query_rows[task].nonzero().flatten().tolist()])
 
     def mistakes(self) -> list[Query]:
@@ -102,11 +149,21 @@ class _Classified:
         places = [divmod(place, wrong.shape[1]) for place in best.indices.tolist()]
         return [self._query(task, row, beside=True) for task, row in places if wrong[task, row]]
 
+    def confusion(self) -> Counter[tuple[str, str]]:
+        """How often a query of the one class was taken for the other."""
+        pairs = zip(self.batch.query_y.tolist(), self.predicted.tolist(), self.query_rows.tolist(), strict=True)
+        return Counter(
+            (names[true], names[predicted])
+            for names, (ys, found, own) in zip(self.names, pairs, strict=True)
+            for true, predicted, there in zip(ys, found, own, strict=True)
+            if there
+        )
+
     def _query(self, task: int, row: int, beside: bool = False) -> Query:
         true, predicted = self.batch.query_y[task, row], self.predicted[task, row]
         both = [self._support_of(task, label) for label in (true, predicted)] if beside else []
         return Query(
-            self.batch.query_x[task, row].cpu(), self._name(true), self._name(predicted),
+            self.batch.query_x[task, row].cpu(), self._name(task, true), self._name(task, predicted),
             float(self.probability[task, row]), *both,
         )  # fmt: skip
 
@@ -114,8 +171,8 @@ class _Classified:
         row = ((self.batch.support_y[task] == label) & self.support_rows[task]).nonzero()[0, 0]
         return self.batch.support_x[task, row].cpu()
 
-    def _name(self, label: Tensor) -> str:
-        return f"class {int(label)}"
+    def _name(self, task: int, label: Tensor) -> str:
+        return self.names[task][int(label)]
 
 
 def _regressed(batch: TaskBatch, output: MetaOutput, task: int) -> Task:
