@@ -43,7 +43,7 @@ def test_rows_run_once_and_the_table_is_written(tmp_path):
 
 
 def test_unknown_suite_and_row(tmp_path):
-    with pytest.raises(ValueError, match="suite must be one of quick, paper, smoke; got 'all'"):
+    with pytest.raises(ValueError, match="suite must be one of quick, paper, smoke, cross-domain; got 'all'"):
         reproduce("all", tmp_path)
     with pytest.raises(ValueError, match="got maml-cifar"):
         reproduce("smoke", tmp_path, only=["maml-cifar"])

@@ -291,7 +291,12 @@ TestSeed = Annotated[int, typer.Option("--seed", help="Of the tasks.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 Suite = Annotated[
-    str, typer.Option("--suite", help="quick: 90 minutes on two CPU cores; paper: the papers' lengths; smoke: seconds.")
+    str,
+    typer.Option(
+        "--suite",
+        help="quick: 90 minutes on two CPU cores; paper: the papers' lengths; smoke: seconds; cross-domain: an hour, "
+        "from some real data sets to others.",
+    ),
 ]
 ReproduceFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the runs and the table go.")]
 Only = Annotated[list[str] | None, typer.Option("--only", metavar="ROW", help="Run this row; may be given often.")]

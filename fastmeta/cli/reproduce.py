@@ -21,12 +21,15 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from .. import values
 from ..algorithms import NearestNeighbour
 from ..irl.experiment import WORLDS, experiment
 from ..training import CheckpointFolder, evaluate, run_config
 from ..training.registry import ALGORITHMS
 from ..training.reporting import ConsoleReporter
 from ..training.run import build_algorithm, build_tasks, build_trainer, find_checkpoint, load_for_evaluation, prepare
+from ._results import once, write
+from .cross_domain import cross_domain
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def _smoke(images: str) -> tuple[Row, ...]:
     return tuple(dataclasses.replace(row, options={**row.options, **small}) for row in _quick(images))
 
 
+CROSS_DOMAIN = "cross-domain"
 SUITES: Mapping[str, Callable[[str], tuple[Row, ...]]] = {"quick": _quick, "paper": _paper, "smoke": _smoke}
 
 
@@ -132,10 +136,10 @@ def reproduce(
     """Run what has no result yet; write and return the table.
 
     Args:
-        suite: "quick", "paper" or "smoke".
+        suite: "quick", "paper", "smoke" or "cross-domain" (`fastmeta.cli.cross_domain`).
         out: folder of the runs and of `SUITE/table.json` and `SUITE/table.md`.
         only: names of rows to run, such as "protonet-omniglot"; others are left as they are.
-        episodes: held-out tasks that each row is judged on.
+        episodes: held-out tasks that each row is judged on; a row that was judged on another number runs again.
         threads, data_root, device: as of `fastmeta train`.
         console: where progress is shown; None: nowhere.
 
@@ -143,10 +147,17 @@ def reproduce(
         ValueError: an unknown suite or row.
     """
     images = "omniglot" if data_root or os.environ.get("FASTMETA_DATA") else "glyphs"
-    if suite not in SUITES:
-        raise ValueError(f"suite must be one of {', '.join(SUITES)}; got {suite!r}")
+    values.choice("suite", suite, (*SUITES, CROSS_DOMAIN))
     common = {"threads": threads, "data_root": data_root, "device": device}
     console = console or Console(quiet=True)
+    folder = Path(out) / suite
+    folder.mkdir(parents=True, exist_ok=True)
+    if suite == CROSS_DOMAIN:
+        root = data_root or os.environ.get("FASTMETA_DATA")
+        if root is None:
+            raise ValueError(f"suite {suite} needs real data: name their folder by data_root or FASTMETA_DATA")
+        options = {"episodes": episodes, "console": console, "threads": threads, "device": device}
+        return cross_domain(folder, root, only=only, **options)
     runs = {row.name: partial(_run, row, episodes=episodes, common=common, console=console)
             for row in SUITES[suite](images)}  # fmt: skip
     for rule in PIXELS:
@@ -156,32 +167,20 @@ def reproduce(
     unknown = set(only or ()) - runs.keys()
     if unknown:
         raise ValueError(f"rows are {', '.join(runs)}; got {', '.join(sorted(unknown))}")
-    folder = Path(out) / suite
-    folder.mkdir(parents=True, exist_ok=True)
     results = []
     for name, run in runs.items():
-        path = folder / name / "result.json"
-        if not path.exists():
-            if only and name not in only:
+        wanted = not only or name in only
+        result = once(folder / name / "result.json", run if wanted else None, {"episodes": episodes})
+        if result is None:
+            if not wanted:
                 continue
-            path.parent.mkdir(exist_ok=True)
-            result = run(path.parent)
-            if result is None:
-                console.print(f"{name}: stopped; the same command goes on with it")
-                break
-            _write(path, json.dumps(result | {"name": name}, indent=1) + "\n")
-        results.append(json.loads(path.read_text()))
+            console.print(f"{name}: stopped; the same command goes on with it")
+            break
+        results.append(result | {"name": name})
         console.print(f"{name}: {describe(results[-1])}", highlight=False)
-    _write(folder / "table.json", json.dumps(results, indent=1) + "\n")
-    _write(folder / "table.md", markdown(results))
+    write(folder / "table.json", json.dumps(results, indent=1) + "\n")
+    write(folder / "table.md", markdown(results))
     return results
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing: a run that is killed leaves no half a result."""
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(text)
-    unfinished.replace(path)
 
 
 def _run(row: Row, folder: Path, *, episodes: int, common: dict[str, Any], console: Console) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from fastmeta import values
 from fastmeta.batch import TaskBatch
 from fastmeta.tasks._arguments import check_sizes
 from fastmeta.tasks.augment import Augmentation
+from fastmeta.tasks.clinc import clinc, tf_idf
 from fastmeta.tasks.episodes import EpisodeSampler
 from fastmeta.tasks.examples import Examples
 from fastmeta.tasks.glyphs import glyphs
@@ -47,6 +48,7 @@ __all__ = [
     "TaskBatch",
     "TaskRows",
     "TaskSource",
+    "clinc",
     "embed_images",
     "episodes_of",
     "glyphs",
@@ -57,6 +59,7 @@ __all__ = [
     "placed",
     "open_data",
     "split_examples",
+    "tf_idf",
     "wisdm",
 ]
 
