@@ -1,5 +1,6 @@
 """Episodes from classes of unequal size: every row of its class, every option, and how evenly all is drawn."""
 
+import copy
 import gc
 import math
 import pickle
@@ -14,6 +15,7 @@ from torch import nn
 from fastmeta import ProtoNet
 from fastmeta.tasks import Augmentation, EpisodeSampler, Examples, MixedTasks, Prefetched, SinusoidTasks, TaskBatch
 from fastmeta.tasks.drawing import natural_sizes, subsets, subsets_by_weight
+from fastmeta.training import evaluate
 from fastmeta.training.embed import embed
 
 COUNTS = (8, 11, 30, 5, 9, 17, 8)
@@ -286,6 +288,20 @@ def test_embedded_once():
         embedded = embed(nn.Identity(), sampler).sample(4, generator=seeded())
         assert torch.equal(embedded.support_x.flatten(2), plain.support_x)
         assert torch.equal(embedded.query_x.flatten(2), plain.query_x) and torch.equal(embedded.query_y, plain.query_y)
+
+
+def test_embedding_pays_whether_drawn_ahead_or_not():
+    rows = [torch.randn(count, 4, device=DEVICE) for count in COUNTS]
+    sampler = EpisodeSampler(rows, ways=(2, 4), shots=2, query_shots=3)
+    learner, calls = ProtoNet(nn.Linear(4, 3).to(DEVICE), ways=4), []
+    learner.encoder.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    found = [evaluate(learner, tasks, episodes=40) for tasks in (sampler, Prefetched(sampler))]
+    assert found[0] == found[1] and calls == [sum(COUNTS)] * 2
+    calls.clear()
+    changed = copy.copy(sampler)
+    changed.augment = lambda x, _: x  # another embedding each time
+    torch.testing.assert_close(evaluate(learner, changed, episodes=40).loss.mean, found[0].loss.mean)
+    assert sum(calls) > 2 * sum(COUNTS)
 
 
 def test_padded_tasks_are_judged_as_if_alone():

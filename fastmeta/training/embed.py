@@ -8,10 +8,15 @@ import torch
 from torch import nn
 
 from ..algorithms import ProtoNet
-from ..tasks import EpisodeSampler
+from ..tasks import EpisodeSampler, Prefetched, TaskSource
 from ..tasks.rows import as_inputs
 
 _IMAGES = 1024  # at a time
+
+
+def at_once(tasks: TaskSource) -> TaskSource:
+    """The same tasks, drawn when they are asked for: what is embedded once need not be drawn ahead."""
+    return tasks.tasks if isinstance(tasks, Prefetched) else tasks
 
 
 def embedding_pays(algorithm: ProtoNet, tasks: object, episodes: int) -> bool:

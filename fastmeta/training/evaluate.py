@@ -14,7 +14,7 @@ from .. import values
 from .._trees import named_leaves
 from ..algorithms import ProtoNet
 from ..tasks.source import check_source
-from .embed import embed, embedding_pays
+from .embed import at_once, embed, embedding_pays
 from .metrics import CalibrationError, Estimate, finite_or_none
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def evaluate(
     calibration = CalibrationError()
     with _judging(algorithm, tasks), torch.no_grad():
         judged = algorithm
-        if isinstance(algorithm, ProtoNet) and embedding_pays(algorithm, tasks, episodes):
-            embedded = embed(algorithm.encoder, tasks, stop)
+        if isinstance(algorithm, ProtoNet) and embedding_pays(algorithm, at_once(tasks), episodes):
+            embedded = embed(algorithm.encoder, at_once(tasks), stop)
             if embedded is None:
                 return None
             judged, tasks = ProtoNet(nn.Flatten(), metric=algorithm.metric, ways=algorithm.ways).eval(), embedded
