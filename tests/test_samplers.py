@@ -129,9 +129,10 @@ def test_ways_and_shots_from_ranges():
     assert sampler.output_size == 5
     found = tasks_of(batch)
     assert all(disjoint(task) for task in found)
-    assert even(torch.tensor([len(task) for task in found]).bincount()[2:])
+    assert even(torch.tensor([len(task) for task in found]).bincount(minlength=6)[2:])
     shots = [{len(support) for _, support, _ in task.values()} for task in found]
-    assert all(len(one) == 1 for one in shots) and even(torch.tensor([min(one) for one in shots]).bincount()[1:])
+    assert all(len(one) == 1 for one in shots)
+    assert even(torch.tensor([min(one) for one in shots]).bincount(minlength=4)[1:])
     assert {len(query) for task in found for _, _, query in task.values()} == {2}
     assert batch.support_x.shape[1] == max(sum(len(s) for _, s, _ in task.values()) for task in found)
     assert even(torch.tensor([task[0][0] for task in found]).bincount()[1:])
@@ -233,7 +234,10 @@ def test_subsets_of_different_sizes():
 
 def test_rotations_of_unequal_classes():
     images = [torch.rand(count, 1, 5, 5, device=DEVICE) for count in (3, 6, 4)]
-    sampler = EpisodeSampler(images, ways=12, shots=1, query_shots="all", rotations=True)
+    shuffled = torch.randperm(13)
+    labels = torch.arange(3).repeat_interleave(torch.tensor([3, 6, 4]))[shuffled]
+    examples = Examples(torch.cat(images)[shuffled.to(DEVICE)], labels)
+    sampler = EpisodeSampler(examples, ways=12, shots=1, query_shots="all", rotations=True)
     batch = sampler.sample(2, generator=seeded())
     turned = [[part.rot90(turns, (-2, -1)) for part in images] for turns in range(4)]
     turned = [(number, row) for number, part in enumerate(sum(turned, [])) for row in part]

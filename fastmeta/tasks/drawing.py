@@ -63,13 +63,9 @@ def subsets_by_weight(
 def with_replacement(
     rows: int, population: int | Tensor, size: int | Tensor, *, device, generator: torch.Generator | None = None
 ) -> Tensor:
-    """As `subsets`, every place drawn by itself."""
-    most = _most(size)
-    draw = torch.rand(rows, most, dtype=torch.float64, device=device, generator=generator)
-    chosen = (draw * (population.unsqueeze(1) if isinstance(population, Tensor) else population)).long()
-    if isinstance(size, Tensor):
-        chosen.masked_fill_(torch.arange(most, device=device) >= size.unsqueeze(1), -1)
-    return chosen
+    """As `subsets`, every place drawn by itself, up to the largest size."""
+    draw = torch.rand(rows, _most(size), dtype=torch.float64, device=device, generator=generator)
+    return (draw * (population.unsqueeze(1) if isinstance(population, Tensor) else population)).long()
 
 
 def natural_sizes(
