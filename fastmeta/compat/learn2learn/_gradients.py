@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def gradients_of(
     retain_graph: bool | None = None,
     allow_unused: bool = False,
     allow_nograd: bool = False,
-) -> list[Tensor | None]:
+) -> Sequence[Tensor | None]:
     """One for each parameter: None for those without `requires_grad` under `allow_nograd`, and for those that the loss
     does not depend on under `allow_unused`.
 
@@ -33,13 +33,16 @@ def gradients_of(
         raise RuntimeError(_COMPILED)
     parameters = list(parameters)
     wanted = [p for p in parameters if p.requires_grad] if allow_nograd else parameters
-    options = {"create_graph": create_graph, "retain_graph": create_graph if retain_graph is None else retain_graph}
+    retain_graph = create_graph if retain_graph is None else retain_graph
     try:
-        found = iter(torch.autograd.grad(loss, wanted, allow_unused=allow_unused, **options))
+        found = torch.autograd.grad(
+            loss, wanted, create_graph=create_graph, retain_graph=retain_graph, allow_unused=allow_unused
+        )
     except RuntimeError as error:
         if allow_nograd:
             raise
         raise RuntimeError(f"{error}\n{_HINT}") from error
     if not allow_nograd:
-        return list(found)
-    return [next(found) if p.requires_grad else None for p in parameters]
+        return found
+    left = iter(found)
+    return [next(left) if p.requires_grad else None for p in parameters]

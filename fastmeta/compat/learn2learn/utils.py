@@ -94,9 +94,11 @@ def _cloned_once(tensor: Tensor, memo: dict) -> Tensor:
 
 def _gather_recurrent_weights(module: nn.Module) -> None:
     """Recurrent layers keep a list of their weights beside `_parameters`."""
+    if not hasattr(type(module), "flatten_parameters"):
+        return
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
-    elif hasattr(module, "flatten_parameters"):
+    else:
         module._apply(lambda t: t)
 
 

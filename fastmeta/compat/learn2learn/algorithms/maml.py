@@ -27,9 +27,14 @@ def maml_update(model: nn.Module, lr: float, grads=None) -> nn.Module:
                 "WARNING:maml_update(): Parameters and gradients have different length. "
                 f"({len(parameters)} vs {len(grads)})"
             )
-        for p, g in zip(parameters, grads, strict=False):
-            if g is not None:
-                p.update = -lr * g
+        return _stepped(model, parameters, lr, grads)
+    return update_module(model)
+
+
+def _stepped(model: nn.Module, parameters: list[Tensor], lr: float, grads) -> nn.Module:
+    for p, g in zip(parameters, grads, strict=False):
+        if g is not None:
+            p.update = -lr * g
     return update_module(model)
 
 
@@ -75,15 +80,15 @@ class MAML(BaseLearner):
     ) -> None:
         """One gradient step on `loss`, a scalar in the graph of this learner's parameters: each is replaced by
         `p - lr * grad`. Arguments that are None are the learner's own."""
-        first_order = _or(first_order, self.first_order)
+        parameters = list(self.module.parameters())
         gradients = gradients_of(
             loss,
-            self.module.parameters(),
-            create_graph=not first_order,
+            parameters,
+            create_graph=not _or(first_order, self.first_order),
             allow_unused=_or(allow_unused, self.allow_unused),
             allow_nograd=_or(allow_nograd, self.allow_nograd),
         )
-        self.module = maml_update(self.module, self.lr, gradients)
+        self.module = _stepped(self.module, parameters, self.lr, gradients)
 
     def clone(
         self,
