@@ -36,8 +36,8 @@ def adapt_batch(
             losses.append(loss(clone(query_x), query_y))
         mean = torch.stack(losses).mean()  # `.loss` of what is returned
 
-    `.loss.backward()` leaves the gradients of the mean in the parameters of `learner`, equal to rounding. Not in
-    learn2learn.
+    `.loss.backward()` leaves the gradients of the mean in the parameters of `learner`, equal to rounding. Running
+    statistics of batch norms are not moved. Not in learn2learn.
 
     Args:
         learner: a `MAML` or `MetaSGD`, no clone of one. Parameters without `requires_grad`, and those that the loss
