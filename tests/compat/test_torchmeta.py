@@ -616,7 +616,7 @@ def test_omniglot(data_root):
     tasks = helpers.omniglot(data_root, shots=1, ways=5, test_shots=2, meta_val=True, seed=0)
     assert len(tasks.dataset) == 4 * 172 and tasks.dataset.num_classes == 172
     images, labels = next(iter(BatchMetaDataLoader(tasks, batch_size=2)))["test"]
-    assert images.shape == (2, 10, 1, 28, 28) and images.dtype == torch.float32
+    assert images.shape == (2, 10, 1, 28, 28) and images.dtype == torch.float64
     assert 0 <= images.min() and 0.9 < images.max() <= 1 and 0.02 < images.mean() < 0.2
     assert labels.sort(1).values.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4]] * 2
     by_archive = datasets.Omniglot(data_root, 5, meta_test=True, use_vinyals_split=False)

@@ -14,7 +14,7 @@ DEFAULT_IMAGE_FORMATS = {".bmp", ".png", ".jpeg", ".jpg"}
 
 
 def default_transform(image_size: int, training: bool) -> Callable:
-    """From a PIL image to a float32 tensor `[3, image_size, image_size]`, normalised as for ImageNet.
+    """From a PIL image to a tensor `[3, image_size, image_size]` of the default dtype, normalised as for ImageNet.
 
     Without `training` a resize to 1.15 times the size and the middle of it; with it a random crop, colours and mirror,
     for which torchvision is needed.
@@ -47,7 +47,7 @@ class CentreOfResized:
         first = round((large - self.image_size) / 2)
         box = (first, first, first + self.image_size, first + self.image_size)
         small = image.resize((large, large), Resampling.BILINEAR).crop(box)
-        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous().float().div(255)
+        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous() / 255
         mean, std = (torch.tensor(IMAGENET_NORMALIZATION[key]).view(3, 1, 1) for key in ("mean", "std"))
         return (pixels - mean) / std
 

@@ -23,10 +23,10 @@ __getattr__ = not_here(
 
 
 def to_tensor(image) -> Tensor:
-    """A PIL image as float32 `[C, H, W]` in [0, 1], as torchvision's `ToTensor` does."""
+    """A PIL image as `[C, H, W]` in [0, 1], of the default dtype, as torchvision's `ToTensor` gives it."""
     import numpy as np
 
-    pixels = torch.from_numpy(np.array(image)).float().div(255)
+    pixels = torch.from_numpy(np.array(image)) / 255
     return pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
@@ -79,7 +79,7 @@ def omniglot(
         shuffle: draw the examples (default), else take the first.
         test_shots: examples of each class in "test"; None (default) for as many as in "train".
         seed: of the data set and the splitter.
-        kwargs: of `Omniglot`. By default images are float32 `[1, 28, 28]` in [0, 1], and targets `Categorical(ways)`.
+        kwargs: of `Omniglot`. By default images are `[1, 28, 28]` in [0, 1], and targets `Categorical(ways)`.
     """
     defaults = {"class_augmentations": [Rotation([90, 180, 270])]}
     return helper_with_default(
