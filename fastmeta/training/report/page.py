@@ -55,7 +55,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 72rem; padding: 1.5rem; background: var(--back); color: var(--text);
   font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; } h3 { font-size: 1rem; }
+h1 { font-size: 1.7rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; } h3 { font-size: 1rem; }
 header p, footer, .note, .legend { color: var(--quiet); } .note, .legend { font-size: .9rem; }
 dl { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0; }
 dl div { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem; padding: .6rem 1rem; }
@@ -80,7 +80,8 @@ svg text { fill: var(--quiet); font-size: 13px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 caption { text-align: left; color: var(--quiet); padding-bottom: .3rem; }
 th, td { border-bottom: 1px solid var(--rule); padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; } td.all { font-weight: 700; }
+tbody th { font-weight: 400; }
+td { font-variant-numeric: tabular-nums; }
 summary { cursor: pointer; }
 @media print { body { max-width: none; } }
 """
@@ -108,7 +109,7 @@ def page(
         _section("Versions and machine", _table(("what", "value"), _environment(best, log), "What the run ran on.")),
     ]  # fmt: skip
     return _PAGE.substitute(
-        title=escape(f"{config.algorithm} on {config.data}"),
+        title=escape(f"{config.algorithm} on {config.data_name}"),
         subtitle=escape(f"{size}, {folder.resolve().name}, {newest.step:,} steps"),
         style=_STYLE, sections="\n".join(sections), version=escape(best.record["versions"]["fastmeta"]),
     )  # fmt: skip
@@ -129,6 +130,8 @@ def _key_figures(
     for test in sorted(tested, key=lambda test: test["loss"]["episodes"])[-1:]:
         name, value = _from_json(test)
         figures.append((f"{name}, {test['loss']['episodes']:,} test tasks", value))
+    if not isinstance(found, str) and found.own_error is not None:
+        figures.append(("its root, in the targets' own unit", f"{found.own_error:.4g}"))
     for entry in newest.record["history"]:
         if entry["step"] == best.step:
             name, value = _from_json(entry)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...tasks import Inputs
 from ..evaluate import judged
 from ..metrics import Estimate
 
@@ -44,7 +45,8 @@ class Task(NamedTuple):
 class Predictions:
     """`tasks` are the first few, `mistakes` the most confident of all, `confusion` how often a query of the one named
     class was taken for the other (None where classes have no names), `points` `[n, 2]` pairs of target and prediction
-    in regression."""
+    in regression, in the targets' own unit, and `own_error` the root of their mean squared difference where that unit is
+    not the one of training."""
 
     loss: Estimate
     accuracy: Estimate | None
@@ -52,6 +54,7 @@ class Predictions:
     mistakes: list[Query] = field(default_factory=list)
     confusion: Counter[tuple[str, str]] | None = None
     points: Tensor | None = None
+    own_error: float | None = None
 
 
 def predict_tasks(
@@ -68,6 +71,8 @@ def predict_tasks(
     named: whether the data's classes have names: `tasks` is then an `~fastmeta.tasks.EpisodeSampler`.
     """
     losses, accuracies, points = [], [], []
+    inputs = Inputs.of(tasks)
+    restored = inputs.restore_targets
     tasks = _Named(tasks) if named else tasks
     confusion: Counter[tuple[str, str]] | None = Counter() if named else None
     shown: list[Task] = []
@@ -77,6 +82,8 @@ def predict_tasks(
         few = range(min(TASKS_SHOWN - len(shown), batch.num_tasks))
         if output.accuracy is None:
             own = _rows(batch.query_mask, batch.query_y)
+            batch = batch._replace(support_y=restored(batch.support_y), query_y=restored(batch.query_y))
+            output = output._replace(logits=restored(output.logits))
             points.append(torch.stack([batch.query_y[own].flatten(), output.logits[own].flatten()], 1).cpu())
             shown += [_regressed(batch, output, task) for task in few]
             continue
@@ -87,10 +94,13 @@ def predict_tasks(
         shown += [found.task(task) for task in few]
         mistakes = sorted([*mistakes, *found.mistakes()], key=lambda query: -query.probability)[:MISTAKES_SHOWN]
     every = torch.cat(points) if points else None
+    own_error = None
+    if every is not None and inputs.table is not None:
+        own_error = float(every.diff(dim=1).double().square().mean().sqrt())
     if every is not None and len(every) > _POINTS_SHOWN:
         every = every[:: -(-len(every) // _POINTS_SHOWN)]
     accuracy = Estimate.of(torch.cat(accuracies)) if accuracies else None
-    return Predictions(Estimate.of(torch.cat(losses)), accuracy, shown, mistakes, confusion, every)
+    return Predictions(Estimate.of(torch.cat(losses)), accuracy, shown, mistakes, confusion, every, own_error)
 
 
 class _Named:
