@@ -95,9 +95,9 @@ def _read_config(ctx: typer.Context, value: Path | None) -> Path | None:
     return value
 
 
-def _after_the_file(ctx: typer.Context, param: typer.CallbackParam, value: list[str] | None) -> list[str] | None:
+def _after_the_file(ctx: typer.Context, param: typer.CallbackParam, value: list[str] | None) -> list[str]:
     """Of an option that may be given often: what `--config` says, then what the command line does."""
-    return [*((ctx.default_map or {}).get(param.name) or ()), *(value or ())] or None
+    return [*((ctx.default_map or {}).get(param.name) or ()), *(value or ())]
 
 
 def _option(panel: str | None, kind: type, flag: str, help: str, default: str | bool = False, **more: Any) -> Any:

@@ -55,7 +55,8 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 72rem; padding: 1.5rem; background: var(--back); color: var(--text);
   font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; } h3 { font-size: 1rem; }
+h1 { font-size: 1.7rem; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; } h3 { font-size: 1rem; }
 header p, footer, .note, .legend { color: var(--quiet); } .note, .legend { font-size: .9rem; }
 dl { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0; }
 dl div { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem; padding: .6rem 1rem; }

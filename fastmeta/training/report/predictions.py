@@ -45,8 +45,8 @@ class Task(NamedTuple):
 class Predictions:
     """`tasks` are the first few, `mistakes` the most confident of all, `confusion` how often a query of the one named
     class was taken for the other (None where classes have no names), `points` `[n, 2]` pairs of target and prediction
-    in regression, in the targets' own unit, and `own_error` the root of their mean squared difference where that unit is
-    not the one of training."""
+    in regression, in the targets' own unit, and `own_error` the root of their mean squared difference where that is not
+    the unit of training."""
 
     loss: Estimate
     accuracy: Estimate | None
