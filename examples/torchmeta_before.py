@@ -60,7 +60,7 @@ def main(steps, folder, seed=0):
     optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
     loader = BatchMetaDataLoader(tasks(folder, "val"), batch_size=TASKS)
     losses, seconds = [], -time.perf_counter()
-    for batch, _ in zip(loader, range(steps), strict=False):
+    for _, batch in zip(range(steps), loader, strict=False):
         (x, y), (query_x, query_y) = batch["train"], batch["test"]
         embeddings = encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         query_embeddings = encoder(query_x.flatten(0, 1)).unflatten(0, query_x.shape[:2])
