@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import NoReturn
 
 
@@ -23,5 +24,24 @@ def not_here(module: str, library: str, names: Iterable[str], instead: str = "")
         if name in known:
             raise ImportError(f"{library} has {name}, but {module} has not. {instead}".strip(), name=name)
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return __getattr__
+
+
+def data_not_here(module: str, library: str, names: Iterable[str], instead: str = "") -> Callable[[str], type]:
+    """As `not_here`, for data sets: client code imports more of them than it uses, so these names can be imported, and
+    raise their ImportError when they are called."""
+    refuse = not_here(module, library, names, instead)
+    known = frozenset(names)
+
+    @cache
+    def __getattr__(name: str) -> type:
+        if name not in known:
+            refuse(name)
+
+        def __new__(cls, *args, **kwargs):
+            refuse(name)
+
+        return type(name, (), {"__new__": __new__, "__module__": module})
 
     return __getattr__

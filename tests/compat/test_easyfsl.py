@@ -15,10 +15,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fastmeta.compat.easyfsl.datasets import (
+    CUB,
     EasySet,
     FeaturesDataset,
     FewShotDataset,
     SupportSetFolder,
+    TieredImageNet,
     WrapFewShotDataset,
 )
 from fastmeta.compat.easyfsl.datasets.default_configs import default_transform
@@ -391,7 +393,7 @@ def test_support_set_folder(folder):
             SupportSetFolder(wrong)
 
 
-def test_easy_set(folder, tmp_path):
+def test_easy_set(folder, tmp_path, monkeypatch):
     specs = tmp_path / "specs.json"
     right = {"class_names": ["one", "two"], "class_roots": [str(folder / "b"), str(folder / "a" / "in")]}
     specs.write_text(json.dumps(right))
@@ -407,6 +409,13 @@ def test_easy_set(folder, tmp_path):
             EasySet(specs)
     with pytest.raises(ValueError, match="JSON"):
         EasySet("specs.csv")
+    monkeypatch.chdir(tmp_path)
+    for kind, place in ((CUB, "CUB"), (TieredImageNet, "tiered_imagenet")):
+        with pytest.raises(ValueError, match="data/.*/val.json"):
+            kind("val")
+        (folder / place).mkdir()
+        (folder / place / "val.json").write_text(json.dumps(right))
+        assert kind("val", transform=red).get_labels() == [0, 0, 1]
 
 
 def test_default_transform():
@@ -515,8 +524,9 @@ def test_residual_networks():
         ResNet(Block, [1] * 4, [1] * 4, use_fc=True, use_pooling=False)(images)
 
 
-@pytest.mark.parametrize("module, name", [("methods", "FEAT"), ("datasets", "CUB"), ("modules", "feat_resnet12")])
-def test_names_that_are_not_here(module, name):
+@pytest.mark.parametrize("module", ["methods", "datasets", "modules"])
+def test_names_that_are_not_here(module):
+    name = {"methods": "FEAT", "datasets": "MiniImageNet", "modules": "feat_resnet12"}[module]
     module = importlib.import_module(f"fastmeta.compat.easyfsl.{module}")
     with pytest.raises(ImportError, match=f"easyfsl 1.5.0 has {name}"):
-        getattr(module, name)
+        getattr(module, name)()

@@ -1,11 +1,12 @@
-"""Data sets of images. Of torchmeta's, Omniglot is here; `utils.data.ClassDataset` makes one of your own images."""
+"""Data sets of images. Of torchmeta's, Omniglot is here; the others can be imported, and say
+so when they are called. `utils.data.ClassDataset` makes one of your own images."""
 
-from fastmeta.compat._absent import not_here
+from fastmeta.compat._absent import data_not_here
 from fastmeta.compat.torchmeta.datasets import helpers
 from fastmeta.compat.torchmeta.datasets.omniglot import Omniglot
 
 __all__ = ["Omniglot", "helpers"]
-__getattr__ = not_here(
+__getattr__ = data_not_here(
     __name__,
     "torchmeta 1.8.0",
     [

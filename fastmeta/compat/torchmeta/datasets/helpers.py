@@ -8,13 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastmeta.compat._absent import not_here
+from fastmeta.compat._absent import data_not_here
 from fastmeta.compat.torchmeta.datasets.omniglot import Omniglot
 from fastmeta.compat.torchmeta.transforms import Categorical, ClassSplitter, Rotation
 from fastmeta.compat.torchmeta.utils.data import CombinationMetaDataset
 
 __all__ = ["omniglot"]
-__getattr__ = not_here(
+__getattr__ = data_not_here(
     __name__,
     "torchmeta 1.8.0",
     ["cifar_fs", "cub", "doublemnist", "fc100", "miniimagenet", "pascal5i", "tieredimagenet", "triplemnist"],
