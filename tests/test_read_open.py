@@ -34,8 +34,8 @@ def pictures(root, classes=15, each=6, size=20, groups=1):
 
 
 def patients(path, count=15, each=12):
-    """Of each patient another line with its own slope."""
-    lines = [f"{p},{r},{p * r},{(p - 7) * r}" for p in range(count) for r in range(each)]
+    """Of each patient a line with a slope of its own, and more or fewer rows."""
+    lines = [f"{p},{r},{p * r},{(p - 7) * r}" for p in range(count) for r in range(each - p % 3)]
     path.write_text("patient,time,noise,score\n" + "\n".join(lines) + "\n")
     return path
 
@@ -119,6 +119,9 @@ def test_arrays_and_tables(tmp_path):
     patients(tmp_path / "p.csv")
     data = open_data("csv:p.csv?task=patient&target=score&ignore=noise")
     assert data.kind == "regression" and isinstance(data.train, TaskRows) and data.features.names == ("time",)
+    (tmp_path / "who.csv").write_text("id,split\n3,test\n4,train\n5,val\n6,train\n")
+    listed = open_data("csv:p.csv?task=patient&target=score&splits=who.csv&class=id")
+    assert [part.names for part in (listed.train, listed.val, listed.test)] == [("4", "6"), ("5",), ("3",)]
     tasks = make_tasks(data, "test", shots=2, query_shots=3)
     assert isinstance(tasks, RegressionTasks) and tasks.inputs.table["targets"]["scale"][0] > 1
     assert set(FORMS) == {"folder", "zip", "npz", "npy", "safetensors", "csv", "parquet"}
@@ -177,7 +180,7 @@ def test_from_a_folder_to_a_judged_run_and_back(tmp_path, run):  # noqa: F811
 
 def test_from_a_table_to_a_judged_run(tmp_path, run):  # noqa: F811
     patients(tmp_path / "p.csv")
-    data = ["--data", "csv:p.csv?task=patient&target=score", "--shots", 4, "--query-shots", 5]
+    data = ["--data", "csv:p.csv?task=patient&target=score", "--shots", 4, "--query-shots", 7]
     stdout, _ = run("train", "ridge", *data, *QUICK, "--task-batch", 4, "--test-tasks", 20, "--out", "run")
     assert "validation MSE" in stdout and "in their own unit the root of the MSE is" in stdout
     config = json.loads((tmp_path / "run" / "step-00000004.json").read_text())

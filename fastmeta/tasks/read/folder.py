@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -119,13 +119,12 @@ def folder(
             return {"rows": rows, "labels": torch.tensor([classes[i] for i in kept])}, {"told": told}
 
         if cache:
-            choices = [str(path.resolve()), image_size, grey, background, on_error, *files]
+            choices = [str(path.resolve()), image_size, grey, background, *files]
             key = hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:16]
             tensors, texts = cached(f"folder-{image_size}-{key}", _FORMAT, make)
         else:
             tensors, texts = make()
-    if texts["told"]:
-        warnings.warn(texts["told"], DataWarning, stacklevel=2)
+    _say(texts["told"], on_error)
     there = tensors["labels"].unique().tolist()  # a class may have lost all its files
     rows = tensors["rows"]
     small = rows.nbytes <= _IN_MEMORY
@@ -160,20 +159,19 @@ def pictures(
     path = Path(values.path("path", path))
     if path.is_file() and path.suffix.lower() in suffixes():
         files, folder = [File(path.name, ())], path.parent
-        rows, kept, told = _decoded(folder, files, lambda name: (folder / name).read_bytes(), how)
+        rows, kept, told = _decoded(folder, files, lambda name: open(folder / name, "rb"), how)
     else:
         with opened(path) as (files, read):
             if not files:
                 raise ValueError(f"{path} holds no picture that Pillow can read")
             rows, kept, told = _decoded(path, files, read, how)
-    if told:
-        warnings.warn(told, DataWarning, stacklevel=2)
+    _say(told, on_error)
     return rows, [files[i].name for i in kept]
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[list[File], Callable[[str], bytes]]]:
-    """The pictures of a folder or archive, in the order of their names, and what reads one."""
+def opened(path: Path) -> Iterator[tuple[list[File], Callable[[str], IO[bytes]]]]:
+    """The pictures of a folder or archive, in the order of their names, and what opens one."""
     allowed = suffixes()
 
     def wanted(name: str) -> bool:
@@ -188,11 +186,11 @@ def opened(path: Path) -> Iterator[tuple[list[File], Callable[[str], bytes]]]:
             # an archive often holds the folder itself
             prefix = f"{tops.pop()}/" if len(tops) == 1 and all(name.count("/") > 1 for name in stamps) else ""
             files = [File(name[len(prefix) :], stamps[name]) for name in sorted(stamps)]
-            yield files, lambda name: archive.read(prefix + name)
+            yield files, lambda name: io.BytesIO(archive.read(prefix + name))
     elif path.is_dir():
         found = [entry for entry in _walk(path, "") if wanted(entry[0])]
         files = [File(name, (stat.st_size, stat.st_mtime_ns)) for name, stat in sorted(found, key=lambda one: one[0])]
-        yield files, lambda name: (path / name).read_bytes()
+        yield files, lambda name: open(path / name, "rb")
     else:
         raise ValueError(f"{path} is no folder, and no .zip archive of one")
 
@@ -228,23 +226,30 @@ def _classes(path: Path, files: Sequence[File]) -> tuple[list[str], list[str] | 
 
 
 def _decoded(
-    path: Path, files: Sequence[File], read: Callable[[str], bytes], how: _How
+    path: Path, files: Sequence[File], read: Callable[[str], IO[bytes]], how: _How
 ) -> tuple[Tensor, list[int], str]:
     """Rows, the files that they are of, and what is to be said of those that could not be read."""
+    allowed = formats()
 
     def decode(file: File) -> np.ndarray:
-        with open_picture(io.BytesIO(read(file.name)), formats()) as image:
+        with read(file.name) as data, open_picture(data, allowed) as image:
             return square(image, how.image_size, how.grey, how.background)
 
     shape = (len(files), 1 if how.grey else 3, how.image_size, how.image_size)
     rows, failed = _decode(files, decode, shape, how.progress)
     told = _told(path, files, failed) if failed else ""
-    if failed and how.on_error == "refuse":
-        raise ValueError(f"{told}; on_error 'skip' takes the others")
     if len(failed) == len(files):
         raise ValueError(told)
     kept = [i for i in range(len(files)) if i not in failed]
-    return _squeezed(rows, kept), kept, told and f"{told}, skipped"
+    return _squeezed(rows, kept), kept, told
+
+
+def _say(told: str, on_error: str) -> None:
+    """What is wrong with some files, as an error or a warning."""
+    if told and on_error == "refuse":
+        raise ValueError(f"{told}; on_error 'skip' takes the others")
+    if told:
+        warnings.warn(f"{told}; skipped", DataWarning, stacklevel=3)
 
 
 def _decode(

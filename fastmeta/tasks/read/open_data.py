@@ -67,12 +67,12 @@ def open_data(data: str, *, progress: bool = False) -> Data:
             val and test inside are the splits; without val, a fifth of the training classes validate.
         npz:PATH, npy:PATH, safetensors:PATH: `array_file`; of npy the option labels=FILE. float64 becomes float32.
         csv:PATH, parquet:PATH: `table`. Options label, task, target, features, one_hot, ignore (several with commas
-            between), missing, indicator, standardise, delimiter; split=COLUMN.
+            between), missing, indicator, standardise, delimiter; split=COLUMN says which split a row is in.
 
-    Splits of all: split_seed=0, fractions=0.64,0.16,0.2. Of classes: by_group=true keeps super-classes together;
-    splits=PATH is a folder of train.txt, val.txt and test.txt, or a CSV file in which class=COLUMN names the class and
-    split=COLUMN the split. A relative one lies beside the data: in the folder, or in that of the file. Such text files
-    in the folder itself are found without being named.
+    Splits of all: split_seed=0, fractions=0.64,0.16,0.2; or splits=PATH, a folder of train.txt, val.txt and test.txt,
+    or a CSV file in which class=COLUMN names the class (or task) and split=COLUMN the split. A relative one lies
+    beside the data: in the folder, or in that of the file. Such text files in a folder of pictures are found without
+    being named. by_group=true keeps super-classes together.
 
     Args:
         data: the line. Paths may be relative.
@@ -85,7 +85,8 @@ def open_data(data: str, *, progress: bool = False) -> Data:
     options = dict(spec.options)
     path = Path(spec.path).expanduser()
     if spec.form in ("csv", "parquet"):
-        split = options.pop("split", None) or _split_by(options)
+        split = options.pop("split", None) if "splits" not in options else None
+        split = split or _split_by(options, path)
         if "delimiter" in options:
             options["delimiter"] = {"tab": "\t"}.get(options["delimiter"], options["delimiter"])
         found = table(path, split=split, **options)
@@ -104,13 +105,13 @@ def open_data(data: str, *, progress: bool = False) -> Data:
     return Data(data, *split(examples))
 
 
-def _split_by(options: dict[str, Any], path: Path | None = None) -> Callable[[Any], Splits]:
+def _split_by(options: dict[str, Any], path: Path) -> Callable[[Any], Splits]:
     """Takes those that say how to split out of `options`."""
     chosen = {new: options.pop(old) for old, new in _HOW.items() if old in options}
     where = options.pop("splits", None)
     columns = {key: options.pop(key) for key in ("class", "split") if key in options}
-    beside = None if path is None else path if path.is_dir() else path.parent
-    if where is None and beside == path and path is not None and all((path / f"{one}.txt").is_file() for one in SPLITS):
+    beside = path if path.is_dir() else path.parent
+    if where is None and beside == path and all((path / f"{one}.txt").is_file() for one in SPLITS):
         where = "."
     if where is None:
         if columns:

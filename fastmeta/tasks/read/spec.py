@@ -62,7 +62,8 @@ _PICTURES = {
 }  # fmt: skip
 _TABLE = {
     **_SPLIT, "label": str, "task": str, "target": _list, "features": _list, "one_hot": _list, "ignore": _list,
-    "missing": _one_of(*MISSING), "indicator": _flag, "standardise": _flag, "split": str, "delimiter": str,
+    "missing": _one_of(*MISSING), "indicator": _flag, "standardise": _flag, "split": str, "splits": str,
+    "class": str, "delimiter": str,
 }  # fmt: skip
 # forms of data, and how the text of each option is read
 FORMS: dict[str, dict[str, Callable[[str], Any]]] = {
