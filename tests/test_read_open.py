@@ -131,8 +131,11 @@ def test_defaults_by_what_the_data_is(tmp_path):
     pictures(tmp_path / "photos")
     images = run_config("protonet", "folder:photos?image_size=16")
     assert (images.model, images.train_ways, images.rotations) == ("conv4", 10, False)
+    assert (images.ways, images.query_shots, images.train_query_shots) == (2, 5, 5)  # of 2 classes of 6 in "val"
+    asked = run_config("protonet", "folder:photos?image_size=16", ways=4, shots=2, query_shots=7, train_ways=3)
+    assert (asked.ways, asked.query_shots, asked.train_ways, asked.train_query_shots) == (4, 7, 3, 4)
     small = run_config("maml", "folder:photos?image_size=8")
-    assert (small.model, small.train_ways, small.data_name) == ("mlp", 5, "photos")
+    assert (small.model, small.train_ways, small.data_name) == ("mlp", 2, "photos")
     with pytest.raises(ValueError, match=r"conv4 needs images of at least 16 x 16, and .* has \[3, 8, 8\]: use mlp"):
         run_config("maml", "folder:photos?image_size=8", model="conv4")
     patients(tmp_path / "p.csv")
@@ -163,10 +166,10 @@ QUICK = ["--iterations", 4, "--eval-every", 2, "--eval-tasks", 8, "--threads", 1
 def test_from_a_folder_to_a_judged_run_and_back(tmp_path, run):  # noqa: F811
     pictures(tmp_path / "photos")
     (tmp_path / "photos" / "c00" / "bad.png").write_bytes(b"")
-    train = ["train", "protonet", "--data", "folder:photos", "--image-size", 16, "--query-shots", 4, "--hidden", 8]
+    train = ["train", "protonet", "--data", "folder:photos", "--image-size", 16, "--hidden", 8]
     _, stderr = run(*train, *QUICK, code=2)
     assert re.match(r"error: photos: 1 of 91 pictures cannot be read: c00/bad.png \(.*on_error 'skip' takes", stderr)
-    stdout, stderr = run(*train, *QUICK, "--on-error", "skip", "--out", "run", "--test-tasks", 20, "--ways", 2)
+    stdout, stderr = run(*train, *QUICK, "--on-error", "skip", "--out", "run", "--test-tasks", 20)
     assert "warning: photos: 1 of 91 pictures" in stderr and stderr.count("\n") == 1
     assert "finished at step 4" in stdout and "2-way 1-shot, 20 episodes" in stdout
     stdout, _ = run("evaluate", "run", "--episodes", 40, "--threads", 1, "--json")

@@ -76,6 +76,7 @@ def test_what_is_missing_is_filled_by_the_rows_that_train(tmp_path):
         ("y,a\n1,2\n1,2,3\n", {}, "row 3: 3 cells, and the header has 2 columns"),
         ("y,a,a\n1,2,3\n", {}, "two columns are called 'a'"),
         ("z,a\n1,2\n", {}, "has no column 'y': it has z, a"),
+        ("yes,a\n1,2\n", {"label": "yess"}, r"has no column 'yess' \(did you mean 'yes'\?\)"),
         ("y,a\n1,2\n2,3\n3,x\n", {}, "x.csv, row 4, column 'a': must be a finite number, .*; got 'x'"),
         ("y,a\n1,2\n2,inf\n3,4\n", {}, "row 3, column 'a': must be a finite number"),
         ("y,a\n1,2\n,3\n3,4\n", {}, "row 3, column 'y': empty, and in 1 rows together"),

@@ -235,9 +235,9 @@ def check_data(data: str) -> None:
 def run_config(algorithm: str, data: str, *, opened: Data | None = None, **given: Any) -> RunConfig:
     """A `RunConfig` with what is `given` (None counts as not given) and published settings for the rest.
 
-    Of own data the defaults depend on what it is: images of at least 16 x 16 get a conv4, other rows an mlp; tasks of
-    training have at most 20 ways, and no more than there are classes large enough. `opened` is what
-    `~fastmeta.tasks.open_data` made of it, if that was called already.
+    Of own data the defaults depend on what it is: images of at least 16 x 16 get a conv4, other rows an mlp. Tasks have
+    no more ways than there are classes large enough, in training 20 at most, and no more queries than a class of middle
+    size has rows for. `opened` is what `~fastmeta.tasks.open_data` made of it, if that was called already.
 
     Sources: MAML on sinusoids, section 5.1 of Finn et al. 2017 (10 shots, one step of 0.01 in training) with
     more tasks per step; MAML on images, their section A.1 (20-way: five steps of 0.1); prototypical networks,
@@ -261,15 +261,15 @@ def run_config(algorithm: str, data: str, *, opened: Data | None = None, **given
     chosen = _defaults(algorithm, source, given)
     entry = ALGORITHMS[algorithm]
     chosen.update(entry.sinusoid if source.regression else entry.images)
-    if not source.regression:
-        chosen.update(_own(source.part, chosen, given))
+    if source.own is not None and not source.regression:
+        chosen.update(_own(source.own, chosen, given))
     if given.get("minutes") is not None and "iterations" not in given:
         chosen["iterations"] = None
     if given.get("lr_halve_every") and "lr_schedule" not in given:
         chosen["lr_schedule"] = "halve"
     chosen.update(given)
-    if chosen["model"] == "conv4" and source.part is not None and not source.images:
-        shape = list(source.part.input_shape)
+    if chosen["model"] == "conv4" and source.own is not None and not source.images:
+        shape = list(source.own.input_shape)
         least = f"{_LEAST_SIDE} x {_LEAST_SIDE}"
         raise ValueError(f"conv4 needs images of at least {least}, and {data} has {shape}: use mlp")
     if "inner_steps" in given and "eval_inner_steps" not in given:
@@ -288,11 +288,11 @@ def run_config(algorithm: str, data: str, *, opened: Data | None = None, **given
 
 @dataclass(frozen=True)
 class _Source:
-    """What defaults depend on: `part` is own data's training split."""
+    """What defaults depend on; `own` is data of the user's own."""
 
     regression: bool
     images: bool
-    part: Examples | TaskRows | None = None
+    own: Data | None = None
 
 
 def _source(data: str, opened: Data | None) -> _Source:
@@ -306,22 +306,37 @@ def _source(data: str, opened: Data | None) -> _Source:
             "features as float32"
         )
     images = len(shape) == 3 and min(shape[1:]) >= _LEAST_SIDE
-    return _Source(opened.kind == "regression", images, part)
+    return _Source(opened.kind == "regression", images, opened)
 
 
-def _own(part: Examples | TaskRows | None, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Which of the defaults of classification are others for own data."""
-    if part is None:
-        return {}
-    chosen = {**defaults, **given}
-    if isinstance(part, TaskRows):
-        ways = given.get("ways", min(_PERSON_WAYS, len(part.classes)))
+def _own(data: Data, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Which of the defaults of classification are others for own data: tasks that it has."""
+    train, chosen = data.part("train"), {**defaults, **given}
+    if isinstance(train, TaskRows):
+        ways = given.get("ways", min(_PERSON_WAYS, len(train.classes)))
         return {"rotations": False, "ways": ways, "train_ways": ways, "query_shots": 5, "train_query_shots": 5}
-    if "train_ways" not in chosen or chosen.get("labels", "true") != "true":
-        return {"rotations": False}
-    each = chosen.get("train_shots", chosen["shots"]) + chosen.get("train_query_shots", chosen["query_shots"])
-    there = int((part.counts >= each).sum())
-    return {"rotations": False, "train_ways": max(chosen["ways"], min(_MOST_WAYS, chosen["train_ways"], there))}
+    shots, train_shots = chosen["shots"], chosen.get("train_shots", chosen["shots"])
+    judged = [part for part in (data.val, data.test) if part is not None]
+    found: dict[str, Any] = {"rotations": False}
+    found["query_shots"] = min([chosen["query_shots"], *(_left(part, shots) for part in judged)])
+    each = shots + given.get("query_shots", found["query_shots"])
+    found["ways"] = max(2, min([chosen["ways"], *(_classes_of(part, each) for part in judged)]))
+    if chosen.get("labels", "true") == "true":
+        found["train_query_shots"] = min(chosen["train_query_shots"], _left(train, train_shots))
+        if "train_ways" in chosen:
+            each = train_shots + given.get("train_query_shots", found["train_query_shots"])
+            ways = min(_MOST_WAYS, chosen["train_ways"], _classes_of(train, each))
+            found["train_ways"] = max(given.get("ways", found["ways"]), ways)
+    return found
+
+
+def _left(part: Examples, shots: int) -> int:
+    """Rows that a class of middle size has for queries."""
+    return max(1, int(part.counts.median()) - shots)
+
+
+def _classes_of(part: Examples, rows: int) -> int:
+    return int((part.counts >= rows).sum())
 
 
 def _defaults(algorithm: str, source: _Source, given: dict[str, Any]) -> dict[str, Any]:

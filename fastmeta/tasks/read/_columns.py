@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,9 @@ class Columns:
     def check(self, *names: str) -> None:
         for name in names:
             if name not in self.cells:
-                raise ValueError(f"{self.path} has no column {name!r}: it has {', '.join(self.cells)}")
+                near = difflib.get_close_matches(name, self.cells, 1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise ValueError(f"{self.path} has no column {name!r}{hint}: it has {', '.join(self.cells)}")
 
     def texts(self, name: str) -> list[str | None]:
         self.check(name)
