@@ -103,6 +103,14 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, run):
         (["train", "maml", "--data", "cifar"], "cifar"),
         (["train", "maml", "--data", "sinusoid", "--hidden", "4x4"], "numbers with commas"),
         (["train", "maml", "--data", "sinusoid", "--device", "abacus"], "cuda:<number>', got 'abacus'"),
+        (["train", "maml", "--data", "sinusoid", "--device", "meta"], "must be the CPU or a CUDA device, got meta"),
+        (["train", "maml", "--data", "sinusoid", "--minutes", "inf"], "minutes must be finite, got inf"),
+        (["train", "maml", "--data", "sinusoid", "--seed", 10**20], "seed must lie in [-2^63, 2^63)"),
+        (["train", "maml", "--data", "sinusoid", "--task-batch", 10**20], "task_batch must be at most 2147483647"),
+        (["train", "maml", "--data", "sinusoid", "--hidden", f"4,{10**20}"], "hidden must be at most 2147483647"),
+        (["train", "maml", "--data", "sinusoid", "--threads", 10**6], "threads must be at most 1024, got 1000000"),
+        (["irl", "gridworld", "--device", "banana"], "cuda:<number>', got 'banana'"),
+        (["irl", "gridworld", "--seed", 10**20], "seed must lie in [-2^63, 2^63)"),
         (["train", "protonet", "--data", "omniglot", "--data-root", "nowhere"], "'nowhere' is not a folder"),
         (["evaluate", "nowhere"], "nowhere: no such file or folder"),
         (["train", "maml", "--resume", "--out", "nowhere"], "nowhere: no checkpoint to load"),
@@ -113,6 +121,32 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path, monkeypatch, run, argumen
     _, stderr = run(*arguments, code=2)
     assert text in stderr and "Traceback" not in stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [[*SINUSOID, "--save-every", 0, "--minutes", 60], ["demo"]], ids=["train", "demo"])
+def test_a_folder_that_cannot_be_written_is_noticed_before_training(tmp_path, run, command):
+    (tmp_path / "file").touch()
+    _, stderr = run(*command, "--out", tmp_path / "file", code=2)
+    assert stderr == f"error: {tmp_path / 'file'} cannot be written: File exists\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:128] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("Storage size calculation overflowed with sizes=[4611686018427387904, 4]"),
+        MemoryError(),
+        OverflowError("Python int too large to convert to C long"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_is_too_large_for_the_memory_ends_in_one_line(monkeypatch, run, error):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr("fastmeta.training.run_config", fail)
+    _, stderr = run(*SINUSOID, code=1)
+    assert stderr.startswith("error: too large for this machine: ") and stderr.count("\n") == 1
 
 
 def test_debug_raises(monkeypatch):

@@ -466,7 +466,7 @@ def _one_line() -> Iterator[None]:
     except (ValueError, TypeError, OSError, ImportError) as error:
         _fail(error, 2)
     except (MemoryError, OverflowError) as error:
-        _fail(RuntimeError(f"too large for this machine: {error or 'out of memory'}"), 1)
+        _fail(RuntimeError(f"too large for this machine: {str(error) or 'out of memory'}"), 1)
     except RuntimeError as error:
         # Any other RuntimeError is a bug, whose traceback is wanted.
         from torch import OutOfMemoryError

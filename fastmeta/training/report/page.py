@@ -323,8 +323,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> 
         for row in rows
     )
     return (
-        f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        # wide ones scroll, by keys too
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table>'
+        f"<caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
