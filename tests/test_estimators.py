@@ -122,7 +122,7 @@ def test_labels_of_any_type(labels):
 def test_rows_in_any_form_and_in_pieces():
     images = torch.randint(256, (9, 3, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     _, y, _ = problem()
-    learner = ProtoNet(nn.Flatten(), metric="cosine")
+    learner = ProtoNet(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()))
     expected = Classifier(learner).fit(images.numpy(), y).predict_proba(images.numpy())
     last = images.permute(0, 2, 3, 1)
     for form in (images, list(images), images.float() / 255, last, last.numpy(), [one.numpy() for one in last]):

@@ -46,14 +46,16 @@ def run(monkeypatch, capsys):
 
 
 def pictures(root, classes, each, seed=0, size=20):
-    """A folder of grey pictures by class: a bright bar whose place is the class's."""
+    """A folder of grey pictures by class: a bright bar whose place is the class's, and a transparent column."""
     random = np.random.default_rng(seed)
     for number, name in enumerate(classes):
         (root / name).mkdir(parents=True)
         for i in range(each):
             pixels = random.integers(0, 60, (size, size)).astype(np.uint8)
             pixels[number % size] = 250
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
+            opaque = np.full_like(pixels, 255)
+            opaque[:, 7] = 0
+            Image.fromarray(np.stack([pixels, opaque], 2), "LA").save(root / name / f"{i}.png")
     return root
 
 
@@ -65,8 +67,9 @@ def lines(path):
 @pytest.fixture
 def photos(tmp_path, run):
     """A run on pictures, and pictures of three other classes."""
-    data = f"folder:{pictures(tmp_path / 'data', [f'c{i}' for i in range(6)], 3)}?grey=true&image_size=16"
-    options = ["--hidden", 4, "--model", "conv4", "--data", f"{data}&fractions=0.5,0.3,0.2"]
+    data = f"folder:{pictures(tmp_path / 'data', [f'c{i}' for i in range(6)], 3)}?fractions=0.5,0.3,0.2"
+    how = "grey=true&image_size=16&background=black"
+    options = ["--hidden", 4, "--model", "conv4", "--data", f"{data}&{how}"]
     run(*TRAIN, *SIZES, *options, "--out", tmp_path / "run")
     support = pictures(tmp_path / "support", ["über", "b", "a"], 2, seed=1)
     return tmp_path / "run", support, pictures(tmp_path / "query", ["über", "b", "a"], 2, seed=2)
@@ -83,8 +86,8 @@ def test_pictures(tmp_path, run, photos):
     assert [line[0] for line in found] == [f"{name}/{i}.png" for name in ("a", "b", "über") for i in (0, 1)]
 
     learner = fastmeta.load(folder_of_run, device="cpu")
-    known = folder(support, image_size=16, grey=True, cache=False)
-    asked = folder(query, image_size=16, grey=True, cache=False)
+    how = {"image_size": 16, "grey": True, "background": "black", "cache": False}
+    known, asked = folder(support, **how), folder(query, **how)
     expected = Adapted(learner, known.rows, known.labels, calibrate=True).probabilities(asked.rows)
     np.testing.assert_allclose(np.array([line[2:] for line in found], float), expected, atol=1e-5)
     assert [line[1] for line in found] == [known.names[i] for i in expected.argmax(1).tolist()]
@@ -174,6 +177,7 @@ def test_rules_without_training(tmp_path, run, photos):
     ask = ["predict", "nearest-mean", "--support", support, "--query", query, "--json", "--image-size", 20, "--grey"]
     assert json.loads(run(*ask)[0])["accuracy"] == 1
     data, asked = table(tmp_path / "support.csv"), table(tmp_path / "query.csv", 1)
+    asked = asked.rename(tmp_path / "query.data")
     told = json.loads(run("predict", "ridge", "--support", data, "--query", asked, "--label", "kind", "--json")[0])
     assert told["classes"] == [f"k{i}" for i in range(6)] and len(told["predictions"]) == 48
     told = json.loads(run("predict", "ridge", "--support", data, "--query", asked, "--target", "score", "--json")[0])
@@ -184,15 +188,17 @@ def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, run, photos):
     folder_of_run, support, query = photos
     data = table(tmp_path / "t.csv")
     out = tmp_path / "p.csv"
-    known = ["--support", support, "--query", query]
+    known, tables = ["--support", support, "--query", query], ["--support", data, "--query", data]
     wrong = {
         "--out is needed": [folder_of_run, *known],
         "nowhere: no such file or folder, and no rule": ["nowhere", *known],
         "both be pictures or both be tables": [folder_of_run, "--support", data, "--query", query],
         "has its own, from training: leave --grey out": [folder_of_run, *known, "--grey"],
-        "--label or --target is needed": ["ridge", "--support", data, "--query", data],
-        "has no column 'species'": ["ridge", "--support", data, "--query", data, "--label", "species"],
-        "no-folder is no folder": [folder_of_run, "--support", tmp_path / "no-folder", "--query", query],
+        "--label or --target is needed": ["ridge", *tables],
+        "--calibrate is of probabilities": ["ridge", *tables, "--target", "score", "--calibrate"],
+        "has no column 'species'": ["ridge", *tables, "--label", "species"],
+        "no-folder: no such file or folder": [folder_of_run, "--support", tmp_path / "no-folder", "--query", query],
+        "reads pictures, of shape [1, 16, 16]": [folder_of_run, *tables],
     }
     for text, arguments in wrong.items():
         given = arguments if text == "--out is needed" else [*arguments, "--out", out]
@@ -211,7 +217,7 @@ def test_features_are_written_once_and_trained_on(tmp_path, run, photos):
     header, *splits = lines(tmp_path / "features.csv")
     assert header == ["class", "split"] and sorted(line[0] for line in splits) == [f"c{i}" for i in range(6)]
     assert [line[1] for line in splits] == ["train"] * 3 + ["val"] * 2 + ["test"]
-    rows = folder(tmp_path / "data", image_size=16, grey=True)
+    rows = folder(tmp_path / "data", image_size=16, grey=True, background="black")
     encoder = encoder_of(fastmeta.load(folder_of_run, device="cpu"))
     with torch.no_grad():
         expected = {name: encoder(rows.of_class(i).float() / 255) for i, name in enumerate(rows.names)}

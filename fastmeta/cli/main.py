@@ -322,7 +322,8 @@ def predict(
     if "accuracy" in about:
         _say(f"{100 * about['accuracy']:.1f}% are as the folders of the queries say", style="bold")
     if calibrate:
-        _say(f"temperature {about['temperature']:.3g}")
+        none = " (nothing to fit it to: a class has one support row)" if about["temperature"] == 1 else ""
+        _say(f"temperature {about['temperature']:.3g}{none}")
 
 
 @app.command()

@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from ..estimators import Adapted, learner_of
 from ..estimators.rules import RULES
 from ..tasks import Inputs
-from ..tasks.read import Columns, Features, folder, pictures, read_columns
+from ..tasks.read import Columns, Features, folder, picture_suffixes, pictures, read_columns
 from ..training.checkpoint import write_whole
-
-_TABLES = (".csv", ".tsv", ".txt", ".parquet", ".pq")
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def predict(
     Raises:
         ValueError: data that the run does not read, by name.
     """
-    tables = [path.suffix.lower() in _TABLES and not path.is_dir() for path in (support, query)]
+    tables = [_is_table(path) for path in (support, query)]
     if tables[0] != tables[1]:
         raise ValueError(f"--support and --query must both be pictures or both be tables, got {support} and {query}")
     given = {"--image-size": image_size, "--grey": grey, "--label": label, "--target": target or None}
@@ -101,6 +99,8 @@ def predict(
         inputs = learner.inputs
         if given and not (inputs.table is None and tables[0]):
             raise ValueError(f"{', '.join(given)}: {run} has its own, from training: leave {' and '.join(given)} out")
+        if tables[0] and inputs.images:
+            raise ValueError(f"{run} reads pictures, of shape {list(inputs.input_shape)}; {support} is a table")
     if tables[0]:
         return _of_tables(learner, inputs, support, query, calibrate=calibrate, label=label, target=tuple(target))
     options = {"image_size": image_size or 84, "grey": bool(grey), "on_error": on_error}
@@ -110,6 +110,13 @@ def predict(
         channels, side, _ = inputs.input_shape
         options |= {"image_size": side, "grey": channels == 1, "background": inputs.background}
     return _of_pictures(learner, support, query, calibrate, options)
+
+
+def _is_table(path: Path) -> bool:
+    """Whether it is a file that is neither a picture nor an archive of pictures."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    return path.is_file() and path.suffix.lower() not in {".zip", *picture_suffixes()}
 
 
 def _trained(run: str, device: str | None) -> nn.Module:
@@ -159,6 +166,8 @@ def _of_tables(
     told = target or (label,)
     _all_there(columns, told)
     rows, query_rows = features(columns), features(asked)
+    if target and calibrate:
+        raise ValueError("--calibrate is of probabilities, and numbers are predicted here: leave it out")
     if target:
         y = torch.tensor([columns.numbers(name) for name in target], dtype=torch.float64).T
         adapted = Adapted(learner, rows, y)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import values
-from ..tasks import NAMES, SPLITS, Examples, load_images, open_data
+from ..tasks import NAMES, SPLITS, Examples, Inputs, load_images, open_data
 from ..tasks.inputs import as_numbers
 from ..tasks.read import is_form, parse, with_options
 from .checkpoint import write_whole
@@ -53,8 +53,8 @@ def embed_data(
     Args:
         source: a run's folder or checkpoint, of whose learner the encoder is taken, or a safetensors file with the
             weights of a `conv4` or an `mlp`.
-        data: "glyphs", "omniglot" or own data as of `fastmeta.tasks.open_data`; pictures are read at the size that the
-            run was trained on, those of a file at their own `image_size`.
+        data: "glyphs", "omniglot" or own data as of `fastmeta.tasks.open_data`; pictures are read as those of the run
+            were, for a file's encoder as the form says.
         out: the file, as `Examples.save` writes it: rows float32 `[R, D]`.
         splits: a CSV file of the columns class and split, as `safetensors:out?splits=splits` reads it.
         device, data_root: as of `fastmeta train`.
@@ -65,15 +65,15 @@ def embed_data(
     Raises:
         ValueError: a source without an encoder, data that it does not read, rows by task in place of classes.
     """
-    encoder, shape = _encoder(Path(values.path("source", source)), device)
-    parts = _splits(data, shape, data_root)
+    encoder, inputs = _encoder(Path(values.path("source", source)), device)
+    parts = _splits(data, inputs, data_root)
     names = [name for part in parts.values() for name in part.names]
     told = [split for split, part in parts.items() for _ in part.names]
     if len(set(names)) < len(names):  # a folder of the same name in two splits is two classes
         names = [f"{split}/{name}" for split, name in zip(told, names, strict=True)]
     found, labels, classes = [], [], 0
     for part in parts.values():
-        found.append(_fitting(encoder, part, shape))
+        found.append(_fitting(encoder, part, inputs))
         labels.append(torch.arange(classes, classes + len(part)).repeat_interleave(part.counts.cpu()))
         classes += len(part)
     written = Examples(torch.cat(found), torch.cat(labels), names=names, name=Path(out).stem)
@@ -85,15 +85,15 @@ def embed_data(
     return written
 
 
-def _encoder(source: Path, device: str) -> tuple[nn.Module, tuple[int, ...] | None]:
-    """An encoder, and the shape of its examples where that is known."""
+def _encoder(source: Path, device: str) -> tuple[nn.Module, Inputs | None]:
+    """An encoder, and what it reads where that is known."""
     if source.is_file() and not source.with_suffix(".json").exists():
         return encoder_from(source)[0].to(device_of(device)), None
     learner = load(source, device=device)
-    return encoder_of(learner), learner.inputs.input_shape
+    return encoder_of(learner), learner.inputs
 
 
-def _splits(data: str, shape: tuple[int, ...] | None, data_root: str | Path | None) -> dict[str, Examples]:
+def _splits(data: str, inputs: Inputs | None, data_root: str | Path | None) -> dict[str, Examples]:
     if not is_form(data):
         values.choice("data", data, (*NAMES[1:], "folder:PATH and other forms of own data"))
         found = {split: load_images(data, split, data_root=data_root) for split in SPLITS}
@@ -105,8 +105,9 @@ def _splits(data: str, shape: tuple[int, ...] | None, data_root: str | Path | No
             )
             for split, images in found.items()
         }
-    if parse(data).pictures and shape is not None and len(shape) == 3:
-        data = with_options(data, image_size=shape[1], grey=shape[0] == 1)
+    if parse(data).pictures and inputs is not None and inputs.images:
+        channels, side, _ = inputs.input_shape
+        data = with_options(data, image_size=side, grey=channels == 1, background=inputs.background)
     opened = open_data(data)
     parts = {split: getattr(opened, split) for split in SPLITS if getattr(opened, split) is not None}
     if not all(isinstance(part, Examples) for part in parts.values()):
@@ -114,9 +115,10 @@ def _splits(data: str, shape: tuple[int, ...] | None, data_root: str | Path | No
     return parts
 
 
-def _fitting(encoder: nn.Module, part: Examples, shape: tuple[int, ...] | None) -> Tensor:
-    if shape is not None and part.input_shape != shape:
-        raise ValueError(f"{part.name} has rows of shape {list(part.input_shape)}, and the run reads {list(shape)}")
+def _fitting(encoder: nn.Module, part: Examples, inputs: Inputs | None) -> Tensor:
+    if inputs is not None and part.input_shape != inputs.input_shape:
+        shapes = f"{list(part.input_shape)}, and the run reads {list(inputs.input_shape)}"
+        raise ValueError(f"{part.name} has rows of shape {shapes}")
     try:
         return features_of(encoder, part)
     except RuntimeError as error:

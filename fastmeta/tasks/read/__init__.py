@@ -1,6 +1,7 @@
 """Ways in for data of one's own: folders of pictures, arrays, data sets of other libraries, and tables."""
 
 from fastmeta.tasks.read._columns import Columns, read_columns
+from fastmeta.tasks.read._pictures import suffixes as picture_suffixes
 from fastmeta.tasks.read._warning import DataWarning
 from fastmeta.tasks.read.arrays import array_file, arrays
 from fastmeta.tasks.read.dataset import dataset
@@ -29,6 +30,7 @@ __all__ = [
     "names_in_table",
     "open_data",
     "parse",
+    "picture_suffixes",
     "pictures",
     "read_columns",
     "split_examples",
