@@ -375,13 +375,14 @@ class Constant:
 
     kind, output_size = "classification", 2
 
-    def __init__(self, number, rows, shape=(2,), dtype=torch.float32):
-        self.number, self.rows, self.input_shape, self.dtype = number, rows, shape, dtype
+    def __init__(self, number, rows, shape=(2,), dtype=torch.float32, masked=False):
+        self.number, self.rows, self.input_shape, self.dtype, self.masked = number, rows, shape, dtype, masked
 
     def sample(self, num_tasks, *, generator=None):
         x = torch.full((num_tasks, self.rows, *self.input_shape), self.number, dtype=self.dtype, device=DEVICE)
         y = torch.ones(num_tasks, self.rows, dtype=torch.int64, device=DEVICE)
-        return TaskBatch(x, y, x[:, :1], y[:, :1])
+        mask = (torch.arange(self.rows, device=DEVICE) > 0).expand(num_tasks, -1) if self.masked else None
+        return TaskBatch(x, y, x[:, :1], y[:, :1], mask, None)
 
 
 def test_mixed_by_weight():
@@ -398,6 +399,10 @@ def test_mixed_by_weight():
     assert torch.equal(batch.support_y, batch.support_mask.long())
     assert len(MixedTasks({few: 1, Constant(2.0, 2): 1}).sample(9)) == 4  # nothing to pad, no mask
     assert mixed.sample(0).num_tasks == 0
+    batch = MixedTasks({Constant(1.0, 2, masked=True): 1, few: 1, Constant(2.0, 2): 1}).sample(50)
+    whole = batch.support_mask.all(1)
+    assert torch.equal(batch.support_mask[:, 0], whole) and batch.support_mask[:, 1].all()
+    assert 0 < whole.sum() < 50 and whole[batch.query_x[:, 0, 0] == 2].all() and batch.query_mask is None
 
 
 def test_mixed_samplers():

@@ -72,7 +72,7 @@ def load(path: str | os.PathLike) -> tuple[Tensor, Tensor, dict[str, Any]]:
             raise ValueError(f"{path} holds no examples that this version can read")
         tensors = mapped(path)
         named = json.loads(metadata["names"])
-        rows, offsets = tensors["rows"], tensors["offsets"].clone()
+        rows, offsets = tensors["rows"], tensors["offsets"]
         names, groups, _ = tuple(named["names"]), named["groups"], named["name"]
         whole = len(names) + 1 == len(offsets) and (groups is None or len(groups) == len(names))
         if not whole or offsets[0] != 0 or offsets[-1] != len(rows) or not (offsets.diff() > 0).all():
