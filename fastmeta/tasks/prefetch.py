@@ -139,7 +139,6 @@ def _draw(orders: queue.SimpleQueue[_Order | None]) -> None:
     """The thread. It knows of orders alone, so that nothing of it keeps a source alive that nobody else has."""
     while (order := orders.get()) is not None:
         order.draw()
-        del order
 
 
 def _stop(orders: queue.SimpleQueue[_Order | None], thread: threading.Thread) -> None:
