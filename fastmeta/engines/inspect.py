@@ -295,8 +295,8 @@ def _mode() -> tuple:
 
 def _traced_steps(model: nn.Module, named: dict[str, nn.Parameter]) -> Iterator[_Step]:
     """Those of a hand-written `forward`, which is run on a symbol."""
-    arguments = _python_inspect.signature(model.forward).parameters
-    if len(arguments) != 1:
+    arguments = list(_python_inspect.signature(model.forward).parameters.values())
+    if not arguments or any(argument.default is argument.empty for argument in arguments[1:]):
         raise _Refused(f"{type(model).__name__}.forward takes {len(arguments)} arguments, not one")
     buffer = next((name for name, _ in model.named_buffers()), None)
     for name, layer in model.named_modules():

@@ -322,6 +322,26 @@ def test_all_tasks_at_once_and_maml_are_the_loop(first_order):
     close(tuple(p.grad for p in model.parameters()), right)
 
 
+def test_maml_runs_meta_modules_in_its_kernels():
+    """An argument that may be left out, as `params`, does not stand in the way; one that may not does."""
+    model = meta.MetaSequential(meta.MetaLinear(2, 5), nn.ReLU(), meta.MetaLinear(5, 1))
+    tasks = fastmeta.TaskBatch(*(torch.randn(T, B, size) for size in (2, 1, 2, 1)))
+    maml = fastmeta.MAML(model, inner_lr=0.1, loss="mse")
+    assert "fused: picked" in str(maml.explain(tasks))
+    maml(tasks).loss.backward()
+    losses = []
+    for x, y, query_x, query_y in zip(*tasks, strict=True):
+        params = gradient_update_parameters(model, F.mse_loss(model(x), y), step_size=0.1)
+        losses.append(F.mse_loss(model(query_x, params=params), query_y))
+    close(tuple(p.grad for p in model.parameters()), torch.autograd.grad(sum(losses) / T, list(model.parameters())))
+
+    class Scaled(meta.MetaSequential):
+        def forward(self, input, scale):
+            return super().forward(input) * scale
+
+    assert "takes 2 arguments" in str(fastmeta.MAML(Scaled(*model), inner_lr=0.1, loss="mse").explain(tasks))
+
+
 # prototypes, matching, ridge regression -------------------------------------------------------------------------------
 def test_prototypes_are_quotients_of_sums_in_order():
     """49 threes of class 0 have a mean of 3, which a product with 1/49 misses; a class without examples has zeros."""
@@ -644,3 +664,9 @@ def test_names_that_are_not_here(module):
         assert isinstance(getattr(module, name), type) and getattr(module, name) is getattr(module, name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         module.nothing  # noqa: B018
+
+
+def test_lists_of_classes_are_not_here():
+    utils = importlib.import_module("fastmeta.compat.torchmeta.datasets.utils")
+    with pytest.raises(OSError, match="omniglot/train.json not found"):
+        utils.get_asset("omniglot", "train.json")
