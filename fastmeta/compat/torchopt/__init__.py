@@ -1,0 +1,100 @@
+"""Stands in for TorchOpt 0.7.3: `from fastmeta.compat import torchopt`.
+
+Differentiable optimisers that step a module in place of its parameters (`MetaSGD`, `MetaAdam`, `MetaAdamW`,
+`MetaRMSProp`), states out and back, optimisers as functions, and implicit gradients.
+
+Names, signatures, defaults, errors and numbers are those of TorchOpt. It differs in this:
+ - Where an average of squared gradients is 0, derivatives through the root are the analytic limit. TorchOpt gives NaN
+   there, and with `use_accelerated_op` 0.
+ - `use_accelerated_op=True` runs the same operations as without.
+ - Nothing is changed in place but by `apply_updates(inplace=True)`: gradients handed to `update` stay what they were.
+ - A rate or a weight decay may be a tensor, and is learned then.
+ - A second derivative of an implicit gradient is refused; TorchOpt gives one that leaves terms out.
+ - Adadelta, Adagrad, Adamax, RAdam, zero-order gradients, `visual`, `distributed` and `typing` are not here.
+"""
+
+from fastmeta.compat._absent import not_here
+
+from . import (
+    accelerated_op,
+    alias,
+    base,
+    clip,
+    combine,
+    diff,
+    hook,
+    linalg,
+    linear_solve,
+    nn,
+    optim,
+    pytree,
+    schedule,
+    transform,
+    update,
+    utils,
+)
+from .accelerated_op import is_available as accelerated_op_available
+from .alias import adam, adamw, rmsprop, sgd
+from .clip import clip_grad_norm
+from .combine import chain
+from .hook import register_hook
+from .optim import SGD, Adam, AdamW, FuncOptimizer, Optimizer, RMSProp, RMSprop
+from .optim.meta import MetaAdam, MetaAdamW, MetaOptimizer, MetaRMSProp, MetaRMSprop, MetaSGD
+from .transform import nan_to_num
+from .update import apply_updates
+from .utils import extract_state_dict, module_clone, module_detach_, recover_state_dict, stop_gradient
+
+__version__ = "0.7.3"
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "FuncOptimizer",
+    "MetaAdam",
+    "MetaAdamW",
+    "MetaOptimizer",
+    "MetaRMSProp",
+    "MetaRMSprop",
+    "MetaSGD",
+    "Optimizer",
+    "RMSProp",
+    "RMSprop",
+    "accelerated_op",
+    "accelerated_op_available",
+    "adam",
+    "adamw",
+    "alias",
+    "apply_updates",
+    "base",
+    "chain",
+    "clip",
+    "clip_grad_norm",
+    "combine",
+    "diff",
+    "extract_state_dict",
+    "hook",
+    "linalg",
+    "linear_solve",
+    "module_clone",
+    "module_detach_",
+    "nan_to_num",
+    "nn",
+    "optim",
+    "pytree",
+    "recover_state_dict",
+    "register_hook",
+    "rmsprop",
+    "schedule",
+    "sgd",
+    "stop_gradient",
+    "transform",
+    "update",
+    "utils",
+]
+__getattr__ = not_here(
+    __name__,
+    "TorchOpt 0.7.3",
+    ("AdaDelta", "AdaGrad", "AdaMax", "Adadelta", "Adagrad", "Adamax", "MetaAdaDelta", "MetaAdaGrad", "MetaAdaMax",
+     "MetaAdadelta", "MetaAdagrad", "MetaAdamax", "MetaRAdam", "RAdam", "adadelta", "adagrad", "adamax", "radam",
+     "distributed", "typing", "visual"),
+)  # fmt: skip

@@ -1,0 +1,7 @@
+"""`torchopt.diff.implicit`: the implicit function theorem."""
+
+from . import decorator, nn
+from .decorator import custom_root
+from .nn import ImplicitMetaGradientModule
+
+__all__ = ["ImplicitMetaGradientModule", "custom_root", "decorator", "nn"]

@@ -1,0 +1,252 @@
+"""`torchopt.transform`: the parts that optimisers are chains of.
+
+All make new tensors, so that steps can be differentiated; `inplace` then only says that weights are to be read without
+their history where gradients have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmeta.compat._absent import not_here
+from fastmeta.functional.update_rules import average, root
+
+from .base import EmptyState, GradientTransformation, identity
+from .pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
+
+
+class ScaleByAdamState(NamedTuple):
+    """Averages of the gradient and its square, and steps taken, of each parameter."""
+
+    mu: Any
+    nu: Any
+    count: Any
+
+
+class ScaleByRmsState(NamedTuple):
+    """The average of the squared gradient of each parameter."""
+
+    nu: Any
+
+
+class ScaleByRStdDevState(NamedTuple):
+    """Averages of the gradient and its square of each parameter."""
+
+    mu: Any
+    nu: Any
+
+
+class ScaleByScheduleState(NamedTuple):
+    """Steps taken, of each parameter."""
+
+    count: Any
+
+
+class TraceState(NamedTuple):
+    """The momentum of each parameter."""
+
+    trace: Any
+
+
+def _stateless(of_leaf: Callable[..., Tensor], with_params: bool = False) -> GradientTransformation:
+    """What makes of each gradient, and its parameter where asked for, another one. None stays None."""
+
+    def update_fn(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        if not with_params:
+            return tree_map(of_leaf, updates), state
+        assert params is not None, "Parameters are required for weight decay: update(updates, state, params=params)"
+        here = tree_map(lambda g, p: p.detach() if inplace and not g.requires_grad else p, updates, params)
+        return tree_map(of_leaf, updates, here), state
+
+    return GradientTransformation(lambda params: EmptyState(), update_fn)
+
+
+def _zeros(params: Any, value: float = 0.0, requires_grad: bool = False) -> Any:
+    return tree_map(lambda p: torch.full_like(p, value, requires_grad=requires_grad), params)
+
+
+def _counts(params: Any) -> Any:
+    return tree_map(lambda p: torch.zeros((), dtype=torch.int64, device=p.device), params)
+
+
+def _counted(updates: Any, count: Any) -> Any:
+    return _over(lambda g, c: c + 1, updates, count)
+
+
+def _over(of_leaf: Callable[..., Any], updates: Any, old: Any) -> Any:
+    """`of_leaf(gradient, old)` where there is a gradient, else `old`."""
+    return tree_map(lambda g, o: o if g is None else of_leaf(g, o), updates, old, none_is_leaf=True)
+
+
+def _moved(updates: Any, moments: Any, decay: float, order: int) -> Any:
+    """Averages of the gradient or its square, one step on; sums where `decay` is 1."""
+
+    def of_leaf(g: Tensor, old: Tensor) -> Tensor:
+        new = g * g if order == 2 else g
+        return old + new if decay == 1.0 else average(old, new, decay)
+
+    return _over(of_leaf, updates, moments)
+
+
+def flip_sign_and_add_weight_decay(weight_decay: float = 0.0, maximize: bool = False) -> GradientTransformation:
+    """`g + weight_decay * p`, with -g in place of g where the loss is maximised."""
+    if not weight_decay >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    sign = -1 if maximize else 1
+    if isinstance(weight_decay, Tensor) or weight_decay > 0.0:
+        return _stateless(lambda g, p: sign * g + weight_decay * p, with_params=True)
+    return _stateless(torch.neg) if maximize else identity()
+
+
+def add_decayed_weights(
+    weight_decay: float = 0.0, mask: Any | Callable[[Any], Any] | None = None
+) -> GradientTransformation:
+    """`g + weight_decay * p`; only where `mask`, a tree of bools or what makes one of the parameters, is True."""
+    if not weight_decay >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    if mask is None:
+        plain = not isinstance(weight_decay, Tensor) and weight_decay == 0.0
+        return identity() if plain else _stateless(lambda g, p: g + weight_decay * p, with_params=True)
+    everywhere = _stateless(lambda g, p: g + weight_decay * p, with_params=True)
+
+    def update_fn(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        structure = tree_structure(updates, none_is_leaf=True)
+        chosen = tree_unflatten(structure, tree_leaves(mask(updates) if callable(mask) else mask))
+        decayed, state = everywhere.update(updates, state, params=params, inplace=inplace)
+        return tree_map(lambda g, new, m: new if m else g, updates, decayed, chosen), state
+
+    return GradientTransformation(everywhere.init, update_fn)
+
+
+def scale(step_size: float) -> GradientTransformation:
+    """`step_size * g`."""
+    return _stateless(lambda g: g * step_size)
+
+
+def scale_by_schedule(step_size_fn: Callable[[Any], Any]) -> GradientTransformation:
+    """`step_size_fn(steps taken) * g`."""
+
+    def update_fn(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        new = tree_map(lambda g, c: g * step_size_fn(c), updates, state.count)
+        return new, ScaleByScheduleState(_counted(updates, state.count))
+
+    return GradientTransformation(lambda params: ScaleByScheduleState(_counts(params)), update_fn)
+
+
+def scale_by_neg_lr(lr: float | Callable[[Any], Any]) -> GradientTransformation:
+    """`-lr * g`; `lr` may be a function of the steps taken."""
+    if not (callable(lr) or lr >= 0.0):
+        raise ValueError(f"Invalid learning rate: {lr}")
+    return scale_by_schedule(lambda count: -lr(count)) if callable(lr) else scale(-lr)
+
+
+def scale_by_adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, eps_root: float = 0.0, moment_requires_grad: bool = False
+) -> GradientTransformation:
+    """`(m / c1) / (sqrt(v / c2 + eps_root) + eps)`, with `c = 1 - b ** steps` in torch's default dtype."""
+    check_adam(eps, (b1, b2))
+
+    def init_fn(params: Any) -> ScaleByAdamState:
+        mu, nu = (_zeros(params, requires_grad=moment_requires_grad) for _ in range(2))
+        return ScaleByAdamState(mu, nu, _counts(params))
+
+    def update_fn(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        count = _counted(updates, state.count)
+        mu, nu = _moved(updates, state.mu, b1, 1), _moved(updates, state.nu, b2, 2)
+
+        def of_leaf(g: Tensor, m: Tensor, v: Tensor, c: Tensor) -> Tensor:
+            return m / (1 - b1**c) / (root(v / (1 - b2**c) + eps_root) + eps)
+
+        return tree_map(of_leaf, updates, mu, nu, count), ScaleByAdamState(mu, nu, count)
+
+    return GradientTransformation(init_fn, update_fn)
+
+
+scale_by_accelerated_adam = scale_by_adam
+
+
+def check_adam(eps: float, betas: tuple[float, float]) -> None:
+    if not eps >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+
+
+def scale_by_rms(alpha: float = 0.9, eps: float = 1e-8, initial_scale: float = 0.0) -> GradientTransformation:
+    """`g / (sqrt(v) + eps)`."""
+    check_rms(alpha, eps)
+
+    def update_fn(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        nu = _moved(updates, state.nu, alpha, 2)
+        return tree_map(lambda g, v: g / (root(v) + eps), updates, nu), ScaleByRmsState(nu)
+
+    return GradientTransformation(lambda params: ScaleByRmsState(_zeros(params, initial_scale)), update_fn)
+
+
+def scale_by_stddev(alpha: float = 0.9, eps: float = 1e-8, initial_scale: float = 0.0) -> GradientTransformation:
+    """`g / (sqrt(v - m^2) + eps)`."""
+    check_rms(alpha, eps)
+
+    def init_fn(params: Any) -> ScaleByRStdDevState:
+        return ScaleByRStdDevState(_zeros(params), _zeros(params, initial_scale))
+
+    def update_fn(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        mu, nu = _moved(updates, state.mu, alpha, 1), _moved(updates, state.nu, alpha, 2)
+        new = tree_map(lambda g, m, v: g / (root(v - m * m) + eps), updates, mu, nu)
+        return new, ScaleByRStdDevState(mu, nu)
+
+    return GradientTransformation(init_fn, update_fn)
+
+
+def check_rms(alpha: float, eps: float) -> None:
+    for name, value in (("alpha", alpha), ("epsilon", eps)):
+        if not value >= 0.0:
+            raise ValueError(f"Invalid {name} value: {value}")
+
+
+def trace(
+    momentum: float = 0.9, dampening: float = 0.0, nesterov: bool = False, moment_requires_grad: bool = False
+) -> GradientTransformation:
+    """Momentum, as in `torch.optim.SGD`. As in TorchOpt the step that is not dampened is the first of this object, also
+    where a state is recovered and starts anew."""
+    check_momentum(momentum, dampening, nesterov)
+    if not isinstance(momentum, Tensor) and momentum == 0.0:
+        return identity()
+    first = True
+
+    def update_fn(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        nonlocal first
+        damped = 1.0 if first or nesterov else 1.0 - dampening
+        kept = 1.0 if first else momentum
+        new = _over(lambda g, t: kept * t + damped * g, updates, state.trace)
+        first = False
+        along = tree_map(lambda g, t: g + momentum * t if nesterov else t.clone(), updates, new)
+        return along, TraceState(new)
+
+    return GradientTransformation(
+        lambda params: TraceState(_zeros(params, requires_grad=moment_requires_grad)), update_fn
+    )
+
+
+def check_momentum(momentum: float, dampening: float, nesterov: bool) -> None:
+    if not momentum >= 0.0:
+        raise ValueError(f"Invalid momentum value: {momentum}")
+    if nesterov and (momentum <= 0.0 or dampening != 0.0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+
+def nan_to_num(nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> GradientTransformation:
+    """Numbers in place of NaN and infinities."""
+    return _stateless(lambda g: g.nan_to_num(nan=nan, posinf=posinf, neginf=neginf))
+
+
+__getattr__ = not_here(
+    __name__,
+    "TorchOpt 0.7.3",
+    ("inc_count", "masked", "scale_by_adadelta", "scale_by_adamax", "scale_by_radam", "scale_by_rss", "update_moment"),
+)

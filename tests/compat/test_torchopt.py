@@ -1,0 +1,470 @@
+"""`fastmeta.compat.torchopt`: against autograd by hand, torch's own optimisers, and TorchOpt where it is installed."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+from fastmeta.compat import torchopt
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+# TorchOpt takes the bias correction in the default dtype, here float32 for float64 weights
+ROUNDED = {"rtol": 1e-4, "atol": 1e-7}
+META = {
+    "SGD": ("MetaSGD", {"lr": 0.1}),
+    "momentum": ("MetaSGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}),
+    "nesterov": ("MetaSGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True}),
+    "Adam": ("MetaAdam", {"lr": 0.02, "weight_decay": 0.1}),
+    "Adam, inside": ("MetaAdam", {"lr": 0.02, "eps_root": 1e-3, "maximize": True, "betas": (0.5, 0.6)}),
+    "Adam, accelerated": ("MetaAdam", {"lr": 0.02, "use_accelerated_op": True}),
+    "AdamW": ("MetaAdamW", {"lr": 0.02, "maximize": True, "weight_decay": 0.2}),
+    "RMSProp": ("MetaRMSProp", {"lr": 0.02, "momentum": 0.5, "weight_decay": 0.1, "initial_scale": 0.1}),
+    "centred": ("MetaRMSProp", {"lr": 0.02, "centered": True, "nesterov": False}),
+}
+each_optimiser = pytest.mark.parametrize("name", META)
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+
+def rows(seed):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(5, 3, generator=g).double(), torch.randn(5, 1, generator=g).double()
+
+
+def meta_gradient(library, model, name, steps=3):
+    kind, settings = META[name]
+    weights = list(model.parameters())
+    optimizer = getattr(library, kind)(model, **settings)
+    for step in range(steps):
+        x, y = rows(step)
+        optimizer.step(mse_loss(model(x), y))
+    x, y = rows(10)
+    loss = mse_loss(model(x), y)
+    return loss, torch.autograd.grad(loss, weights)
+
+
+# steps ----------------------------------------------------------------------------------------------------------------
+@each_optimiser
+def test_numbers_of_torchopt(name):
+    theirs = pytest.importorskip("torchopt")
+    loss, gradients = meta_gradient(torchopt, net(), name)
+    truth, their_gradients = meta_gradient(theirs, net(), name)
+    torch.testing.assert_close(loss, truth, **CLOSE)
+    # the accelerated op's own gradient leaves eps out of a derivative
+    close = {"rtol": 1e-5, "atol": 1e-7} if "accelerated" in name else CLOSE
+    for a, b in zip(gradients, their_gradients, strict=True):
+        torch.testing.assert_close(a, b, **close)
+
+
+@each_optimiser
+def test_meta_gradient_by_differences(name):
+    model = net()
+    start = [p.detach().clone() for p in model.parameters()]
+    _, gradients = meta_gradient(torchopt, model, name)
+    direction = [torch.randn_like(p) for p in start]
+    along = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
+    step, values = 1e-6, []
+    for sign in (1, -1):
+        moved = net()
+        for p, q, d in zip(moved.parameters(), start, direction, strict=True):
+            p.data = q + sign * step * d
+        values.append(meta_gradient(torchopt, moved, name)[0])
+    torch.testing.assert_close(along, (values[0] - values[1]) / (2 * step), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "ours, torchs, settings",
+    [
+        ("SGD", "SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+        ("Adam", "Adam", {"lr": 0.02, "weight_decay": 0.1}),
+        ("AdamW", "AdamW", {"lr": 0.02, "weight_decay": 0.1, "maximize": True}),
+        ("RMSProp", "RMSprop", {"lr": 0.02, "momentum": 0.9, "centered": True}),
+    ],
+)
+def test_plain_optimisers_are_those_of_torch(ours, torchs, settings):
+    models = net(), net()
+    optimizers = [
+        getattr(torchopt, ours)(models[0].parameters(), **settings),
+        getattr(torch.optim, torchs)(models[1].parameters(), **settings),
+    ]
+    for step in range(3):
+        x, y = rows(step)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            mse_loss(model(x), y).backward()
+            optimizer.step()
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert a.is_leaf
+        torch.testing.assert_close(a, b, **ROUNDED)
+    assert all(t.grad_fn is None for t in torchopt.pytree.tree_leaves(optimizers[0].state_dict()))
+
+
+def test_a_step_by_hand():
+    """The tutorial's: x.grad = -4 lr x^3 + 2 a x."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x):
+            return self.a * x**2
+
+    for make in (lambda m: torchopt.MetaSGD(m, lr=1.0), lambda m: torchopt.MetaOptimizer(m, torchopt.sgd(lr=1.0))):
+        model, x = Net(), nn.Parameter(torch.tensor(2.0))
+        make(model).step(model(x))
+        model(x).backward()
+        assert x.grad.item() == -28
+    model, x = Net(), nn.Parameter(torch.tensor(2.0))
+    clipped = torchopt.chain(torchopt.clip_grad_norm(max_norm=2.0), torchopt.sgd(lr=1.0, moment_requires_grad=True))
+    torchopt.MetaOptimizer(model, clipped).step(model(x))
+    model(x).backward()
+    assert x.grad.item() == pytest.approx(-12, rel=1e-5)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_where_no_gradient_has_come(accelerated):
+    """The derivative of the step is what it tends to, where TorchOpt gives NaN, or 0."""
+    weight = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    scale = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torchopt.FuncOptimizer(torchopt.adam(0.1, use_accelerated_op=accelerated))
+    (moved,) = optimizer.step((weight * scale).sum(), (weight,))
+    (gradient,) = torch.autograd.grad(moved.sum(), scale)
+    torch.testing.assert_close(gradient, torch.full_like(scale, -0.1 / 1e-8), rtol=1e-6, atol=0)
+    moved = torchopt.FuncOptimizer(torchopt.rmsprop(0.1)).step((weight * scale).sum(), (weight,))[0]
+    (gradient,) = torch.autograd.grad(moved.sum(), scale)
+    torch.testing.assert_close(gradient, torch.full_like(scale, -0.1 / 1e-8), **CLOSE)
+
+
+def test_learned_rates_and_schedules():
+    weight, lr = torch.ones(2, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+    (moved,) = torchopt.FuncOptimizer(torchopt.sgd(lr)).step((3 * weight).sum(), (weight,))
+    assert torch.autograd.grad(moved.sum(), lr)[0].item() == -6
+    rate = torchopt.schedule.linear_schedule(1.0, 0.0, transition_steps=4, transition_begin=1)
+    assert [rate(i) for i in range(6)] == [1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    halves = torchopt.schedule.exponential_decay(1.0, 0.5, transition_steps=2, staircase=True, end_value=0.3)
+    assert [halves(i) for i in (0, 1, 2, 3, 4)] == [1.0, 1.0, 0.5, 0.5, 0.3]
+    optimizer = torchopt.FuncOptimizer(torchopt.sgd(rate))
+    params = (torch.zeros(1, requires_grad=True),)
+    places = []
+    for _ in range(4):
+        params = optimizer.step(params[0].sum(), params)
+        places.append(-params[0].item())
+    assert places == [1.0, 2.0, 2.75, 3.25]
+
+
+def test_functions_on_trees():
+    params = {"a": torch.ones(2), "b": [torch.full((3,), 2.0), None]}
+    grads = {"a": torch.full((2,), 4.0), "b": [None, None]}
+    impl = torchopt.adamw(0.1, weight_decay=0.5, mask=lambda leaves: [leaf is not None for leaf in leaves])
+    updates, state = impl.update(grads, impl.init(params), params=params)
+    assert grads["a"][0] == 4.0 and updates["b"] == [None, None]
+    torch.testing.assert_close(updates["a"], torch.full((2,), -0.1 * (1 + 0.5)))
+    moved = torchopt.apply_updates(params, updates)
+    assert moved["a"] is params["a"] and moved["b"][0] is params["b"][0] and moved["a"][0] != 1
+    again = torchopt.apply_updates(params, updates, inplace=False)
+    assert again["a"] is not params["a"]
+    assert [c if c is None else int(c) for c in state[0].count] == [1, 0, None]
+    with pytest.raises(AssertionError, match="Parameters are required"):
+        impl.update(grads, state)
+
+
+def test_chains():
+    parts = [torchopt.transform.scale(2.0), torchopt.base.identity(), torchopt.nan_to_num(nan=7.0)]
+    assert isinstance(torchopt.chain(), torchopt.base.IdentityGradientTransformation)
+    assert torchopt.chain(parts[0]) is parts[0]
+    chained = torchopt.chain(*parts)
+    assert isinstance(chained, torchopt.base.ChainedGradientTransformation) and len(chained.transformations) == 2
+    assert parts[0].chain(parts[2]) == chained == copy.copy(chained) and hash(chained) == hash(copy.copy(chained))
+    updates, _ = chained.update([torch.tensor([torch.nan, 1.0])], chained.init([torch.ones(2)]))
+    assert updates[0].tolist() == [7.0, 2.0]
+    with pytest.raises(ValueError, match="same in chain"):
+        chained.update([torch.ones(2)], ())
+    seen = []
+    hooked = torchopt.chain(torchopt.register_hook(lambda g: seen.append(g)), torchopt.sgd(1.0))
+    weight = torch.ones(1, requires_grad=True)
+    (moved,) = torchopt.FuncOptimizer(hooked).step(weight.square().sum(), (weight,))
+    moved.sum().backward()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda: torchopt.sgd(-1.0), "Invalid learning rate: -1.0"),
+        (lambda: torchopt.adam(betas=(0.9, 1.0)), "Invalid beta parameter at index 1: 1.0"),
+        (lambda: torchopt.adamw(eps=-1.0), "Invalid epsilon value: -1.0"),
+        (lambda: torchopt.adam(weight_decay=-1.0), "Invalid weight_decay value: -1.0"),
+        (lambda: torchopt.rmsprop(alpha=-1.0), "Invalid alpha value: -1.0"),
+        (lambda: torchopt.sgd(0.1, momentum=-1.0), "Invalid momentum value: -1.0"),
+        (lambda: torchopt.sgd(0.1, nesterov=True), "Nesterov momentum requires"),
+    ],
+)
+def test_wrong_settings(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_wrong_kinds():
+    for kind in (torchopt.MetaOptimizer, torchopt.Optimizer, torchopt.FuncOptimizer):
+        with pytest.raises(TypeError, match="not a GradientTransformation"):
+            kind(*[net()] * (kind is not torchopt.FuncOptimizer), object())
+    for call in (torchopt.extract_state_dict, functools.partial(torchopt.recover_state_dict, state=())):
+        with pytest.raises(RuntimeError, match="Unexpected class"):
+            call([1])
+    with pytest.raises(AssertionError, match="by must"):
+        torchopt.extract_state_dict(net(), by="value")
+
+
+# states ---------------------------------------------------------------------------------------------------------------
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm = nn.Linear(3, 2), nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        return self.norm(self.body(x))
+
+
+@pytest.mark.parametrize("by", ["reference", "copy", "deepcopy", "ref", "clone", "deepclone"])
+def test_states_out_and_back(by):
+    model, x = Normed(), torch.randn(5, 3)
+    optimizer = torchopt.MetaAdam(model, lr=0.1)
+    optimizer.step(model(x).square().sum())
+    state = torchopt.extract_state_dict(model, by=by)
+    of_optimizer = torchopt.extract_state_dict(optimizer, by=by)
+    weight, mean = model.body.weight, model.norm.running_mean.clone()
+    before = weight.clone()
+    optimizer.step(model(x).square().sum())
+    assert not torch.equal(model.body.weight, before)
+    torchopt.recover_state_dict(model, state)
+    torchopt.recover_state_dict(optimizer, of_optimizer)
+    new = model.body.weight
+    assert torch.equal(new, before)
+    shared = by in ("reference", "ref")
+    assert (new is weight) == shared and (new.grad_fn is None) == by.startswith("deep") and new.requires_grad
+    # the running mean is changed in place: only a clone of it is what it was
+    assert torch.equal(model.norm.running_mean, mean) != shared
+    assert optimizer.state_groups[0][0].count[0] == 1
+    mu = torchopt.extract_state_dict(optimizer)[0][0].mu[0]
+    assert mu is optimizer.state_groups[0][0].mu[0]
+
+
+def test_buffers():
+    model, x = Normed(), torch.randn(5, 3)
+    state = torchopt.extract_state_dict(model, by="reference", detach_buffers=True)
+    for _ in range(2):  # a state with clones of buffers is good for more than one recovery
+        model(x)
+        assert model.norm.num_batches_tracked == 1
+        torchopt.recover_state_dict(model, state)
+        assert model.norm.num_batches_tracked == 0 and model.body.weight is state.params[0]["weight"]
+    assert torchopt.extract_state_dict(model, with_buffers=False).buffers == ()
+
+
+def test_clones():
+    model, x = Normed(), torch.randn(5, 3)
+    weights = list(model.parameters())
+    shared = torchopt.module_clone(model, by="reference", detach_buffers=True)
+    assert shared is not model and shared.body.weight is weights[0]
+    assert shared.norm.running_mean is not model.norm.running_mean
+    copied = torchopt.module_clone(model, by="copy")
+    gradient = torch.autograd.grad(copied(x).square().sum() + copied.body.weight.sum(), weights[0])
+    assert gradient[0] is not None
+    torchopt.MetaSGD(copied, lr=0.1).step(copied(x).square().sum())
+    alone = torchopt.module_clone(copied, by="deepcopy")
+    assert alone.body.weight.is_leaf and torch.equal(alone.body.weight, copied.body.weight)
+    assert model.body.weight is weights[0]
+    tree = {"a": weights[0], "b": None}
+    assert torchopt.module_clone(tree, by="copy")["a"].grad_fn is not None
+    assert torchopt.module_clone(weights[0], device="meta").is_meta
+
+
+def test_stop_gradient():
+    model, x = Normed(), torch.randn(5, 3)
+    optimizer = torchopt.MetaAdam(model, lr=0.1)
+    optimizer.step(model(x).square().sum())
+    state = torchopt.extract_state_dict(model, by="copy")
+    assert state.params[0]["weight"].grad_fn is not None
+    for target in (state, optimizer, model):
+        torchopt.stop_gradient(target)
+    leaves = torchopt.pytree.tree_leaves((tuple(state), optimizer.state_dict(), list(model.parameters())))
+    assert all(t.is_leaf for t in leaves if isinstance(t, torch.Tensor))
+    assert model.body.weight.requires_grad
+    value = 2 * model.body.weight
+    assert torchopt.module_detach_([value])[0] is value and value.is_leaf
+
+
+# implicit gradients ---------------------------------------------------------------------------------------------------
+A = torch.tensor([[2.0, 0.5], [0.3, 1.5]], dtype=torch.float64)
+B = torch.tensor([1.0, -2.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "solve, symmetric",
+    [
+        (torchopt.linear_solve.solve_normal_cg(), False),
+        (torchopt.linear_solve.solve_inv(), False),
+        (torchopt.linear_solve.solve_cg(atol=1e-12, rtol=1e-12), True),
+        (torchopt.linear_solve.solve_inv(ns=True, maxiter=200, alpha=0.4), False),
+    ],
+)
+def test_solvers(solve, symmetric):
+    matrix = A @ A.T if symmetric else A
+    (x,) = solve(lambda v: (matrix @ v[0],), (B,))
+    torch.testing.assert_close(matrix @ x, B, rtol=1e-4, atol=1e-5)
+    (x,) = functools.partial(solve, ridge=0.5)(lambda v: (matrix @ v[0],), (B,))
+    ridge = torch.eye(2, dtype=torch.float64) / 2
+    normal = solve.func.__name__ == "_solve_normal_cg"
+    left, right = (A.T @ A + ridge, A.T @ B) if normal else (matrix + ridge, B)
+    torch.testing.assert_close(left @ x, right, rtol=1e-4, atol=1e-5)
+
+
+def test_linear_algebra():
+    spd = A @ A.T
+    for x in (torchopt.linalg.cg(spd, B), torchopt.linalg.cg([spd], [B], M=[torch.linalg.inv(spd)], maxiter=1)[0]):
+        torch.testing.assert_close(spd @ x, B, rtol=1e-4, atol=1e-5)
+    inverse = torchopt.linalg.ns_inv(A, maxiter=100, alpha=0.4)
+    torch.testing.assert_close(inverse @ A, torch.eye(2, dtype=torch.float64), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="matching shapes"):
+        torchopt.linalg.cg(spd, B, torch.zeros(3, dtype=torch.float64))
+    with pytest.raises(TypeError, match="square"):
+        torchopt.linalg.cg(torch.ones(2, 3), torch.ones(2))
+
+
+def ridge_loss(w, penalty, x, y):
+    return (x @ w - y).square().sum() / 2 + penalty * w.square().sum() / 2
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+@pytest.mark.parametrize("solve", [None, torchopt.linear_solve.solve_inv(), torchopt.linear_solve.solve_cg()])
+def test_a_root_of_ones_own(has_aux, solve):
+    """Ridge regression: the gradient to its penalty is that of the closed form."""
+    x, y = rows(0)
+    y = y[:, 0]
+    penalty = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    target = y.clone().requires_grad_()
+
+    @torchopt.diff.implicit.custom_root(torch.func.grad(ridge_loss), argnums=(1, 3), has_aux=has_aux, solve=solve)
+    def solver(w, penalty, x, y):
+        w = torch.linalg.solve(x.T @ x + penalty * torch.eye(3, dtype=torch.float64), x.T @ y)
+        return (w, {"steps": 1}) if has_aux else w
+
+    out = solver(torch.zeros(3, dtype=torch.float64), penalty, x, y=target)
+    w, aux = out if has_aux else (out, {"steps": 1})
+    assert aux == {"steps": 1} and solver.__name__ == "solver"
+    ours = torch.autograd.grad((w * w).sum(), [penalty, target], retain_graph=True)
+    closed = torch.linalg.solve(x.T @ x + penalty * torch.eye(3, dtype=torch.float64), x.T @ target)
+    for a, b in zip(ours, torch.autograd.grad((closed * closed).sum(), [penalty, target]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    (first,) = torch.autograd.grad((w * w).sum(), penalty, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.backward()
+
+
+def test_roots_that_are_refused():
+    with pytest.raises(AssertionError, match="0"):
+        torchopt.diff.implicit.custom_root(ridge_loss, argnums=0)
+
+    def called(result, *args, **options):
+        rooted = torchopt.diff.implicit.custom_root(lambda w, a: w - a, argnums=1, **options)
+        return rooted(lambda w, a: result)(torch.ones(2), *args)
+
+    for result, options, text in (([1], {}, "a tensor or a tuple"), (torch.ones(2), {"has_aux": True}, "aux")):
+        with pytest.raises(RuntimeError, match=text):
+            called(result, torch.ones(2), **options)
+    with pytest.raises(RuntimeError, match="argnums"):
+        called(torch.ones(2), "a")
+
+
+class Inner(torchopt.nn.ImplicitMetaGradientModule):
+    """Logits of a linear model, pulled to the meta-model's weights."""
+
+    def __init__(self, meta_model, strength):
+        super().__init__()
+        self.meta_model, self.strength = meta_model, strength
+        self.model = torchopt.module_clone(meta_model, by="deepcopy", detach_buffers=True)
+
+    def forward(self, x):
+        return self.model(x)
+
+    def objective(self, x, y):
+        pull = zip(self.parameters(), self.meta_model.parameters(), strict=True)
+        return (self(x) - y).square().sum() / 2 + self.strength * sum((p - q).square().sum() for p, q in pull) / 2
+
+    def solve(self, x, y):
+        optimizer = torchopt.SGD(self.parameters(), lr=0.05)
+        with torch.enable_grad():
+            for _ in range(300):
+                optimizer.zero_grad()
+                self.objective(x, y).backward(inputs=list(self.parameters()))
+                optimizer.step()
+        return "solved"
+
+
+class ByOptimality(Inner, linear_solve=torchopt.linear_solve.solve_cg(rtol=1e-10)):
+    def optimality(self, x, y):
+        residual = self(x) - y
+        pull = [self.strength * (p - q) for p, q in zip(self.parameters(), self.meta_model.parameters(), strict=True)]
+        return residual.T @ x + pull[0], residual.sum(0) + pull[1]
+
+    def solve(self, x, y):
+        return Inner.solve.__wrapped__(self, x, y)
+
+
+@pytest.mark.parametrize("kind", [Inner, ByOptimality])
+def test_a_module_that_is_a_solution(kind):
+    x, y = rows(0)
+    meta_model = nn.Linear(3, 1).double()
+    strength = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    inner = kind(meta_model, strength)
+    assert [name for name, _ in inner.named_parameters()] == ["model.weight", "model.bias"]
+    assert sorted(name.replace(".", "") for name, _ in inner.named_meta_parameters()) == sorted(
+        ["strength", "meta_modelweight", "meta_modelbias"]
+    )
+    assert list(inner.meta_children()) == [meta_model] and inner.meta_model is meta_model
+    assert inner.solve(x, y) == "solved"
+    loss = inner(x).square().sum()
+    leaves = [*meta_model.parameters(), strength]
+    ours = torch.autograd.grad(loss, leaves)
+    ones = torch.cat([x, torch.ones(5, 1, dtype=torch.float64)], 1)
+    start = torch.cat([meta_model.weight, meta_model.bias[None]], 1).T
+    matrix = ones.T @ ones + strength * torch.eye(4, dtype=torch.float64)
+    solution = torch.linalg.solve(matrix, ones.T @ y + strength * start)
+    for a, b in zip(ours, torch.autograd.grad((ones @ solution).square().sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_modules_that_are_refused():
+    with pytest.raises(TypeError, match="either an optimality"):
+        type("Bare", (torchopt.nn.ImplicitMetaGradientModule,), {"solve": lambda self: None})
+    with pytest.raises(TypeError, match="staticmethod"):
+        type("Static", (torchopt.nn.ImplicitMetaGradientModule,), {"objective": staticmethod(abs)})
+    with pytest.raises(TypeError, match="already enabled"):
+        type("Twice", (Inner,), {})
+    module = torchopt.nn.MetaGradientModule(weight := torch.ones(2, requires_grad=True))
+    module.own, module.given, module.plain = torch.ones(1, requires_grad=True), weight, torch.ones(3)
+    assert [name for name, _ in module.named_parameters()] == ["own"] and list(module.meta_parameters()) == [weight]
+    with pytest.raises(ValueError, match="requires_grad=False"):
+        module.register_parameter("new", torch.ones(1))
+    with pytest.raises(ValueError, match="register_meta_parameter"):
+        module.register_parameter("new", weight)
+    with pytest.raises(TypeError, match="meta-parameter"):
+        module.given = 3
+    del module.given
+    assert not hasattr(module, "given") and torchopt.nn.swap_state(module, {"own": weight})["own"].numel() == 1
+
+
+def test_names_that_are_not_here():
+    for module, name in ((torchopt, "MetaAdamax"), (torchopt.alias, "radam"), (torchopt.diff, "zero_order")):
+        with pytest.raises(ImportError, match=f"TorchOpt 0.7.3 has {name}"):
+            getattr(module, name)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = torchopt.nonsense
+    assert torchopt.accelerated_op_available("cpu")
+    assert torchopt.accelerated_op_available() == torch.cuda.is_available()
