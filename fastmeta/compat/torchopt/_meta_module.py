@@ -39,7 +39,8 @@ class MetaGradientModule(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Tensor) and value.requires_grad or isinstance(value, nn.Module):
             if "_parameters" not in self.__dict__:
-                raise AttributeError("cannot assign parameters or modules before Module.__init__() call")
+                what = "module" if isinstance(value, nn.Module) else "parameters"
+                raise AttributeError(f"cannot assign {what} before Module.__init__() call")
             self._forget(name)
             given = id(value) in self._meta_inputs
             if isinstance(value, nn.Module):
@@ -71,8 +72,10 @@ class MetaGradientModule(nn.Module):
     def _check_new(self, what: str, name: str, value: Any, kind: type, home: dict) -> None:
         if not isinstance(name, str):
             raise TypeError(f"{what} name should be a string. Got {torch.typename(name)}")
-        if "." in name or name == "":
-            raise KeyError(f"{what} name can't be empty or contain '.', got {name!r}")
+        if "." in name:
+            raise KeyError(f"{what} name can't contain '.'")
+        if name == "":
+            raise KeyError(f"{what} name can't be empty string ''")
         if hasattr(self, name) and name not in home:
             raise KeyError(f"attribute {name!r} already exists")
         if value is not None and not isinstance(value, kind):
@@ -86,7 +89,10 @@ class MetaGradientModule(nn.Module):
             raise AttributeError("cannot assign parameter before Module.__init__() call")
         self._check_new("parameter", name, param, Tensor, self._parameters)
         if id(param) in self._meta_inputs:
-            raise ValueError(f"cannot assign a meta-parameter to parameter {name!r}: use register_meta_parameter")
+            raise ValueError(
+                f"cannot assign Tensor that is a meta-parameter to parameter {name!r}. "
+                "Use self.register_meta_parameter() instead."
+            )
         self._parameters[name] = param
 
     def register_meta_parameter(self, name: str, param: Tensor | None) -> None:
@@ -97,7 +103,9 @@ class MetaGradientModule(nn.Module):
     def add_module(self, name: str, module: nn.Module | None) -> None:
         self._check_new("module", name, module, nn.Module, self._modules)
         if id(module) in self._meta_inputs:
-            raise ValueError(f"cannot add a meta-module as module {name!r}: use add_meta_module")
+            raise ValueError(
+                f"cannot add module that is a meta-module to module {name!r}. Use self.add_meta_module() instead."
+            )
         self._modules[name] = module
 
     def register_module(self, name: str, module: nn.Module | None) -> None:

@@ -52,7 +52,7 @@ class TraceState(NamedTuple):
     trace: Any
 
 
-def _stateless(of_leaf: Callable[..., Tensor], with_params: bool = False) -> GradientTransformation:
+def stateless(of_leaf: Callable[..., Tensor], with_params: bool = False) -> GradientTransformation:
     """What makes of each gradient, and its parameter where asked for, another one. None stays None."""
 
     def update_fn(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
@@ -92,16 +92,6 @@ def _moved(updates: Any, moments: Any, decay: float, order: int) -> Any:
     return _over(of_leaf, updates, moments)
 
 
-def flip_sign_and_add_weight_decay(weight_decay: float = 0.0, maximize: bool = False) -> GradientTransformation:
-    """`g + weight_decay * p`, with -g in place of g where the loss is maximised."""
-    if not weight_decay >= 0.0:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-    sign = -1 if maximize else 1
-    if isinstance(weight_decay, Tensor) or weight_decay > 0.0:
-        return _stateless(lambda g, p: sign * g + weight_decay * p, with_params=True)
-    return _stateless(torch.neg) if maximize else identity()
-
-
 def add_decayed_weights(
     weight_decay: float = 0.0, mask: Any | Callable[[Any], Any] | None = None
 ) -> GradientTransformation:
@@ -110,8 +100,8 @@ def add_decayed_weights(
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
     if mask is None:
         plain = not isinstance(weight_decay, Tensor) and weight_decay == 0.0
-        return identity() if plain else _stateless(lambda g, p: g + weight_decay * p, with_params=True)
-    everywhere = _stateless(lambda g, p: g + weight_decay * p, with_params=True)
+        return identity() if plain else stateless(lambda g, p: g + weight_decay * p, with_params=True)
+    everywhere = stateless(lambda g, p: g + weight_decay * p, with_params=True)
 
     def update_fn(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
         structure = tree_structure(updates, none_is_leaf=True)
@@ -124,7 +114,7 @@ def add_decayed_weights(
 
 def scale(step_size: float) -> GradientTransformation:
     """`step_size * g`."""
-    return _stateless(lambda g: g * step_size)
+    return stateless(lambda g: g * step_size)
 
 
 def scale_by_schedule(step_size_fn: Callable[[Any], Any]) -> GradientTransformation:
@@ -135,13 +125,6 @@ def scale_by_schedule(step_size_fn: Callable[[Any], Any]) -> GradientTransformat
         return new, ScaleByScheduleState(_counted(updates, state.count))
 
     return GradientTransformation(lambda params: ScaleByScheduleState(_counts(params)), update_fn)
-
-
-def scale_by_neg_lr(lr: float | Callable[[Any], Any]) -> GradientTransformation:
-    """`-lr * g`; `lr` may be a function of the steps taken."""
-    if not (callable(lr) or lr >= 0.0):
-        raise ValueError(f"Invalid learning rate: {lr}")
-    return scale_by_schedule(lambda count: -lr(count)) if callable(lr) else scale(-lr)
 
 
 def scale_by_adam(
@@ -242,7 +225,7 @@ def check_momentum(momentum: float, dampening: float, nesterov: bool) -> None:
 
 def nan_to_num(nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> GradientTransformation:
     """Numbers in place of NaN and infinities."""
-    return _stateless(lambda g: g.nan_to_num(nan=nan, posinf=posinf, neginf=neginf))
+    return stateless(lambda g: g.nan_to_num(nan=nan, posinf=posinf, neginf=neginf))
 
 
 __getattr__ = not_here(

@@ -7,19 +7,11 @@ from typing import Any
 
 from fastmeta.compat._absent import not_here
 
-from .base import GradientTransformation
-from .combine import chain_flat
-from .transform import (
-    add_decayed_weights,
-    check_adam,
-    check_momentum,
-    flip_sign_and_add_weight_decay,
-    scale_by_adam,
-    scale_by_neg_lr,
-    scale_by_rms,
-    scale_by_stddev,
-    trace,
-)
+from .. import transform
+from ..base import GradientTransformation
+from ..transform import add_decayed_weights, check_adam, check_momentum, scale_by_adam, trace
+from . import utils
+from .utils import chained, flip_sign_and_add_weight_decay, scale_by_neg_lr
 
 Rate = float | Callable[[Any], Any]  # a number, or a function of the steps taken
 
@@ -37,7 +29,7 @@ def adam(
 ) -> GradientTransformation:
     """Adam; the decay enters the gradient. `use_accelerated_op` changes nothing."""
     check_adam(eps, betas)
-    return chain_flat(
+    return chained(
         flip_sign_and_add_weight_decay(weight_decay, maximize),
         scale_by_adam(*betas, eps, eps_root, moment_requires_grad),
         scale_by_neg_lr(lr),
@@ -59,7 +51,7 @@ def adamw(
     """Adam whose weights decay by `lr * weight_decay` themselves; `mask`, of the leaves in order, says which.
     `use_accelerated_op` changes nothing."""
     check_adam(eps, betas)
-    return chain_flat(
+    return chained(
         flip_sign_and_add_weight_decay(0.0, maximize),
         scale_by_adam(*betas, eps, eps_root, moment_requires_grad),
         add_decayed_weights(weight_decay, mask),
@@ -79,7 +71,7 @@ def sgd(
 ) -> GradientTransformation:
     """Gradient descent with momentum."""
     check_momentum(momentum, dampening, nesterov)
-    return chain_flat(
+    return chained(
         flip_sign_and_add_weight_decay(weight_decay, maximize),
         trace(momentum, dampening, nesterov, moment_requires_grad),
         scale_by_neg_lr(lr),
@@ -99,12 +91,13 @@ def rmsprop(
     maximize: bool = False,
 ) -> GradientTransformation:
     """RMSProp; the average starts at `initial_scale`."""
-    return chain_flat(
+    return chained(
         flip_sign_and_add_weight_decay(weight_decay, maximize),
-        (scale_by_stddev if centered else scale_by_rms)(alpha, eps, initial_scale),
+        (transform.scale_by_stddev if centered else transform.scale_by_rms)(alpha, eps, initial_scale),
         trace(momentum, 0.0, nesterov),
         scale_by_neg_lr(lr),
     )
 
 
-__getattr__ = not_here(__name__, "TorchOpt 0.7.3", ("adadelta", "adagrad", "adamax", "radam", "utils"))
+__all__ = ["adam", "adamw", "rmsprop", "sgd", "utils"]
+__getattr__ = not_here(__name__, "TorchOpt 0.7.3", ("adadelta", "adagrad", "adamax", "radam"))

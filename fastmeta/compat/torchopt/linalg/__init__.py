@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import pytree
+from .. import pytree
+from . import utils
+from .utils import Matvec, cat_shapes, normalize_matvec
 
-Matvec = Callable[[Any], Any]
-
-
-def _as_function(matrix: Any | Matvec) -> Matvec:
-    if callable(matrix):
-        return matrix
-    matrices, structure = pytree.tree_flatten(matrix)
-    for m in matrices:
-        _square(m)
-    return lambda x: pytree.tree_unflatten(
-        structure, [m @ v for m, v in zip(matrices, pytree.tree_leaves(x), strict=True)]
-    )
-
-
-def _square(matrix: Any) -> Tensor:
-    if not isinstance(matrix, Tensor) or matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise TypeError(f"Linear operator must be a square matrix, but has shape: {getattr(matrix, 'shape', None)}")
-    return matrix
-
+__all__ = ["cg", "ns", "ns_inv", "utils"]
 
 def cg(
     A: Any | Matvec,
@@ -50,12 +33,11 @@ def cg(
         maxiter: the most steps. Default: ten times the sum of the sizes of b's dimensions.
         M: an approximate inverse of A.
     """
-    shapes = [leaf.shape for leaf in pytree.tree_leaves(b)]
     x = pytree.tree_map(torch.zeros_like, b) if x0 is None else x0
-    if [leaf.shape for leaf in pytree.tree_leaves(x)] != shapes:
-        raise ValueError(f"Tensors in x0 and b must have matching shapes: {shapes}")
-    maxiter = 10 * sum(size for shape in shapes for size in shape) if maxiter is None else maxiter
-    A, precondition = _as_function(A), _as_function(M) if M is not None else (lambda r: r)
+    if cat_shapes(x) != cat_shapes(b):
+        raise ValueError(f"Tensors in x0 and b must have matching shapes: {cat_shapes(x)} vs. {cat_shapes(b)}.")
+    maxiter = 10 * sum(cat_shapes(b)) if maxiter is None else maxiter
+    A, precondition = normalize_matvec(A), normalize_matvec(M) if M is not None else (lambda r: r)
     enough = max(rtol**2 * pytree.tree_vdot_real(b, b), atol**2)
     r = pytree.tree_add_scaled(b, A(x), -1.0)
     p = z = precondition(r)
@@ -75,7 +57,7 @@ def cg(
 
 def ns(A: Any | Matvec, b: Any, maxiter: int | None = None, *, alpha: float | None = None) -> Any:
     """`A^-1 b` by `maxiter` terms (default 10) of the Neumann series `a sum_k (I - a A)^k b`, a = `alpha` or 1."""
-    A, step = _as_function(A), 1.0 if alpha is None else alpha
+    A, step = normalize_matvec(A), 1.0 if alpha is None else alpha
     total = v = b
     for _ in range(10 if maxiter is None else maxiter):
         v = pytree.tree_add_scaled(v, A(v), -step)
@@ -88,7 +70,9 @@ def ns_inv(A: Any, maxiter: int | None = None, *, alpha: float | None = None) ->
     step = 1.0 if alpha is None else alpha
 
     def inverse(matrix: Tensor) -> Tensor:
-        rest = torch.eye(len(_square(matrix)), dtype=matrix.dtype, device=matrix.device) - step * matrix
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"`A` must be a square matrix, but has shape: {matrix.shape}")
+        rest = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) - step * matrix
         powers = [torch.linalg.matrix_power(rest, k) for k in range(10 if maxiter is None else maxiter)]
         return step * sum(powers, torch.zeros_like(matrix))
 
