@@ -129,31 +129,32 @@ def test_decoded_once_and_anew_where_something_changes(tmp_path, monkeypatch):
 BOMB = zlib.compress(bytes(100))
 
 
-def huge_png() -> bytes:
-    """A small file that says it is 60,000 by 60,000."""
+def huge_png(side: int) -> bytes:
+    """A small file that says it is `side` by `side`."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", BOMB) + chunk(b"IEND", b"")
 
 
 def test_files_that_cannot_be_read_are_named_and_counted(tmp_path):
-    bad = {"cat/cut.png": png(size=(50, 50))[:-40], "cat/text.jpg": b"no picture", "dog/huge.png": huge_png()}
-    bad |= {"bird/only.png": b""}
+    bad = {"cat/cut.png": png(size=(50, 50))[:-40], "cat/text.jpg": b"no picture", "dog/huge.png": huge_png(60_000)}
+    bad |= {"bird/only.png": b"", "dog/large.png": huge_png(10_000)}  # Pillow only warns of the second
     root = write(tmp_path / "pets", PETS | bad)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(
-            ValueError, match=r"4 of 7 pictures cannot be read: bird/only.png \(no picture that"
+            ValueError, match=r"5 of 8 pictures cannot be read: bird/only.png \(no picture that"
         ) as told:
             folder(root)
     assert "cat/cut.png (" in str(told.value) and "\n" not in str(told.value)
+    assert "dog/large.png (10000 x 10000 pixels are more than the 89,478,485 allowed)" in str(told.value)
     assert "dog/huge.png (60000 x 60000" in str(told.value) or "dog/huge.png (Image size (3600000000" in str(told.value)
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".safetensors"]  # nothing half-written
     for _ in range(2):
-        with pytest.warns(DataWarning, match="4 of 7 pictures cannot be read: .*; skipped"):
+        with pytest.warns(DataWarning, match="5 of 8 pictures cannot be read: .*; skipped"):
             found = folder(root, image_size=4, on_error="skip")
         assert found.names == ("cat", "dog") and found.counts.tolist() == [2, 1]
         assert found.of_class(1)[0, :, 0, 0].tolist() == [0, 0, 255]
