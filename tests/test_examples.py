@@ -33,3 +33,10 @@ def test_it_runs(name):
     path = EXAMPLES / f"{name}.py"
     assert len(path.read_text().splitlines()) <= 60
     runpy.run_path(str(path))["main"](steps=2, ways=3)
+
+
+def test_personalised_regression(data_root):
+    main = runpy.run_path(str(EXAMPLES / "personalised_regression.py"))["main"]
+    data = data_root / "parkinsons_telemonitoring" / "parkinsons_updrs.data"
+    found = main(["--data", str(data), "--steps", "60"])
+    assert found["ridge on learned features"] < found["ridge on the patient's rows"] < found["pooled ridge"]
