@@ -1,4 +1,4 @@
-"""The command line: `fastmeta train`, `evaluate`, `report`, `demo` and `info`.
+"""The command line: `fastmeta train` and all the others.
 
 Commands import what they need when they run, so that `--help` is quick. The options stand in `options.py`.
 """
