@@ -107,10 +107,12 @@ def looped(learner, support, query):
 def test_maml(kind, first_order):
     model, support, query = MODELS[kind]().double(), task(), task(7)
     expected, gradients = by_hand(copy.deepcopy(model), support, query, LR, first_order)
+    fused = torch.backends.cuda.flash_sdp_enabled()
     learner = l2l.algorithms.MAML(model, lr=LR, first_order=first_order)
     loss = looped(learner, support, query)
     loss.backward()
     assert_same([loss, *(p.grad for p in model.parameters())], [expected, *gradients])
+    assert torch.backends.cuda.flash_sdp_enabled() == fused, "the switch is put back"
 
 
 @pytest.mark.parametrize("first_order", [False, True])
@@ -156,7 +158,9 @@ def test_gbml(adapt_transform, first_order):
     loss = looped(learner, support, query)
     loss.backward()
     assert_same([loss, *(p.grad for p in slow)], [expected, *gradients])
-    assert [n.split(".")[0] for n, _ in learner.named_parameters()] == ["module"] * 2 + ["compute_update"] * 3
+    named = dict(learner.named_parameters())
+    assert [n.split(".")[0] for n in named] == ["module"] * 2 + ["compute_update"] * 3
+    assert all(p is own for p, own in zip(named.values(), slow, strict=True)), "the clone adapts its own"
 
 
 def test_parameters_without_gradients():

@@ -58,7 +58,7 @@ def test_the_same_seed_draws_the_same_tasks(which):
     assert task[1].dtype == torch.int64
 
 
-@pytest.mark.parametrize("kind", ["tensors", "filtered", "device", "rotated"])
+@pytest.mark.parametrize("kind", ["tensors", "filtered", "device", "transformed", "rotated"])
 def test_one_indexing_loads_what_samples_are(kind):
     data = torch.rand(20, 1, 4, 4)
     ds = l2l.data.MetaDataset(TensorDataset(data, LABELS + 7))
@@ -66,6 +66,8 @@ def test_one_indexing_loads_what_samples_are(kind):
         ds = l2l.data.FilteredMetaDataset(l2l.data.FilteredMetaDataset(ds, [9, 8, 7]), [7, 9])
     if kind == "device":
         ds = l2l.data.MetaDataset(l2l.data.OnDeviceDataset(ds))
+    if kind == "transformed":
+        ds = l2l.data.MetaDataset(l2l.data.OnDeviceDataset(ds, transform=lambda x: x + 1))
     transforms = [T.NWays(ds, 2), T.KShots(ds, 3), T.LoadData(ds), T.RemapLabels(ds)]
     if kind == "rotated":
         transforms += [l2l.vision.transforms.RandomClassRotation(ds, [0.0, 90.0, 30.0])]
@@ -107,6 +109,13 @@ def test_a_loader_of_ones_own_is_called():
     ds = numbers()
     assert l2l.data.Taskset(ds, [T.KShots(ds, 3), T.LoadData(ds), Negated(ds)]).sample()[0].max() <= 0
 
+    def by_halves(description):
+        remap = T.RemapLabels(ds, shuffle=False)
+        return remap([d for d in description if d.index % 4 < 2]) + remap([d for d in description if d.index % 4 > 1])
+
+    _, labels = l2l.data.Taskset(ds, [T.LoadData(ds), by_halves]).sample()
+    assert labels.tolist() == [0, 1] * 10
+
     def twice(description):
         for d in description:
             d.transforms.append(lambda sample: (2 * sample[0], sample[1]))
@@ -122,6 +131,7 @@ def test_taskset():
     taskset = l2l.data.Taskset(ds, chain("fused", ds), num_tasks=4)
     first = list(taskset)
     assert len(taskset) == len(first) == 4 and len(taskset.sampled_descriptions) == 4
+    assert len(list(taskset)) == 4
     for one, other in zip(first, map(taskset.__getitem__, range(4)), strict=True):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
     endless = l2l.data.Taskset(ds, chain("fused", ds))
@@ -158,6 +168,8 @@ def test_transforms():
     assert {d.transforms[0](d.index)[1].item() for d in kept} == {3}
     some = T.FusedNWaysKShots(ds, n=2, k=3)(T.FilterLabels(ds, [1, 2, 3])(None))
     assert sorted(Counter(ds.indices_to_labels[d.index] for d in some).values()) == [3, 3]
+    for _ in range(5):
+        assert l2l.data.Taskset(ds, [T.LoadData(ds), T.RemapLabels(ds, shuffle=False)]).sample()[1].equal(LABELS)
     with pytest.raises(ValueError):
         T.KShots(ds, 6)(None)
     with pytest.raises(ValueError):

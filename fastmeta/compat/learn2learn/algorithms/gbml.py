@@ -93,7 +93,6 @@ class GBML(nn.Module):
                 allow_unused=allow_unused,
             )
             self.diff_sgd(self.compute_update, gradients)
-            self._params_updated = False
         updates = self.compute_update(
             loss,
             self.module.parameters(),

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch.utils.data import TensorDataset
 
+from fastmeta.compat._absent import not_here
+
 from .._partition import partition_task, stack_tasks
 
 __all__ = ["InfiniteIterator", "OnDeviceDataset", "partition_task", "stack_tasks"]
+
+__getattr__ = not_here(__name__, "learn2learn 0.2.0", ("download_file", "download_file_from_google_drive"))
 
 
 class InfiniteIterator:
