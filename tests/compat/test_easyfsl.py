@@ -94,8 +94,8 @@ def test_prototypes():
     assert compute_prototypes(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([1, 0, 1])).tolist() == [[3.0], [3.0]]
     maps = torch.randn(4, 2, 3, 3)
     close(compute_prototypes(maps, torch.tensor([0, 1, 1, 0])), torch.stack([maps[[0, 3]].mean(0), maps[1:3].mean(0)]))
-    # as many rows as there are labels, so one that is missing has NaN and the last has no row
-    odd = compute_prototypes(torch.ones(3, 1), torch.tensor([0, 2, 2]))
+    # as many rows as there are labels, so label 1, which is missing, has NaN and label 7 has no row
+    odd = compute_prototypes(torch.ones(3, 1), torch.tensor([0, 7, 7]))
     assert odd.shape == (2, 1) and odd[0] == 1 and odd[1].isnan()
 
 

@@ -344,12 +344,12 @@ def test_maml_runs_meta_modules_in_its_kernels():
 
 # prototypes, matching, ridge regression -------------------------------------------------------------------------------
 def test_prototypes_are_quotients_of_sums_in_order():
-    """49 threes of class 0 have a mean of 3, which a product with 1/49 misses; a class without examples has zeros."""
-    embeddings = torch.full((1, 51, 2), 3.0, dtype=torch.float32)
-    embeddings[0, 49:] = torch.tensor([[1.0, 8.0], [2.0, 4.0]])
-    targets = torch.tensor([[0] * 49 + [2, 2]])
+    """7 threes of class 0 have a mean of 3, which a product with 1/7 misses; a class without examples has zeros."""
+    embeddings = torch.full((1, 9, 2), 3.0, dtype=torch.float32)
+    embeddings[0, 7:] = torch.tensor([[1.0, 8.0], [2.0, 4.0]])
+    targets = torch.tensor([[0] * 7 + [2, 2]])
     counts = get_num_samples(targets, 4)
-    assert counts.dtype == torch.int64 and counts.tolist() == [[49, 0, 2, 0]]
+    assert counts.dtype == torch.int64 and counts.tolist() == [[7, 0, 2, 0]]
     assert get_num_samples(targets, 4, torch.float32).dtype == torch.float32
     prototypes = get_prototypes(embeddings, targets, 4)
     assert prototypes.tolist() == [[[3.0, 3.0], [0.0, 0.0], [1.5, 6.0], [0.0, 0.0]]]
@@ -418,6 +418,9 @@ def test_ridge_regression_solves_its_equations(scale, bias):
         assert solution.bias is None if not bias else torch.allclose(solution.bias, right[0])
         both = solution.weight.square().sum() + (solution.bias.square().sum() if bias else 0)
         close(torch.autograd.grad(both, embeddings), slope)
+    # without a penalty only the system of as many rows as there are examples can be solved: it interpolates
+    solution = ridge_regression(embeddings, targets, 0.0, 3, scale=scale, bias=bias)
+    close(embeddings @ solution.weight.T + (solution.bias if bias else 0), hot)
     regression = ridge_regression(embeddings, hot, torch.tensor(0.1), scale=scale, bias=bias)
     close(regression.weight, right[int(bias) :].T)
 
@@ -437,8 +440,10 @@ def test_hardness():
         return images.flatten(1)[:, [224 * 112 + 112, 224 * 112 + 113]]  # two pixels in the middle, logits
 
     images = torch.zeros(1, 2, 3, 4, 4)
-    images[0, 0, 0, 2, 2], images[0, 1, 0, 2, 3] = 1.0, 1.0  # prototypes [1, 0] and [0, 1]
-    batch = {"support": (images, torch.tensor([[0, 1]])), "query": (3 * images[:, :1], torch.tensor([[0]]))}
+    images[0, 0, 0, 2, 2], images[0, 1, 0, 2, 3] = 1.0, 1.0
+    queries = 3 * images[:, :1]  # logits [3, 0]
+    images[0, 0, 0, 2, 3] = -2.0  # of which the prototypes take nothing: [1, 0] and [0, 1]
+    batch = {"support": (images, torch.tensor([[0, 1]])), "query": (queries, torch.tensor([[0]]))}
     p = np.e / (np.e + 1)  # logits 1 and 0
     close(hardness_metric(batch, 2, backbone), torch.tensor([np.log((1 - p) / p)]))
     assert seen == [(2, 3, 224, 224), (1, 3, 224, 224)]
@@ -508,6 +513,9 @@ def test_tasks_of_a_loader():
         assert not set(x[task].tolist()) & set(query_x[task].tolist())
         orders.add(tuple(sorted((c, *labels) for c, labels in of_class.items())))
     assert len(orders) > 4
+    tasks = split_tasks()
+    tasks.target_transform("what a program may have asked before")
+    assert sorted(y for _, y in tasks[(1, 2, 3)]["train"]) == [0, 0, 1, 1, 2, 2]
     tasks = next(iter(MetaDataLoader(split_tasks(), batch_size=2, shuffle=False)))
     assert [task["train"].index for task in tasks] == [(0, 1, 2), (0, 1, 3)]
     assert isinstance(tasks[0]["test"], Task) and tasks[0]["test"].num_classes == 3
@@ -568,7 +576,8 @@ def test_what_the_data_refuses():
     with pytest.raises(IndexError):
         list(map(Categorical(2), "abc"))
     assert list(map(Categorical(), "abca")) == [0, 1, 2, 0]
-    assert sorted(map(Categorical(3), "abc")) == [0, 1, 2]
+    orders = {tuple(map(Categorical(3), "abc")) for _ in range(30)}
+    assert len(orders) > 2 and all(sorted(order) == [0, 1, 2] for order in orders)
     many = CombinationMetaDataset(Numbers([[Negative() for _ in range(999)]]), 20)
     with pytest.warns(UserWarning, match="more than a length can be"):
         assert len(many) == 2**63 - 1
