@@ -26,6 +26,7 @@ from fastmeta.compat.easyfsl.datasets import (
 from fastmeta.compat.easyfsl.datasets.default_configs import default_transform
 from fastmeta.compat.easyfsl.methods import (
     BDCSPN,
+    FEAT,
     PTMAP,
     TIM,
     FewShotClassifier,
@@ -38,7 +39,7 @@ from fastmeta.compat.easyfsl.methods import (
     TransductiveFinetuning,
 )
 from fastmeta.compat.easyfsl.methods.utils import compute_prototypes, entropy, k_nearest_neighbours, strip_prefix
-from fastmeta.compat.easyfsl.modules import ResNet, resnet12
+from fastmeta.compat.easyfsl.modules import MultiHeadAttention, ResNet, feat_resnet12, resnet12
 from fastmeta.compat.easyfsl.samplers import TaskSampler
 from fastmeta.compat.easyfsl.utils import (
     compute_average_features_from_images,
@@ -247,6 +248,37 @@ def test_matching_networks():
     close(found, torch.stack(rows))
     with pytest.raises(ValueError, match="5 wide"):
         MatchingNetworks(feature_dimension=5).process_support_set(x, y)
+
+
+def test_feat():
+    x, y, queries = task()
+    attention = MultiHeadAttention(2, D, 3, 5).eval()
+    p = means(x, y)
+    heads = []
+    for head in range(2):
+        q, k = (layer.weight[3 * head : 3 * head + 3] @ p.T for layer in (attention.w_qs, attention.w_ks))
+        v = p @ attention.w_vs.weight[5 * head : 5 * head + 5].T
+        heads.append((q.T @ k / np.sqrt(3)).softmax(1) @ v)
+    right = attention.layer_norm(attention.fc(torch.cat(heads, 1)) + p)
+    model = FEAT(attention_module=attention)
+    close(scores(model, x, y, queries), -euclid(queries, right))
+    close(model.prototypes, right)
+
+
+def test_feat_from_a_checkpoint(tmp_path):
+    torch.set_default_dtype(torch.float32)
+    backbone, attention = feat_resnet12(), MultiHeadAttention(1, 640, 640, 640)
+    weights = {f"encoder.{name}": value for name, value in backbone.state_dict().items()}
+    weights |= {f"slf_attn.{name}": value for name, value in attention.state_dict().items()}
+    torch.save({"params": weights}, tmp_path / "best.pth")
+    model = FEAT.from_resnet12_checkpoint(tmp_path / "best.pth", use_softmax=True).eval()
+    images = torch.randn(2, 3, 16, 16)
+    close(model.backbone(images), backbone.eval()(images))
+    close(model.attention_module.state_dict(), attention.state_dict())
+    del weights["slf_attn.fc.bias"]
+    torch.save({"params": weights}, tmp_path / "worse.pth")
+    with pytest.raises(ValueError, match="fc.bias"):
+        FEAT.from_resnet12_checkpoint(tmp_path / "worse.pth", use_backbone=False)
 
 
 def test_relation_networks():
@@ -524,9 +556,9 @@ def test_residual_networks():
         ResNet(Block, [1] * 4, [1] * 4, use_fc=True, use_pooling=False)(images)
 
 
-@pytest.mark.parametrize("module", ["methods", "datasets", "modules"])
-def test_names_that_are_not_here(module):
-    name = {"methods": "FEAT", "datasets": "MiniImageNet", "modules": "feat_resnet12"}[module]
-    module = importlib.import_module(f"fastmeta.compat.easyfsl.{module}")
-    with pytest.raises(ImportError, match=f"easyfsl 1.5.0 has {name}"):
-        getattr(module, name)()
+def test_names_that_are_not_here():
+    datasets = importlib.import_module("fastmeta.compat.easyfsl.datasets")
+    with pytest.raises(ImportError, match="easyfsl 1.5.0 has MiniImageNet"):
+        datasets.MiniImageNet("folder")
+    with pytest.raises(AttributeError, match="nothing"):
+        datasets.nothing  # noqa: B018

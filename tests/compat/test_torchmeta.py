@@ -241,6 +241,29 @@ def test_data_parallel_on_a_cpu():
     close(model(x), model.module(x))
 
 
+def test_data_parallel_hands_all_parameters_to_each_device(monkeypatch):
+    parallel = importlib.import_module("fastmeta.compat.torchmeta.modules.parallel")
+
+    def halves(inputs, kwargs, devices, dim):
+        return tuple((half,) for half in inputs[0].chunk(2)), ({"k": 1}, {"k": 2})
+
+    def copies(tensors, devices, detach):
+        return [[t.detach() if detach else t * 1 for t in tensors] for _ in devices]
+
+    monkeypatch.setattr(parallel, "scatter_kwargs", halves)
+    monkeypatch.setattr(parallel.replicate, "_broadcast_coalesced_reshape", copies)
+    model, x = meta.DataParallel(Mixed()), torch.randn(B, 2)
+    params = dict(model.module.meta_named_parameters())
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            inputs, kwargs = model.scatter((x,), {"params": params}, [0, 1])
+        assert torch.equal(inputs[1][0], x[2:]) and [kwarg["k"] for kwarg in kwargs] == [1, 2]
+        for kwarg in kwargs:
+            close(dict(kwarg["params"]), params)
+            assert all(value.requires_grad == enabled for value in kwarg["params"].values())
+    assert model.scatter((x,), {}, [0, 1])[1] == ({"k": 1}, {"k": 2})
+
+
 # inner steps ----------------------------------------------------------------------------------------------------------
 def linear(*weight):
     model = meta.MetaLinear(len(weight), 1, bias=False)

@@ -10,7 +10,7 @@ Where it differs:
 - Distances to prototypes are those of `fastmeta.functional.pairwise_distance`: for many rows more exact than
   `torch.cdist`, and differentiable twice at every size.
 - `PTMAP` can be trained through.
-- `methods.FEAT` and the data sets `DanishFungi` and `MiniImageNet` are not here.
+- The data sets `DanishFungi` and `MiniImageNet` are not here, which they say when they are called.
 
 The vectorised way out of an evaluation is `fastmeta.ProtoNet(backbone, metric="euclidean")` on a batch of tasks.
 """

@@ -3,8 +3,8 @@
 Scores are `[Q, C]`; labels are those from 0 to C - 1.
 """
 
-from fastmeta.compat._absent import not_here
 from fastmeta.compat.easyfsl.methods.bd_cspn import BDCSPN
+from fastmeta.compat.easyfsl.methods.feat import FEAT
 from fastmeta.compat.easyfsl.methods.few_shot_classifier import FewShotClassifier
 from fastmeta.compat.easyfsl.methods.finetune import Finetune
 from fastmeta.compat.easyfsl.methods.laplacian_shot import LaplacianShot
@@ -18,6 +18,7 @@ from fastmeta.compat.easyfsl.methods.transductive_finetuning import Transductive
 
 __all__ = [
     "BDCSPN",
+    "FEAT",
     "PTMAP",
     "TIM",
     "FewShotClassifier",
@@ -29,6 +30,3 @@ __all__ = [
     "SimpleShot",
     "TransductiveFinetuning",
 ]
-__getattr__ = not_here(
-    __name__, "easyfsl 1.5.0", ["FEAT"], "Put your attention module on the prototypes in a `PrototypicalNetworks`."
-)

@@ -1,6 +1,7 @@
 """Parts that methods are made of, and backbones."""
 
-from fastmeta.compat._absent import not_here
+from fastmeta.compat.easyfsl.modules.attention_modules import MultiHeadAttention
+from fastmeta.compat.easyfsl.modules.feat_resnet12 import feat_resnet12
 from fastmeta.compat.easyfsl.modules.predesigned_modules import (
     default_matching_networks_query_encoder,
     default_matching_networks_support_encoder,
@@ -16,10 +17,12 @@ from fastmeta.compat.easyfsl.modules.predesigned_modules import (
 from fastmeta.compat.easyfsl.modules.resnet import ResNet
 
 __all__ = [
+    "MultiHeadAttention",
     "ResNet",
     "default_matching_networks_query_encoder",
     "default_matching_networks_support_encoder",
     "default_relation_module",
+    "feat_resnet12",
     "resnet10",
     "resnet101",
     "resnet12",
@@ -28,4 +31,3 @@ __all__ = [
     "resnet34",
     "resnet50",
 ]
-__getattr__ = not_here(__name__, "easyfsl 1.5.0", ["MultiHeadAttention", "feat_resnet12"], "They are parts of FEAT.")
