@@ -251,7 +251,7 @@ def test_data_parallel_hands_all_parameters_to_each_device(monkeypatch):
         return [[t.detach() if detach else t * 1 for t in tensors] for _ in devices]
 
     monkeypatch.setattr(parallel, "scatter_kwargs", halves)
-    monkeypatch.setattr(parallel.replicate, "_broadcast_coalesced_reshape", copies)
+    monkeypatch.setattr(parallel, "_broadcast_coalesced_reshape", copies)
     model, x = meta.DataParallel(Mixed()), torch.randn(B, 2)
     params = dict(model.module.meta_named_parameters())
     for enabled in (True, False):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import replicate
+from torch.nn.parallel.replicate import _broadcast_coalesced_reshape
 from torch.nn.parallel.scatter_gather import scatter_kwargs
 
 from fastmeta.compat.torchmeta.modules.module import MetaModule
@@ -32,7 +32,7 @@ class DataParallel(nn.DataParallel, MetaModule):
         inputs, scattered = scatter_kwargs(inputs, kwargs, device_ids, dim=self.dim)
         if params is None:
             return inputs, scattered
-        copies = replicate._broadcast_coalesced_reshape(
+        copies = _broadcast_coalesced_reshape(
             list(params.values()), device_ids[: len(inputs)], detach=not torch.is_grad_enabled()
         )
         scattered = tuple(
