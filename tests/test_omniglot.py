@@ -3,6 +3,7 @@
 import shutil
 import sys
 import zipfile
+from importlib import resources
 
 import pytest
 import torch
@@ -54,17 +55,30 @@ def test_rotations_make_four_classes_of_one(data_root):
     assert len(make_tasks("omniglot", "test", data_root=data_root).examples) == 4 * 423
 
 
-def test_second_load_comes_from_a_checked_cache(data_root, fresh_cache):
-    images = omniglot("val", data_root=data_root)
+def test_second_load_comes_from_a_checked_cache(data_root, fresh_cache, monkeypatch):
+    decoded, splits = [], resources.files("fastmeta.tasks").joinpath("splits")
+    names = [n for split in ("train", "val", "test") for n in (splits / f"vinyals_{split}.txt").read_text().split()]
+
+    def decode(archives):  # which takes seconds; others see to it
+        decoded.append(archives)
+        images = torch.arange(1623 * 20 * 28 * 28, dtype=torch.uint8).view(1623, 20, 28, 28)
+        return {"images": images}, {"names": "\n".join(names)}
+
+    monkeypatch.setattr(loader, "_decode", decode)
+
+    def load():
+        loader._load.cache_clear()
+        return omniglot("val", data_root=data_root)
+
+    images = load()
     (cached,) = fresh_cache.glob("*.safetensors")
-    loader._load.cache_clear()
-    assert torch.equal(omniglot("val", data_root=data_root), images)
+    assert torch.equal(load(), images) and len(decoded) == 1
     damaged = bytearray(cached.read_bytes())
     damaged[len(damaged) // 2] ^= 255
     cached.write_bytes(damaged)
-    loader._load.cache_clear()
-    assert torch.equal(omniglot("val", data_root=data_root), images)  # noticed, and made anew
+    assert torch.equal(load(), images) and len(decoded) == 2  # noticed, and made anew
     assert cached.read_bytes() != bytes(damaged)
+    loader._load.cache_clear()
 
 
 def test_missing_folder_archive_or_file(tmp_path):

@@ -5,6 +5,7 @@ The archives are read once, and kept as one checked tensor in a cache folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -129,8 +130,10 @@ def _decode(archives: tuple[Path, ...]) -> Made:
     from PIL import Image, ImageOps
 
     drawings: dict[str, list[Tensor]] = {}
-    for path in archives:
-        with open_archive(path) as archive:
+    with contextlib.ExitStack() as stack:
+        # all are opened before the first is read, which takes a while
+        opened = [(path, stack.enter_context(open_archive(path))) for path in archives]
+        for path, archive in opened:
             for name in sorted(n for n in archive.members if n.endswith(".png")):
                 data = archive.read(name)
                 try:
