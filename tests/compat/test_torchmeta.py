@@ -253,6 +253,7 @@ def test_data_parallel_hands_all_parameters_to_each_device(monkeypatch):
     monkeypatch.setattr(parallel, "scatter_kwargs", halves)
     monkeypatch.setattr(parallel, "_broadcast_coalesced_reshape", copies)
     model, x = meta.DataParallel(Mixed()), torch.randn(B, 2)
+    model.dim = 0  # which torch sets where there are GPUs
     params = dict(model.module.meta_named_parameters())
     for enabled in (True, False):
         with torch.set_grad_enabled(enabled):
