@@ -8,6 +8,7 @@ from conftest import DEVICE
 from torch.utils import _pytree as pytree
 
 from fastmeta.functional import adam_step, sgd_step
+from fastmeta.functional.update_rules import root
 
 T = 3
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -250,3 +251,13 @@ def test_wrong_arguments(step, changes, error, text):
 def test_nothing_to_step():
     assert sgd_step([], [], lr=0.1) == ([], None)
     assert adam_step({}, {})[0] == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_root(dtype):
+    v = torch.tensor([0.0, 0.25, 9.0], dtype=dtype, device=DEVICE, requires_grad=True)
+    out = root(v)
+    assert torch.equal(out + 1e-8, torch.tensor([0.0, 0.5, 3.0], dtype=dtype, device=DEVICE) + 1e-8)
+    (first,) = torch.autograd.grad(out.sum(), v, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), v)
+    assert first[:2].tolist() == [0.0, 1.0] and second[:2].tolist() == [0.0, -2.0]

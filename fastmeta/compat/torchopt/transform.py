@@ -6,6 +6,7 @@ their history where gradients have none.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,11 +71,14 @@ def _zeros(params: Any, value: float = 0.0, requires_grad: bool = False) -> Any:
 
 
 def _counts(params: Any) -> Any:
-    return tree_map(lambda p: torch.zeros((), dtype=torch.int64, device=p.device), params)
+    zero = functools.cache(lambda device: torch.zeros((), dtype=torch.int64, device=device))
+    return tree_map(lambda p: zero(p.device), params)
 
 
 def _counted(updates: Any, count: Any) -> Any:
-    return _over(lambda g, c: c + 1, updates, count)
+    # parameters that have taken the same steps share one count, and what is made of it
+    add = functools.cache(lambda c: c + 1)
+    return _over(lambda g, c: add(c), updates, count)
 
 
 def _over(of_leaf: Callable[..., Any], updates: Any, old: Any) -> Any:
@@ -141,8 +145,12 @@ def scale_by_adam(
         count = _counted(updates, state.count)
         mu, nu = _moved(updates, state.mu, b1, 1), _moved(updates, state.nu, b2, 2)
 
+        corrections = functools.cache(lambda c: (1 - b1**c, 1 - b2**c))
+
         def of_leaf(g: Tensor, m: Tensor, v: Tensor, c: Tensor) -> Tensor:
-            return m / (1 - b1**c) / (root(v / (1 - b2**c) + eps_root) + eps)
+            c1, c2 = corrections(c)
+            inside = v / c2
+            return m / c1 / (root(inside + eps_root if eps_root else inside) + eps)
 
         return tree_map(of_leaf, updates, mu, nu, count), ScaleByAdamState(mu, nu, count)
 
