@@ -394,10 +394,18 @@ def test_adapt_batch_refuses():
 
     with pytest.raises(ValueError, match="no clone"):
         l2l.adapt_batch(learner.clone(), batch)
+    with pytest.raises(ValueError, match="must be a number"):
+        l2l.adapt_batch(l2l.algorithms.MAML(mlp(), lr=nn.Parameter(torch.tensor(LR))), batch)
+    tensor = l2l.algorithms.MAML(learner.module, lr=torch.tensor(LR, dtype=torch.float64))
+    assert torch.equal(l2l.adapt_batch(tensor, batch).loss, l2l.adapt_batch(learner, batch).loss)
     with pytest.raises(TypeError, match="Own's own adapt"):
         l2l.adapt_batch(Own(mlp(), lr=LR), batch)
     with pytest.raises(TypeError, match="must be a MAML or a MetaSGD, got Linear"):
         l2l.adapt_batch(nn.Linear(1, 1), batch)
+    with pytest.raises(ValueError, match="steps"):
+        l2l.adapt_batch(learner, batch, steps=-1)
+    with pytest.raises(ValueError, match="task_chunk"):
+        l2l.adapt_batch(learner, batch, task_chunk=0)
     with pytest.raises(ValueError, match="'auto' with MetaSGD"):
         l2l.adapt_batch(l2l.algorithms.MetaSGD(mlp().double()), batch, engine="vmap")
 

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from fastmeta import MetaOutput, TaskBatch, algorithms
+from fastmeta import MetaOutput, TaskBatch, algorithms, values
 
 from .algorithms.base_learner import BaseLearner
 from .algorithms.maml import MAML
@@ -56,11 +56,15 @@ def adapt_batch(
 
     Raises:
         TypeError: another learner, also a subclass with an `adapt` or `forward` of its own.
-        ValueError: a clone; what `fastmeta.MAML` refuses.
+        ValueError: a clone; a rate that requires a gradient, which would get none; what `fastmeta.MAML` refuses.
     """
     _check_served(learner)
+    values.count("steps", steps, 0)
+    if task_chunk is not None:
+        values.count("task_chunk", task_chunk, 1)
     first_order = learner.first_order if first_order is None else first_order
-    key = (learner.module, learner.lr if isinstance(learner, MAML) else learner.lrs, loss, first_order, engine)
+    rates = float(learner.lr) if isinstance(learner, MAML) else learner.lrs
+    key = (learner.module, rates, loss, first_order, engine)
     known = _last.get(learner)
     if known is None or known[0] != key:
         known = _last[learner] = key, _batched(learner, loss, first_order, engine)
@@ -77,6 +81,8 @@ def _check_served(learner: MAML | MetaSGD) -> None:
                 raise TypeError(f"adapt_batch cannot know what {own.__name__}'s own adapt and forward do")
             if not all(p.is_leaf for p in learner.parameters()):
                 raise ValueError("learner must be no clone: adapt_batch adapts copies of it, one for each task")
+            if kind is MAML and getattr(learner.lr, "requires_grad", False):
+                raise ValueError("learner.lr must be a number: fastmeta.MAML(learn_inner_lr=True) trains a rate")
             return
     raise TypeError(f"learner must be a MAML or a MetaSGD, got {type(learner).__name__}")
 
@@ -85,7 +91,7 @@ def _batched(learner: MAML | MetaSGD, loss, first_order: bool, engine: str) -> n
     """fastmeta's algorithm on the learner's own parameters."""
     options = {"loss": loss, "first_order": first_order}
     if isinstance(learner, MAML):
-        return algorithms.MAML(learner.module, inner_lr=learner.lr, engine=engine, **options)
+        return algorithms.MAML(learner.module, inner_lr=float(learner.lr), engine=engine, **options)
     if engine != "auto":
         raise ValueError(f"engine must be 'auto' with MetaSGD, got {engine!r}")
     vectorised = algorithms.MetaSGD(learner.module, **options)

@@ -57,6 +57,7 @@ class Taskset:
 
     def get_task(self, task_description):
         """The task that a description describes."""
+        task_description = list(task_description)
         if self.task_collate is default_collate:
             found = gathered([task_description])
             if found is not None:
