@@ -122,6 +122,15 @@ def test_every_form_of_hyper_parameters_equals_a_loop(step, form, shared):
         torch.testing.assert_close(a, b, **CLOSE)
 
 
+@pytest.mark.parametrize("step", HYPER, ids=lambda step: step.__name__)
+def test_as_many_tasks_as_elements(step):
+    """One tensor `[T]` for all parameters is of each task; in the place of one parameter it is of each element."""
+    p, g, rates = draw(T, T), draw(T, T, seed=1), torch.arange(1, T + 1, **DOUBLE) / 10
+    plain = step([p], [g], lr=1.0)[0][0] - p
+    torch.testing.assert_close(step([p], [g], lr=rates)[0][0], p + rates[:, None] * plain, **CLOSE)
+    torch.testing.assert_close(step([p], [g], lr=[rates])[0][0], p + rates * plain, **CLOSE)
+
+
 @each_step
 def test_derivatives_are_those_of_differences(step, name):
     """Twice, with respect to weights, gradients and every hyper-parameter, at 0 too."""

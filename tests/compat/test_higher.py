@@ -1,5 +1,6 @@
 """`fastmeta.compat.higher`: against autograd by hand, torch's own optimisers, and higher where it is installed."""
 
+import copy
 import gc
 import warnings
 import weakref
@@ -243,6 +244,34 @@ def test_override_and_groups_and_callback():
     assert opt.param_groups[0]["lr"] == 0.1
 
 
+def test_callback_for_all_steps():
+    weight, seen = torch.tensor([2.0], requires_grad=True), []
+
+    def halved(grads):
+        seen.append(grads[0].requires_grad)
+        return [g / 2 for g in grads]
+
+    for track in (True, False):
+        opt = torch.optim.SGD([weight], lr=1.0)
+        diffopt = higher.get_diff_optim(opt, [weight], track_higher_grads=track, grad_callback=halved)
+        assert diffopt.step(weight.square().sum(), params=[weight])[0].item() == 0.0
+    assert seen == [True, False]
+
+
+def test_the_average_of_asgd():
+    """It takes in the decayed weights before the step, from step t0 on with weight 1 / (steps since)."""
+    weight = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    diffopt = higher.get_diff_optim(torch.optim.ASGD([weight], lr=0.1, lambd=0.5, t0=1, alpha=1.0), [weight])
+    point, places, eta = weight, [], 0.1
+    for step in range(1, 5):
+        places.append(point.item() * (1 - 0.5 * eta))
+        (point,) = diffopt.step(point.sum(), params=[point])
+        assert point.item() == pytest.approx(places[-1] - eta)
+        eta = 0.1 / (1 + 0.5 * 0.1 * step)
+    average = places[2] + (places[3] - places[2]) / 2  # mu is 1 until t0 + 1, then 1/2
+    assert diffopt.state[0][0]["ax"].item() == pytest.approx(average)
+
+
 def test_hyper_parameters_out_and_back():
     model = net()
     opt = torch.optim.Adam([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.5}], lr=0.1)
@@ -324,7 +353,7 @@ def test_history_and_first_order():
         assert all(p.is_leaf and p.requires_grad for p in fmodel.parameters())
         mse_loss(fmodel(x), y).backward()
         assert all(p.grad is None for p in model.parameters())
-        assert next(start) is not fmodel.fast_params[0]
+        assert next(start) is not fmodel.fast_params[0] and len(fmodel._fast_params) == 1
         with pytest.raises(Exception, match="not tracked"):
             _ = fmodel.init_fast_params
         with pytest.raises(ValueError, match="latest"):
@@ -365,6 +394,9 @@ def test_made_functional():
     assert torch.equal(fmodel(x, params=list(model.parameters())), model(x))
     assert isinstance(fmodel, nn.Sequential) and type(fmodel).__name__ == "FunctionalSequential"
     assert len(fmodel[:2]) == 2 and fmodel.training
+    other = copy.deepcopy(higher.monkeypatch(model))
+    other[2].weight = torch.zeros(1, 4, dtype=torch.float64)
+    assert other[2].root is other and other.fast_params[2] is other[2].weight
 
 
 class Tied(nn.Module):
@@ -396,6 +428,9 @@ def test_shared_weights_and_buffers():
     for ours, truth in zip(grads, torch.autograd.grad(model(x).square().sum(), list(model.parameters())), strict=True):
         torch.testing.assert_close(ours, truth, **CLOSE)
     torch.testing.assert_close(fmodel.norm.running_mean, model.norm.running_mean)
+    other = [2 * p for p in model.parameters()]
+    expected = torch.func.functional_call(model, dict(zip(dict(model.named_parameters()), other, strict=True)), (x,))
+    torch.testing.assert_close(fmodel(x, params=other), expected, **CLOSE)
     fmodel.eval()
     assert not fmodel.norm.training and model.norm.training
 

@@ -128,6 +128,32 @@ def test_a_step_by_hand():
     assert x.grad.item() == pytest.approx(-12, rel=1e-5)
 
 
+def test_formulas():
+    """The second of two steps with gradients 2 and 1, by hand."""
+
+    def second(impl):
+        params, state = (torch.tensor(5.0, dtype=torch.float64),), None
+        state = impl.init(params)
+        for g in (2.0, 1.0):
+            updates, state = impl.update((torch.tensor(g, dtype=torch.float64),), state, params=params, inplace=False)
+        return updates[0].item()
+
+    m, v = 0.5 * (0.5 * 2) + 0.5, 0.8 * (0.2 * 4) + 0.2
+    root = (v / (1 - 0.8**2) + 0.3) ** 0.5 + 0.1
+    step = m / (1 - 0.5**2) / root
+    adam = {"lr": 0.1, "betas": (0.5, 0.8), "eps": 0.1, "eps_root": 0.3}
+    assert second(torchopt.adam(**adam)) == pytest.approx(-0.1 * step, rel=1e-6)
+    assert second(torchopt.adamw(**adam, weight_decay=0.2)) == pytest.approx(-0.1 * (step + 0.2 * 5), rel=1e-6)
+    v = 0.8 * (0.8 * 3 + 0.2 * 4) + 0.2
+    m = 0.8 * (0.2 * 2) + 0.2
+    rms = {"lr": 0.1, "alpha": 0.8, "eps": 0.1, "initial_scale": 3.0}
+    assert second(torchopt.rmsprop(**rms)) == pytest.approx(-0.1 / (v**0.5 + 0.1))
+    assert second(torchopt.rmsprop(**rms, centered=True)) == pytest.approx(-0.1 / ((v - m * m) ** 0.5 + 0.1))
+    sgd = {"lr": 0.1, "momentum": 0.5}
+    assert second(torchopt.sgd(**sgd, dampening=0.2, weight_decay=0.1)) == pytest.approx(-0.1 * (0.5 * 2.5 + 0.8 * 1.5))
+    assert second(torchopt.sgd(**sgd, nesterov=True, maximize=True)) == pytest.approx(0.1 * (1 + 0.5 * (0.5 * 2 + 1)))
+
+
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_where_no_gradient_has_come(accelerated):
     """The derivative of the step is what it tends to, where TorchOpt gives NaN, or 0."""

@@ -119,6 +119,19 @@ class _MonkeyPatchBase:
         root.fast_params = [value if i == index else p for i, p in enumerate(root.fast_params)]
 
 
+class _Weak:
+    """A weak reference that is one to the copy in a deep copy."""
+
+    def __init__(self, to: Any):
+        self.ref = weakref.ref(to)
+
+    def __call__(self) -> Any:
+        return self.ref()
+
+    def __deepcopy__(self, memo: dict) -> _Weak:
+        return _Weak(memo.get(id(self()), self()))
+
+
 class _PatchedRNN(_MonkeyPatchBase):
     def flatten_parameters(self) -> None:
         """Nothing: fast weights do not lie in one piece of memory."""
@@ -156,7 +169,7 @@ def _copy_of(part: nn.Module, root: Any, order: dict[int, int], places: list, co
             # a method kept as an attribute would run on the original's weights
             own = isinstance(value, types.MethodType) and value.__self__ is part
             state[name] = types.MethodType(value.__func__, new) if own else value
-    state["_root_ref"] = None if root is None else weakref.ref(root)
+    state["_root_ref"] = None if root is None else _Weak(root)
     state["_param_names"] = frozenset(name for name, p in part._parameters.items() if p is not None)
     new._parameters.update(dict.fromkeys(part._parameters))
     new._buffers.update(part._buffers)
