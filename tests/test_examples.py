@@ -40,3 +40,14 @@ def test_personalised_regression(data_root):
     data = data_root / "parkinsons_telemonitoring" / "parkinsons_updrs.data"
     found = main(["--data", str(data), "--steps", "60"])
     assert found["ridge on learned features"] < found["ridge on the patient's rows"] < found["pooled ridge"]
+
+
+def test_intents(data_root):
+    main = runpy.run_path(str(EXAMPLES / "intents.py"))["main"]
+    found = main(["--data", str(data_root / "clinc150"), "--steps", "40", "--words", "600", "--episodes", "100"])
+    assert found["ProtoNet"] > 0.5 and found["nearest words"] > 0.5
+
+
+def test_siren():
+    before, after = runpy.run_path(str(EXAMPLES / "siren.py"))["main"](["--steps", "25", "--tasks", "8"])
+    assert after > before + 3
