@@ -62,8 +62,8 @@ def test_the_wheel_holds_every_module_and_no_top_level_kernels(monkeypatch):
     assert {path.split("/")[0] for path in files} == {"fastmeta"}
     expected = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")}
     expected |= {f"fastmeta/kernels/{p.relative_to(KERNELS).as_posix()}" for p in KERNELS.rglob("*.py")}
-    data = {p.relative_to(ROOT).as_posix() for p in (PACKAGE / "tasks" / "splits").glob("*.txt")}
-    assert data and files == expected | data
+    data = {p.relative_to(ROOT).as_posix() for p in (PACKAGE / "tasks" / "splits").glob("*.txt")} | {"fastmeta/py.typed"}
+    assert len(data) > 1 and files == expected | data
 
 
 def test_the_folder_kernels_is_no_package():
