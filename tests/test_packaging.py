@@ -62,7 +62,8 @@ def test_the_wheel_holds_every_module_and_no_top_level_kernels(monkeypatch):
     assert {path.split("/")[0] for path in files} == {"fastmeta"}
     expected = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")}
     expected |= {f"fastmeta/kernels/{p.relative_to(KERNELS).as_posix()}" for p in KERNELS.rglob("*.py")}
-    data = {p.relative_to(ROOT).as_posix() for p in (PACKAGE / "tasks" / "splits").glob("*.txt")} | {"fastmeta/py.typed"}
+    splits = (PACKAGE / "tasks" / "splits").glob("*.txt")
+    data = {p.relative_to(ROOT).as_posix() for p in (PACKAGE / "py.typed", *splits)}
     assert len(data) > 1 and files == expected | data
 
 
