@@ -10,7 +10,7 @@ Names, signatures, defaults, errors and numbers are those of TorchOpt. It differ
  - Nothing is changed in place but by `apply_updates(inplace=True)`: gradients handed to `update` stay what they were.
  - A rate or a weight decay may be a tensor, and is learned then.
  - A second derivative of an implicit gradient is refused; TorchOpt gives one that leaves terms out.
- - Adadelta, Adagrad, Adamax, RAdam, zero-order gradients, `visual`, `distributed` and `typing` are not here.
+ - Zero-order gradients, `visual`, `distributed` and `typing` are not here.
 """
 
 from fastmeta.compat._absent import not_here
@@ -34,34 +34,80 @@ from . import (
     utils,
 )
 from .accelerated_op import is_available as accelerated_op_available
-from .alias import adam, adamw, rmsprop, sgd
+from .alias import adadelta, adagrad, adam, adamax, adamw, radam, rmsprop, sgd
 from .clip import clip_grad_norm
 from .combine import chain
 from .hook import register_hook
-from .optim import SGD, Adam, AdamW, FuncOptimizer, Optimizer, RMSProp, RMSprop
-from .optim.meta import MetaAdam, MetaAdamW, MetaOptimizer, MetaRMSProp, MetaRMSprop, MetaSGD
+from .optim import (
+    SGD,
+    AdaDelta,
+    Adadelta,
+    AdaGrad,
+    Adagrad,
+    Adam,
+    AdaMax,
+    Adamax,
+    AdamW,
+    FuncOptimizer,
+    Optimizer,
+    RAdam,
+    RMSProp,
+    RMSprop,
+)
+from .optim.meta import (
+    MetaAdaDelta,
+    MetaAdadelta,
+    MetaAdaGrad,
+    MetaAdagrad,
+    MetaAdam,
+    MetaAdaMax,
+    MetaAdamax,
+    MetaAdamW,
+    MetaOptimizer,
+    MetaRAdam,
+    MetaRMSProp,
+    MetaRMSprop,
+    MetaSGD,
+)
 from .transform import nan_to_num
 from .update import apply_updates
 from .utils import extract_state_dict, module_clone, module_detach_, recover_state_dict, stop_gradient
 
 __version__ = "0.7.3"
 __all__ = [
-    "SGD",
+    "AdaDelta",
+    "AdaGrad",
+    "AdaMax",
+    "Adadelta",
+    "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "FuncOptimizer",
+    "MetaAdaDelta",
+    "MetaAdaGrad",
+    "MetaAdaMax",
+    "MetaAdadelta",
+    "MetaAdagrad",
     "MetaAdam",
     "MetaAdamW",
+    "MetaAdamax",
     "MetaOptimizer",
+    "MetaRAdam",
     "MetaRMSProp",
     "MetaRMSprop",
     "MetaSGD",
     "Optimizer",
+    "RAdam",
     "RMSProp",
     "RMSprop",
+    "SGD",
     "accelerated_op",
     "accelerated_op_available",
+    "adadelta",
+    "adagrad",
     "adam",
+    "adamax",
     "adamw",
     "alias",
     "apply_updates",
@@ -81,6 +127,7 @@ __all__ = [
     "nn",
     "optim",
     "pytree",
+    "radam",
     "recover_state_dict",
     "register_hook",
     "rmsprop",
@@ -91,10 +138,4 @@ __all__ = [
     "update",
     "utils",
 ]
-__getattr__ = not_here(
-    __name__,
-    "TorchOpt 0.7.3",
-    ("AdaDelta", "AdaGrad", "AdaMax", "Adadelta", "Adagrad", "Adamax", "MetaAdaDelta", "MetaAdaGrad", "MetaAdaMax",
-     "MetaAdadelta", "MetaAdagrad", "MetaAdamax", "MetaRAdam", "RAdam", "adadelta", "adagrad", "adamax", "radam",
-     "distributed", "typing", "visual"),
-)  # fmt: skip
+__getattr__ = not_here(__name__, "TorchOpt 0.7.3", ("distributed", "typing", "visual"))

@@ -7,6 +7,7 @@ their history where gradients have none.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,6 +40,35 @@ class ScaleByRStdDevState(NamedTuple):
 
     mu: Any
     nu: Any
+
+
+class ScaleByRssState(NamedTuple):
+    """The sum of the squared gradients of each parameter."""
+
+    sum_of_squares: Any
+
+
+class ScaleByAdadeltaState(NamedTuple):
+    """Averages of the squares of gradient and update of each parameter."""
+
+    mu: Any
+    nu: Any
+
+
+class ScaleByAdamaxState(NamedTuple):
+    """Average gradient and decayed maximum of each parameter, and the number of the next step."""
+
+    mu: Any
+    nu: Any
+    t: int
+
+
+class ScaleByRAdamState(NamedTuple):
+    """Averages of the gradient and its square of each parameter, and the number of the next step."""
+
+    mu: Any
+    nu: Any
+    t: int
 
 
 class ScaleByScheduleState(NamedTuple):
@@ -160,12 +190,12 @@ def scale_by_adam(
 scale_by_accelerated_adam = scale_by_adam
 
 
-def check_adam(eps: float, betas: tuple[float, float]) -> None:
+def check_adam(eps: float, betas: tuple[float, ...], name: str = "beta") -> None:
     if not eps >= 0.0:
         raise ValueError(f"Invalid epsilon value: {eps}")
     for i, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+            raise ValueError(f"Invalid {name} parameter at index {i}: {beta}")
 
 
 def scale_by_rms(alpha: float = 0.9, eps: float = 1e-8, initial_scale: float = 0.0) -> GradientTransformation:
@@ -198,6 +228,73 @@ def check_rms(alpha: float, eps: float) -> None:
     for name, value in (("alpha", alpha), ("epsilon", eps)):
         if not value >= 0.0:
             raise ValueError(f"Invalid {name} value: {value}")
+
+
+def scale_by_rss(initial_accumulator_value: float = 0.0, eps: float = 1e-10) -> GradientTransformation:
+    """`g / (sqrt(sum of g^2) + eps)`, and 0 where the sum is 0."""
+
+    def update_fn(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        sums = _moved(updates, state.sum_of_squares, 1.0, 2)
+        return tree_map(lambda g, s: g / (root(s) + eps), updates, sums), ScaleByRssState(sums)
+
+    return GradientTransformation(lambda params: ScaleByRssState(_zeros(params, initial_accumulator_value)), update_fn)
+
+
+def scale_by_adadelta(
+    rho: float = 0.9, eps: float = 1e-6, moment_requires_grad: bool = False
+) -> GradientTransformation:
+    """`g * sqrt((u + eps) / (v + eps))` of the averages v of `g^2` and u of the squared updates before."""
+    check_adam(eps, (rho,), "rho")
+
+    def update_fn(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        mu = _moved(updates, state.mu, rho, 2)
+        new = tree_map(lambda g, v, u: g * root((u + eps) / (v + eps)), updates, mu, state.nu)
+        return new, ScaleByAdadeltaState(mu, _moved(new, state.nu, rho, 2))
+
+    return GradientTransformation(
+        lambda params: ScaleByAdadeltaState(*(_zeros(params, 0.0, moment_requires_grad) for _ in range(2))), update_fn
+    )
+
+
+def scale_by_adamax(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6, moment_requires_grad: bool = False
+) -> GradientTransformation:
+    """`(m / c1) / n` with `n = max(b2 n, |g| + eps)`."""
+    check_adam(eps, (b1, b2), "b1")
+
+    def update_fn(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        mu = _moved(updates, state.mu, b1, 1)
+        nu = _over(lambda g, n: torch.maximum(b2 * n, g.abs() + eps), updates, state.nu)
+        new = tree_map(lambda g, m, n: m / n / (1 - b1**state.t), updates, mu, nu)
+        return new, ScaleByAdamaxState(mu, nu, state.t + 1)
+
+    return GradientTransformation(
+        lambda params: ScaleByAdamaxState(*(_zeros(params, 0.0, moment_requires_grad) for _ in range(2)), 1), update_fn
+    )
+
+
+def scale_by_radam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6, moment_requires_grad: bool = False
+) -> GradientTransformation:
+    """Rectified Adam (Liu et al. 2020): `m / c1` until the variance of the average square is tractable."""
+    check_adam(eps, (b1, b2), "b1")
+    longest = 2 / (1 - b2) - 1
+
+    def update_fn(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        mu, nu, t = _moved(updates, state.mu, b1, 1), _moved(updates, state.nu, b2, 2), state.t
+        c1, c2 = 1 - b1**t, 1 - b2**t
+        length = longest - 2 * t * b2**t / c2
+        if length > 5:
+            ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+            factor = math.sqrt(c2 * ratio) / c1
+            new = tree_map(lambda g, m, v: factor * m / (root(v) + eps), updates, mu, nu)
+        else:
+            new = tree_map(lambda g, m: m / c1, updates, mu)
+        return new, ScaleByRAdamState(mu, nu, t + 1)
+
+    return GradientTransformation(
+        lambda params: ScaleByRAdamState(*(_zeros(params, 0.0, moment_requires_grad) for _ in range(2)), 1), update_fn
+    )
 
 
 def trace(
@@ -239,5 +336,5 @@ def nan_to_num(nan: float = 0.0, posinf: float | None = None, neginf: float | No
 __getattr__ = not_here(
     __name__,
     "TorchOpt 0.7.3",
-    ("inc_count", "masked", "scale_by_adadelta", "scale_by_adamax", "scale_by_radam", "scale_by_rss", "update_moment"),
+    ("inc_count", "masked", "update_moment"),
 )

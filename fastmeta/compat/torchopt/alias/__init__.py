@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastmeta.compat._absent import not_here
-
 from .. import transform
 from ..base import GradientTransformation
 from ..transform import add_decayed_weights, check_adam, check_momentum, scale_by_adam, trace
 from . import utils
 from .utils import chained, flip_sign_and_add_weight_decay, scale_by_neg_lr
+
+__all__ = ["adadelta", "adagrad", "adam", "adamax", "adamw", "radam", "rmsprop", "sgd", "utils"]
 
 Rate = float | Callable[[Any], Any]  # a number, or a function of the steps taken
 
@@ -99,5 +99,71 @@ def rmsprop(
     )
 
 
-__all__ = ["adam", "adamw", "rmsprop", "sgd", "utils"]
-__getattr__ = not_here(__name__, "TorchOpt 0.7.3", ("adadelta", "adagrad", "adamax", "radam"))
+def adadelta(
+    lr: Rate = 1e-3,
+    rho: float = 0.9,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    *,
+    moment_requires_grad: bool = False,
+) -> GradientTransformation:
+    """Adadelta."""
+    return chained(
+        flip_sign_and_add_weight_decay(weight_decay),
+        transform.scale_by_adadelta(rho, eps, moment_requires_grad),
+        scale_by_neg_lr(lr),
+    )
+
+
+def adagrad(
+    lr: Rate = 1e-2,
+    lr_decay: float = 0.0,
+    weight_decay: float = 0.0,
+    initial_accumulator_value: float = 0.0,
+    eps: float = 1e-10,
+    *,
+    maximize: bool = False,
+) -> GradientTransformation:
+    """Adagrad; the rate falls as `1 / (1 + lr_decay * steps)`."""
+    named = (("lr_decay", lr_decay), ("initial_accumulator_value", initial_accumulator_value), ("epsilon", eps))
+    for name, value in named:
+        if not value >= 0.0:
+            raise ValueError(f"Invalid {name} value: {value}")
+    return chained(
+        flip_sign_and_add_weight_decay(weight_decay, maximize),
+        transform.scale_by_rss(initial_accumulator_value, eps),
+        transform.scale_by_schedule(lambda count: 1 / (1 + lr_decay * count)),
+        scale_by_neg_lr(lr),
+    )
+
+
+def adamax(
+    lr: Rate = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    *,
+    moment_requires_grad: bool = False,
+) -> GradientTransformation:
+    """Adamax."""
+    return chained(
+        flip_sign_and_add_weight_decay(weight_decay),
+        transform.scale_by_adamax(*betas, eps, moment_requires_grad),
+        scale_by_neg_lr(lr),
+    )
+
+
+def radam(
+    lr: Rate = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    *,
+    moment_requires_grad: bool = False,
+) -> GradientTransformation:
+    """Rectified Adam."""
+    return chained(
+        flip_sign_and_add_weight_decay(weight_decay),
+        transform.scale_by_radam(*betas, eps, moment_requires_grad),
+        scale_by_neg_lr(lr),
+    )

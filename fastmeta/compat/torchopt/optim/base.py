@@ -121,4 +121,63 @@ class RMSProp(Optimizer):
         super().__init__(params, alias.rmsprop(lr, alpha, eps, weight_decay, momentum, centered, **options))
 
 
-RMSprop = RMSProp
+class AdaDelta(Optimizer):
+    """`torchopt.adadelta`."""
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: alias.Rate = 1.0,
+        rho: float = 0.9,
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(params, alias.adadelta(lr, rho, eps, weight_decay))
+
+
+class AdaGrad(Optimizer):
+    """`torchopt.adagrad`; `options` is its `maximize`."""
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: alias.Rate = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        **options: Any,
+    ):
+        super().__init__(params, alias.adagrad(lr, lr_decay, weight_decay, initial_accumulator_value, eps, **options))
+
+
+class AdaMax(Optimizer):
+    """`torchopt.adamax`."""
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: alias.Rate = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(params, alias.adamax(lr, betas, eps, weight_decay))
+
+
+class RAdam(Optimizer):
+    """`torchopt.radam`."""
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: alias.Rate = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(params, alias.radam(lr, betas, eps, weight_decay))
+
+
+# as torch spells them
+Adadelta, Adagrad, Adamax, RMSprop = AdaDelta, AdaGrad, AdaMax, RMSProp

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta.compat._absent import not_here
-
 from .. import alias, pytree
 from ..base import GradientTransformation, UninitializedState
 from ..update import apply_updates
@@ -186,10 +184,76 @@ class MetaRMSProp(MetaOptimizer):
         )
 
 
-MetaRMSprop = MetaRMSProp
+class MetaAdaDelta(MetaOptimizer):
+    """`torchopt.adadelta` of a module."""
 
-__getattr__ = not_here(
-    __name__,
-    "TorchOpt 0.7.3",
-    ("MetaAdaDelta", "MetaAdadelta", "MetaAdaGrad", "MetaAdagrad", "MetaAdaMax", "MetaAdamax", "MetaRAdam"),
-)
+    def __init__(
+        self,
+        module: nn.Module,
+        lr: alias.Rate = 1.0,
+        rho: float = 0.9,
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        moment_requires_grad: bool = True,
+    ):
+        super().__init__(
+            module, alias.adadelta(lr, rho, eps, weight_decay, moment_requires_grad=moment_requires_grad)
+        )
+
+
+class MetaAdaGrad(MetaOptimizer):
+    """`torchopt.adagrad` of a module."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        lr: alias.Rate = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        *,
+        maximize: bool = False,
+    ):
+        super().__init__(
+            module, alias.adagrad(lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize=maximize)
+        )
+
+
+class MetaAdaMax(MetaOptimizer):
+    """`torchopt.adamax` of a module."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        lr: alias.Rate = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        moment_requires_grad: bool = True,
+    ):
+        super().__init__(
+            module, alias.adamax(lr, betas, eps, weight_decay, moment_requires_grad=moment_requires_grad)
+        )
+
+
+class MetaRAdam(MetaOptimizer):
+    """`torchopt.radam` of a module."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        lr: alias.Rate = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        moment_requires_grad: bool = True,
+    ):
+        super().__init__(module, alias.radam(lr, betas, eps, weight_decay, moment_requires_grad=moment_requires_grad))
+
+
+# as torch spells them
+MetaAdadelta, MetaAdagrad, MetaAdamax, MetaRMSprop = MetaAdaDelta, MetaAdaGrad, MetaAdaMax, MetaRMSProp
