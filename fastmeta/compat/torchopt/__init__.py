@@ -7,7 +7,7 @@ Names, signatures, defaults, errors and numbers are those of TorchOpt. It differ
  - Where an average of squared gradients is 0, derivatives through the root are the analytic limit. TorchOpt gives NaN
    there, and with `use_accelerated_op` 0.
  - `use_accelerated_op=True` runs the same operations as without.
- - Nothing is changed in place but by `apply_updates(inplace=True)`: gradients handed to `update` stay what they were.
+ - `update(..., inplace=True)` leaves the gradients that it is given as they are, but for `nan_to_num`.
  - A rate or a weight decay may be a tensor, and is learned then.
  - A second derivative of an implicit gradient is refused; TorchOpt gives one that leaves terms out.
  - Zero-order gradients, `visual`, `distributed` and `typing` are not here.

@@ -329,8 +329,13 @@ def check_momentum(momentum: float, dampening: float, nesterov: bool) -> None:
 
 
 def nan_to_num(nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> GradientTransformation:
-    """Numbers in place of NaN and infinities."""
-    return stateless(lambda g: g.nan_to_num(nan=nan, posinf=posinf, neginf=neginf))
+    """Numbers in place of NaN and infinities; with `inplace`, in the gradients themselves."""
+
+    def update_fn(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        replaced = torch.nan_to_num_ if inplace else torch.nan_to_num
+        return tree_map(lambda g: replaced(g, nan=nan, posinf=posinf, neginf=neginf), updates), state
+
+    return GradientTransformation(lambda params: EmptyState(), update_fn)
 
 
 __getattr__ = not_here(
