@@ -270,3 +270,24 @@ def test_the_root(dtype):
     (first,) = torch.autograd.grad(out.sum(), v, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), v)
     assert first[:2].tolist() == [0.0, 1.0] and second[:2].tolist() == [0.0, -2.0]
+
+
+def test_compiled_whole_for_any_number_of_tasks():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def function(p, g, rates):
+        moved, state = adam_step([p], [g], lr=rates)
+        moved, _ = adam_step(moved, [g], state, lr=rates)
+        return sgd_step({"w": moved[0]}, {"w": g}, lr=0.1, momentum=0.9)[0]["w"]
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    for tasks in (5, 7, 9):
+        p, g, rates = draw(tasks, 4), draw(tasks, 4, seed=1), draw(tasks, seed=2).requires_grad_()
+        results = [torch.autograd.grad(f(p, g, rates).sum(), rates)[0] for f in (compiled, function)]
+        torch.testing.assert_close(*results, **CLOSE)
+    assert len(graphs) <= 2  # the second is of any size

@@ -186,7 +186,7 @@ class _Step:
         for name, p, g in zip(self.names, tensors, tensors[len(flat) :], strict=False):
             checks.same_kind(self.names[0], tensors[0], **{name: p, "grads" + name.removeprefix("params"): g})
         self.pairs = list(zip(tensors[: len(flat)], tensors[len(flat) :], strict=True))
-        self.shapes = [max(p.shape, g.shape, key=len) for p, g in self.pairs]
+        self.shapes = [p.shape if p.dim() >= g.dim() else g.shape for p, g in self.pairs]
         self.masks = [True] * len(flat) if mask is None else self._leaves("mask", mask, self._checked_mask)
         self.pairs = [
             (p, torch.where(m, g, 0) if isinstance(m, Tensor) else g)

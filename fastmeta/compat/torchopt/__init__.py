@@ -10,7 +10,7 @@ Names, signatures, defaults, errors and numbers are those of TorchOpt. It differ
  - `update(..., inplace=True)` leaves the gradients that it is given as they are, but for `nan_to_num`.
  - A rate or a weight decay may be a tensor, and is learned then.
  - A second derivative of an implicit gradient is refused; TorchOpt gives one that leaves terms out.
- - Zero-order gradients, `visual`, `distributed` and `typing` are not here.
+ - Zero-order gradients, `visual` and `distributed` are not here.
 """
 
 from fastmeta.compat._absent import not_here
@@ -30,6 +30,7 @@ from . import (
     pytree,
     schedule,
     transform,
+    typing,
     update,
     utils,
 )
@@ -135,7 +136,8 @@ __all__ = [
     "sgd",
     "stop_gradient",
     "transform",
+    "typing",
     "update",
     "utils",
 ]
-__getattr__ = not_here(__name__, "TorchOpt 0.7.3", ("distributed", "typing", "visual"))
+__getattr__ = not_here(__name__, "TorchOpt 0.7.3", ("distributed", "visual"))

@@ -1,0 +1,66 @@
+"""`torchopt.typing`: names for annotations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.futures import Future
+
+from .base import ChainedGradientTransformation, EmptyState, GradientTransformation, UninitializedState
+
+Device = torch.device | str | int
+Scalar = float | int | bool
+Numeric = Tensor | Scalar
+Schedule = Callable[[Numeric], Numeric]
+ScalarOrSchedule = float | Schedule
+PyTree = TensorTree = OptionalTensorTree = Params = Updates = OptState = Any
+OptionalTensor = Tensor | None
+ListOfTensors, ListOfOptionalTensors = list[Tensor], list[OptionalTensor]
+TupleOfTensors, TupleOfOptionalTensors = tuple[Tensor, ...], tuple[OptionalTensor, ...]
+SequenceOfTensors, SequenceOfOptionalTensors = Sequence[Tensor], Sequence[OptionalTensor]
+TensorOrTensors = Tensor | SequenceOfTensors
+OptionalTensorOrOptionalTensors = OptionalTensor | SequenceOfOptionalTensors
+TensorContainer = dict[str, OptionalTensor]
+ModuleTensorContainers = tuple[TensorContainer, ...]
+LinearSolver = Callable[[Callable[[TensorTree], TensorTree], TensorTree], TensorTree]
+Size = torch.Size
+SampleFunc = Callable[[Size], Tensor | Sequence[Numeric]]
+
+__all__ = [
+    "ChainedGradientTransformation",
+    "Device",
+    "Distribution",
+    "EmptyState",
+    "Future",
+    "GradientTransformation",
+    "LinearSolver",
+    "ListOfOptionalTensors",
+    "ListOfTensors",
+    "ModuleTensorContainers",
+    "Numeric",
+    "OptState",
+    "OptionalTensor",
+    "OptionalTensorOrOptionalTensors",
+    "OptionalTensorTree",
+    "Params",
+    "PyTree",
+    "SampleFunc",
+    "Scalar",
+    "ScalarOrSchedule",
+    "Schedule",
+    "SequenceOfOptionalTensors",
+    "SequenceOfTensors",
+    "Size",
+    "Tensor",
+    "TensorContainer",
+    "TensorOrTensors",
+    "TensorTree",
+    "TupleOfOptionalTensors",
+    "TupleOfTensors",
+    "UninitializedState",
+    "Updates",
+]
