@@ -1,5 +1,5 @@
 # make demo      set up and watch it meta-train          make test   set up and pass every test
-# make bench     the benchmark suite                     make lint   ruff
+# make bench     the benchmark suite                     make lint   ruff            make docs  the pages, in site/
 # make gpu-check tests, compute-sanitizer and benchmarks on a CUDA machine, with PYTHON's own torch, no network
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ PYTEST_ARGS ?= --numprocesses auto
 PY := $(VENV)/bin/python
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
 
-.PHONY: demo test bench lint build gpu-check clean
+.PHONY: demo test bench lint docs build gpu-check clean
 demo: $(VENV)/built
 	@$(VENV)/bin/fastmeta demo
 
@@ -19,6 +19,9 @@ bench: $(VENV)/built
 
 lint: $(VENV)/installed
 	@$(VENV)/bin/ruff check .
+
+docs: $(VENV)/installed
+	@$(PY) -m mkdocs build --strict --quiet --site-dir site
 
 build: $(VENV)/built
 
