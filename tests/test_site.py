@@ -1,4 +1,4 @@
-"""The documentation site: every page is in it, every public name is in its reference, and it builds without a warning."""
+"""The site: every page is in it, every public name is in its reference, and it builds without a warning."""
 
 import importlib
 import importlib.util
