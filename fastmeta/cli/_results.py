@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..training.checkpoint import write_whole
+
 
 def once(
     path: Path, run: Callable[[Path], dict[str, Any] | None] | None, judged: Mapping[str, Any]
@@ -29,9 +31,7 @@ def once(
 
 def write(path: Path, text: str) -> None:
     """All of it or nothing: a run that is killed leaves no half a result."""
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    write_whole(path, text.encode())
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -6,16 +6,18 @@ Commands import what they need when they run, so that `--help` is quick. The opt
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 from rich.console import Console
@@ -25,7 +27,7 @@ from .config_file import write_settings
 
 if TYPE_CHECKING:
     from ..tasks import Data
-    from ..training import Checkpoint, CheckpointFolder, Evaluation, RunConfig
+    from ..training import Checkpoint, CheckpointFolder, Evaluation, RunConfig, Trainer
 
 app = typer.Typer(
     help="Meta-learning over thousands of tasks at once.",
@@ -34,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 out, err = Console(), Console(stderr=True)
+Made = TypeVar("Made")
 
 
 @app.command()
@@ -88,13 +91,15 @@ def train(
     eval_tasks: options.EvalTasks = None,
     save_every: options.SaveEvery = None,
     test_tasks: options.TestTasks = None,
+    skip_non_finite: options.SkipNonFinite = None,
     tensorboard: options.TensorBoard = False,
     report: options.Report = True,
     debug: options.Debug = False,
 ) -> None:
     """Meta-train, with checkpoints and validation.
 
-    Defaults are the papers' settings. SIGINT (Ctrl-C) and SIGTERM write a checkpoint and leave.
+    Defaults are the papers' settings. SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 write a checkpoint and leave; a
+    second Ctrl-C leaves at once.
     """
     if data is not None:
         data = _own_data(data, image_size=image_size, grey=grey, on_error=on_error.value if on_error else None)
@@ -107,6 +112,7 @@ def train(
         engine=engine, task_chunk=task_chunk, outer_lr=outer_lr, lr_schedule=lr_schedule,
         lr_halve_every=lr_halve_every, task_batch=task_batch, iterations=iterations, minutes=minutes, seed=seed,
         device=device, threads=threads, eval_every=eval_every, eval_tasks=eval_tasks, save_every=save_every,
+        skip_non_finite=skip_non_finite,
         labels=labels, augmentation=_settings(augment, "--augment", "rotate=15"), augment_support=augment_support,
         cluster_checkpoint=str(cluster_checkpoint) if cluster_checkpoint else None, clusters=clusters,
         cluster_partitions=cluster_partitions, settings=_settings(settings, "--set", "full_context=true"),
@@ -114,35 +120,68 @@ def train(
     given = {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
     from ..training import CheckpointFolder, run_config
     from ..training.checkpoint import check_writable
+    from ..training.run import build_trainer, resumed_config
+
+    with contextlib.ExitStack() as leaving:
+        if resume:
+            if out_dir is None:
+                raise ValueError("--resume needs --out: the folder of the run to go on with")
+            folder = out_dir
+            checkpoints = CheckpointFolder(folder)
+            if checkpoints.steps():  # else there is nothing to lock
+                leaving.enter_context(checkpoints.lock.held())
+
+            def resumed(checkpoint: Checkpoint) -> tuple[RunConfig, Data | None, Trainer]:
+                config = resumed_config(checkpoint, given)
+                opened = _open(config.data)
+                return config, opened, build_trainer(config, folder, resume=checkpoint, opened=opened)
+
+            config, opened, trainer = _newest(checkpoints, fall_back, resumed)
+            _say(f"resumed {folder} at step {trainer.step:,}")
+            trainer.checkpoints = checkpoints
+        else:
+            if algorithm is None:
+                raise ValueError(f"what to train is needed: one of {', '.join(options.ALGORITHM_NAMES)}")
+            if data is None:
+                names = ", ".join(options.DATA_NAMES)
+                raise ValueError(f"--data is needed: one of {names}, or your own, such as folder:PATH")
+            opened = _open(data)
+            config = run_config(**given, opened=opened)
+            name = f"{config.algorithm}-{config.data_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+            folder = out_dir or Path("runs") / name
+            _refuse_second_run(folder)
+            trainer = build_trainer(config, folder, opened=opened)
+            check_writable(folder)
+            leaving.enter_context(trainer.checkpoints.lock.held())
+            _refuse_second_run(folder)  # one that was here, and has ended meanwhile
+        _train(trainer, config, folder, opened, test_tasks=test_tasks, tensorboard=tensorboard, report=report)
+
+
+def _refuse_second_run(folder: Path) -> None:
+    from ..training import CheckpointFolder
+
+    if CheckpointFolder(folder).steps():
+        raise ValueError(f"--out {folder} holds a run already: --resume goes on with it, or name another folder")
+
+
+def _train(
+    trainer: Trainer,
+    config: RunConfig,
+    folder: Path,
+    opened: Data | None,
+    *,
+    test_tasks: int | None,
+    tensorboard: bool,
+    report: bool,
+) -> None:
+    """Train into a folder that is locked, and say so."""
+    from ..training.checkpoint import check_writable
     from ..training.log import LogReporter
     from ..training.reporting import ConsoleReporter, TensorBoardReporter
-    from ..training.run import build_trainer, find_checkpoint, resumed_config
+    from ..training.run import find_checkpoint
 
-    checkpoint = opened = None
-    if resume:
-        if out_dir is None:
-            raise ValueError("--resume needs --out: the folder of the run to go on with")
-        folder = out_dir
-        checkpoint = _newest(CheckpointFolder(folder), fall_back)
-        config = resumed_config(checkpoint, given)
-    else:
-        if algorithm is None:
-            raise ValueError(f"what to train is needed: one of {', '.join(options.ALGORITHM_NAMES)}")
-        if data is None:
-            names = ", ".join(options.DATA_NAMES)
-            raise ValueError(f"--data is needed: one of {names}, or your own, such as folder:PATH")
-        opened = _open(data)
-        config = run_config(**given, opened=opened)
-        folder = out_dir or Path("runs") / f"{config.algorithm}-{config.data_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if CheckpointFolder(folder).steps():
-            raise ValueError(f"--out {folder} holds a run already: --resume goes on with it, or name another folder")
-
-    bar = ConsoleReporter(out, iterations=config.iterations, minutes=config.minutes, regression=config.regression)
-    opened = opened or _open(config.data)
-    trainer = build_trainer(config, folder, resume=checkpoint, opened=opened)
-    if checkpoint is not None:
-        _say(f"resumed {folder} at step {trainer.step:,}")
     check_writable(folder)
+    bar = ConsoleReporter(out, iterations=config.iterations, minutes=config.minutes, regression=config.regression)
     log = LogReporter(folder, step=trainer.step, seconds=trainer.seconds, device=trainer.device)
     write_settings(folder / "run.toml", config, test_tasks=test_tasks, tensorboard=tensorboard, report=report)
     trainer.reporters = (bar, log, *([TensorBoardReporter(folder)] if tensorboard else []))
@@ -151,8 +190,10 @@ def train(
         f"{config.algorithm} on {config.data}: {parameters:,} parameters on {trainer.device}, "
         f"{config.task_batch} {'task' if config.task_batch == 1 else 'tasks'} a step"
     )
-    with bar:
+    with _interrupt_ends_at_once(), bar:
         received = trainer.run()
+    if trainer.skipped:
+        _warn(f"warning: {trainer.skipped:,} steps were left out, of a loss or gradient that is not finite")
     if received is not None:
         _warn(
             f"stopped by {signal.Signals(received).name} at step {trainer.step:,}, checkpoint in {folder}; "
@@ -166,6 +207,20 @@ def train(
         log.test(best.step, judged)
     if report:
         _report(folder, config, opened)
+
+
+@contextlib.contextmanager
+def _interrupt_ends_at_once() -> Iterator[None]:
+    """Inside, SIGINT is the system's, which ends the process wherever it is: what acts when a run has already been
+    asked to leave."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 @app.command()
@@ -476,7 +531,8 @@ def _one_line() -> Iterator[None]:
 
         if isinstance(error, OutOfMemoryError):
             _fail(RuntimeError(f"{str(error).splitlines()[0]} --task-chunk bounds the memory of a step"), 1)
-        if "can't allocate memory" in str(error) or "overflow" in str(error).lower():  # of a CPU, which has no class
+        of_memory = ("can't allocate memory", "bad_alloc", "overflow")
+        if any(text in str(error).lower() for text in of_memory):  # of a CPU, which has no class
             _fail(RuntimeError(f"too large for this machine: {str(error).splitlines()[0]}"), 1)
         if isinstance(error, NonFiniteError):
             _fail(error, 1)
@@ -492,11 +548,19 @@ def _fail(error: Exception, code: int) -> None:
 
 
 def _say(text: str, style: str | None = None) -> None:
-    out.print(text, style=style, markup=False, highlight=False, soft_wrap=True)  # a path may look like markup
+    _print(out, text, style)
 
 
 def _warn(text: str) -> None:
-    err.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    _print(err, text, "yellow")
+
+
+def _print(console: Console, text: str, style: str | None) -> None:
+    try:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)  # a path may look like markup
+    except OSError as error:
+        if error.errno != errno.EIO:  # a terminal that was closed, on which a run goes on
+            raise
 
 
 def _own_data(data: str, **chosen: int | bool | str | None) -> str:
@@ -540,15 +604,16 @@ def _widths(text: str | None) -> tuple[int, ...] | None:
         raise ValueError(f"--hidden must be numbers with commas between, such as 64,64; got {text!r}") from None
 
 
-def _newest(folder: CheckpointFolder, fall_back: bool) -> Checkpoint:
+def _newest(folder: CheckpointFolder, fall_back: bool, use: Callable[[Checkpoint], Made]) -> Made:
+    """What `use` makes of the newest checkpoint that it can."""
     from ..training import CheckpointError
 
     try:
-        checkpoint, complaints = folder.newest(fall_back=fall_back)
+        made, complaints = folder.newest(fall_back=fall_back, use=use)
     except CheckpointError as error:
         if fall_back or len(folder.steps()) < 2:
             raise
-        raise CheckpointError(f"{error}. --fall-back goes on from the newest whole checkpoint") from error
+        raise CheckpointError(f"{error}. --fall-back goes on from the newest checkpoint that fits") from error
     for complaint in complaints:
         _warn(f"warning: passed over {complaint}")
-    return checkpoint
+    return made

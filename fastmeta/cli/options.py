@@ -251,7 +251,7 @@ FallBack = Annotated[
     bool,
     typer.Option(
         "--fall-back", rich_help_panel=_RUN,
-        help="With --resume: if the newest checkpoint is damaged, take the newest whole one.",
+        help="With --resume: if the newest checkpoint is damaged or does not fit, take the newest that does.",
     ),
 ]  # fmt: skip
 EvalEvery = _option(_RUN, int, "--eval-every", "Validate every so many steps; 0: never.", "500; sinusoid 1000", min=0)
@@ -263,6 +263,9 @@ SaveEvery = _option(
     _RUN, int, "--save-every", "Checkpoint every so many steps, beside those at a new best and at the end.",
     "--eval-every", min=0,
 )  # fmt: skip
+SkipNonFinite = _option(
+    _RUN, bool, "--skip-non-finite/--stop-non-finite", "Of steps whose loss or gradient is not finite.", "stop"
+)
 TensorBoard = Annotated[
     bool,
     typer.Option("--tensorboard/--no-tensorboard", rich_help_panel=_RUN, help="Write TensorBoard scalars to --out."),

@@ -194,8 +194,9 @@ def _run(row: Row, folder: Path, *, episodes: int, common: dict[str, Any], conso
         config = dataclasses.replace(config, eval_every=-(-config.iterations // 4), save_every=1000)
     bar = ConsoleReporter(console, iterations=config.iterations, minutes=None, regression=config.regression)
     checkpoints = CheckpointFolder(folder)
-    begun = checkpoints.newest(fall_back=True)[0] if checkpoints.steps() else None
-    trainer = build_trainer(config, folder, (bar,), resume=begun)
+    begin = partial(build_trainer, config, folder, (bar,))
+    goes_on = checkpoints.steps()
+    trainer = checkpoints.newest(fall_back=True, use=lambda found: begin(resume=found))[0] if goes_on else begin()
     console.print(f"{row.name}: {ALGORITHMS[row.algorithm].summary}", highlight=False)
     with bar:
         if trainer.run() is not None:

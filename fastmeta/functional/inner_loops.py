@@ -8,6 +8,7 @@ with the rows, not with `K` copies of the weights (docs/inner-loops.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -448,12 +449,10 @@ def _at_least_float32(t: Tensor | None) -> Tensor | None:
 
 
 def _norm(name: str | None):
-    if name is None:
-        return None
-    dim = -1 if name == "layer" else 1
+    # not a function within: fast weights that hold it are to be pickled
+    return None if name is None else partial(_normed, dim=-1 if name == "layer" else 1)
 
-    def norm(h: Tensor) -> Tensor:
-        centred = h - h.mean(dim, keepdim=True)
-        return centred * torch.rsqrt(centred.square().mean(dim, keepdim=True) + _NORM_EPSILON)
 
-    return norm
+def _normed(h: Tensor, dim: int) -> Tensor:
+    centred = h - h.mean(dim, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dim, keepdim=True) + _NORM_EPSILON)

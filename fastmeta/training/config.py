@@ -89,6 +89,7 @@ class RunConfig:
     eval_every: int = 500
     eval_tasks: int = 600
     save_every: int = 500
+    skip_non_finite: bool = False
     # arguments of the algorithm's own, by name: what `--set` gives
     settings: tuple[tuple[str, Any], ...] = ()
 
@@ -110,7 +111,7 @@ class RunConfig:
             values.count(name, getattr(self, name), 0)
         for name in ("inner_lr", "outer_lr", *(() if self.minutes is None else ("minutes",))):
             values.number(name, getattr(self, name), 0, open=True)
-        for name in ("first_order", "augment_support", "freeze_encoder", "rotations"):
+        for name in ("first_order", "augment_support", "freeze_encoder", "rotations", "skip_non_finite"):
             values.flag(name, getattr(self, name))
         for name in ("data_root", "cluster_checkpoint", "encoder"):
             values.path(name, getattr(self, name), or_none=True)

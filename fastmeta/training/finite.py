@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 
 class NonFiniteError(RuntimeError):
     """Training met a loss or meta-gradient that is not finite. `step` is the step it happened in, counted
-    from 1."""
+    from 1; `tasks` of the batch are those it comes from, as far as that is known."""
 
-    def __init__(self, step: int, cause: str):
+    def __init__(self, step: int, cause: str, tasks: Sequence[int] = ()):
         super().__init__(
-            f"step {step}: {cause}. Nothing was saved after it; a smaller inner or outer learning rate often helps"
+            f"step {step}: {cause}. Nothing was saved after it; a smaller inner or outer learning rate often helps, "
+            "and --skip-non-finite leaves such steps out"
         )
         self.step = step
         self.cause = cause
+        self.tasks = list(tasks)
 
 
 class FiniteGuard:
@@ -52,18 +55,33 @@ class FiniteGuard:
         """Wait for the device and raise if any step since the start was bad."""
         if self._bad_step is None or (step := int(self._bad_step)) < 0:
             return
-        raise NonFiniteError(step, self._cause(self._losses.cpu(), self._norms.cpu()))
-
-    def _cause(self, losses: Tensor, norms: Tensor) -> str:
+        losses = self._losses.cpu()
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        raise NonFiniteError(step, self._cause(losses, bad, self._norms.cpu()), bad)
+
+    def reset(self) -> None:
+        """Forget what was bad: its step is left out."""
+        self._bad_step = None
+
+    def finite_gradients(self) -> bool:
+        """Whether the gradients that the parameters have are finite; waits for the device."""
+        return all(bool(p.grad.isfinite().all()) for _, p in self._parameters if p.grad is not None)
+
+    def check_weights(self, step: int) -> None:
+        """Wait for the device and raise if a trained parameter is not finite, as after too large a step."""
+        bad = [name for name, p in self._parameters if not p.isfinite().all()]
+        if bad:
+            raise NonFiniteError(step, f"the weights are not finite in {some(bad, 'parameter')}")
+
+    def _cause(self, losses: Tensor, bad: list[int], norms: Tensor) -> str:
         if bad:
             value = float(losses[bad[0]])
-            return f"the query loss is {_value(value)} in {_some(bad, 'task')} of {losses.numel()}"
+            return f"the query loss is {_value(value)} in {some(bad, 'task')} of {losses.numel()}"
         if not math.isfinite(float(losses.sum())):
             return f"the sum of the query losses overflows (the largest is {float(losses.max()):.3g})"
         with_gradient = [name for name, p in self._parameters if p.grad is not None]
         names = [name for name, norm in zip(with_gradient, norms.tolist(), strict=True) if not math.isfinite(norm)]
-        what = _some(names, "parameter") if names else "the sum over all parameters"
+        what = some(names, "parameter") if names else "the sum over all parameters"
         return f"the meta-gradient is not finite in {what}, while the query loss is still {float(losses.mean()):.4g}"
 
 
@@ -71,6 +89,6 @@ def _value(value: float) -> str:
     return "NaN" if math.isnan(value) else ("inf" if value > 0 else "-inf")
 
 
-def _some(items: list, noun: str, most: int = 5) -> str:
+def some(items: list, noun: str, most: int = 5) -> str:
     rest = f" and {len(items) - most} more" if len(items) > most else ""
     return f"{noun}{'s' if len(items) > 1 else ''} {', '.join(str(item) for item in items[:most])}{rest}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checkpoint import versions, write_whole
+from .checkpoint import append, versions, write_whole
 from .loop import Progress, Reporter
 from .metrics import finite_or_none
 
@@ -28,7 +28,7 @@ class LogReporter(Reporter):
     Lines are objects with `step` and `seconds` (of training, over all resumes), and one of: `tasks_per_second`,
     `outer_lr`, `loss` and, in classification, `accuracy`, means since the line before; `validation`, what
     `Evaluation.as_json` gives, and `best`; `test`, the same of the best checkpoint; `started`, the time, with `machine`
-    and `versions`.
+    and `versions`; `left_out`, why this step was. `skipped` counts those so far, where there are any.
 
     Args: step, seconds: where the run begins or goes on. Lines of later steps, and what a crash left half written, are
         cut: they will be written again. device: what the run is on.
@@ -47,7 +47,11 @@ class LogReporter(Reporter):
         self._seconds = progress.seconds
         numbers = {name: finite_or_none(value) for name, value in progress._asdict().items()}
         del numbers["step"], numbers["seconds"]
+        numbers["skipped"] = progress.skipped or None
         self._write(progress.step, **numbers)
+
+    def skipped(self, step: int, cause: str) -> None:
+        self._write(step, left_out=cause)
 
     def validation(self, step: int, evaluation: Evaluation, best: bool) -> None:
         self._write(step, validation=evaluation.as_json(), best=best)
@@ -58,8 +62,7 @@ class LogReporter(Reporter):
 
     def _write(self, step: int, **what: Any) -> None:
         what = {name: value for name, value in what.items() if value is not None}
-        with open(self.path, "a", encoding="utf-8") as file:  # opened anew each time: no handle outlives a run
-            file.write(_line({"step": step, "seconds": round(self._seconds, 6), **what}))
+        append(self.path, _line({"step": step, "seconds": round(self._seconds, 6), **what}))
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
@@ -72,7 +75,7 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             one = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(one, dict) or not isinstance(one.get("step"), int):
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,10 +11,13 @@ import torch
 from torch import nn
 
 from .. import values
+from .._trees import tree_map
+from ..batch import TaskBatch
 from ..tasks.source import check_source
-from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, pack_optimizer, unpack_optimizer
-from .finite import FiniteGuard
+from .checkpoint import Checkpoint, CheckpointFolder, pack_optimizer
+from .finite import FiniteGuard, NonFiniteError, some
 from .metrics import RunningMean, finite_or_none
+from .restore import expect, history, load_model, load_optimizer, random_states
 from .schedule import SCHEDULES, learning_rate
 from .signals import StopSignals
 
@@ -21,16 +25,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..algorithms import MetaOutput
-    from ..tasks import TaskBatch, TaskSource
+    from ..tasks import TaskSource
     from .evaluate import Evaluation
 
 
 _REFRESH = 0.5  # seconds between reports; each waits for the device once
+_MOST_SKIPPED = 100  # steps in a row; then it is no accident
+_MOST_NAMED = 6  # tasks that a gradient which is not finite is traced to
 
 
 class Progress(NamedTuple):
     """Where a run stands. `loss` and `accuracy` are means since the last report, None if there was no
-    step."""
+    step; `skipped` is the number of steps that were left out so far."""
 
     step: int
     seconds: float
@@ -38,6 +44,7 @@ class Progress(NamedTuple):
     loss: float | None
     accuracy: float | None
     outer_lr: float
+    skipped: int = 0
 
 
 class Reporter:
@@ -46,6 +53,8 @@ class Reporter:
     def progress(self, progress: Progress) -> None: ...
 
     def validation(self, step: int, evaluation: Evaluation, best: bool) -> None: ...
+
+    def skipped(self, step: int, cause: str) -> None: ...
 
     def saved(self, path: Path) -> None: ...
 
@@ -61,7 +70,9 @@ class Trainer:
         better) picks the best checkpoint.
             It is given a function to poll, and returns None if that told it to stop.
         checkpoints: where to save, every `save_every` steps (0: never), at each new best, at the end and on
-            SIGINT or SIGTERM. None saves nothing. `record` is stored in each.
+            SIGINT, SIGTERM, SIGHUP or SIGUSR1. None saves nothing. `record` is stored in each.
+        skip_non_finite: leave out a step whose loss or meta-gradient is not finite, in place of stopping; looking at
+            each step waits for the device.
         seed: of the task sampler. Model initialisation is the caller's.
         wrap: turns the algorithm into what is called for the loss, for instance
             `torch.nn.parallel.DistributedDataParallel` or `torch.compile`; checkpoints hold the algorithm
@@ -91,6 +102,7 @@ class Trainer:
         save_every: int = 500,
         record: dict[str, Any] | None = None,
         seed: int = 0,
+        skip_non_finite: bool = False,
         wrap: Callable[[nn.Module], nn.Module] | None = None,
         reporters: tuple[Reporter, ...] = (),
     ):
@@ -112,6 +124,7 @@ class Trainer:
         values.function("validate", validate, or_none=True)
         values.function("wrap", wrap, or_none=True)
         values.seed("seed", seed)
+        values.flag("skip_non_finite", skip_non_finite)
         for name, value, kind in (("checkpoints", checkpoints, CheckpointFolder), ("record", record, dict)):
             if not (value is None or isinstance(value, kind)):
                 raise TypeError(f"{name} must be a {kind.__name__} or None, got {type(value).__name__}")
@@ -144,57 +157,128 @@ class Trainer:
         self._rate = dict(base=outer_lr, schedule=lr_schedule, halve_every=lr_halve_every, total=iterations)
         self._guard = FiniteGuard(algorithm)
         self._loss, self._accuracy = RunningMean(), RunningMean()
-        self._validated = self._saved = -1
+        self.skip_non_finite = skip_non_finite
+        self.skipped = self._skipped_in_a_row = 0
+        self._validated, self._unsaved = -1, True
         # On a CPU there is no queue to keep full, and checking at once keeps a bad gradient out of the
         # weights.
-        self._check_every_step = self.device.type == "cpu"
+        self._check_every_step = self.device.type == "cpu" or skip_non_finite
 
     def run(self) -> int | None:
         """Train until done. Returns None, or the number of the signal that ended it early; both leave a
         checkpoint behind.
 
         Raises `~fastmeta.training.finite.NonFiniteError` on a loss or meta-gradient that is not finite; the
-        checkpoints of before are left as they are.
+        checkpoints of before are left as they are. Raises BlockingIOError if another process trains into the
+        folder. Before other errors between two steps, such as of a validation, it saves.
         """
         self._train_mode()
-        shown_at, shown_step, shown_seconds = 0.0, self.step, self.seconds
-        with StopSignals() as stop:
-            while not self.finished() and stop.received is None:
-                began = time.perf_counter()
-                self.train_step()
-                show = began - shown_at >= _REFRESH or self._due(self.eval_every) or self._due(self.save_every)
-                if show:
-                    self._guard.check()  # waits for the device, and that wait is the steps' own time
-                now = time.perf_counter()
-                self.seconds += now - began  # validation and saving are not counted
-                if show or self.finished():
-                    tasks = (self.step - shown_step) * self.task_batch
-                    self._report(tasks / max(self.seconds - shown_seconds, 1e-9))
-                    shown_at, shown_step, shown_seconds = now, self.step, self.seconds
-                if self._due(self.eval_every):
-                    self._validate(lambda: stop.received is not None)
-                if self._due(self.save_every):
-                    self.save()
-            if stop.received is None:
-                self._validate(lambda: stop.received is not None)
-            self.save()
+        self._between_steps = True
+        lock = self.checkpoints.lock.held() if self.checkpoints is not None else contextlib.nullcontext()
+        with lock, StopSignals() as stop:
+            try:
+                self._run(stop)
+            except NonFiniteError:
+                raise
+            except Exception:
+                if self._between_steps:  # where the state is whole, and may be the work of hours
+                    with contextlib.suppress(Exception):
+                        self.save()
+                raise
             return stop.received
+
+    def _run(self, stop: StopSignals) -> None:
+        def stopped() -> bool:
+            return stop.received is not None
+
+        if self.step and self._due(self.eval_every):  # the run was stopped in this validation
+            self._validate(stopped)
+        shown_at, shown_step, shown_seconds = 0.0, self.step, self.seconds
+        while not self.finished() and not stopped():
+            began = time.perf_counter()
+            self.train_step()
+            show = began - shown_at >= _REFRESH or self._due(self.eval_every) or self._due(self.save_every)
+            if show:
+                self._guard.check()  # waits for the device, and that wait is the steps' own time
+            now = time.perf_counter()
+            self.seconds += now - began  # validation and saving are not counted
+            if show or self.finished():
+                tasks = (self.step - shown_step) * self.task_batch
+                self._report(tasks / max(self.seconds - shown_seconds, 1e-9))
+                shown_at, shown_step, shown_seconds = now, self.step, self.seconds
+            if self._due(self.eval_every):
+                self._validate(stopped)
+            if self._due(self.save_every):
+                self.save()
+        if not stopped():
+            self._validate(stopped)
+        self.save()
 
     def train_step(self) -> None:
         """One step of the outer loop: sample, adapt, differentiate, update."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step=self.step, **self._rate)
+        self._between_steps = False
+        before = [buffer.clone() for buffer in self.algorithm.buffers()] if self.skip_non_finite else []
         batch = self.tasks.sample(self.task_batch, generator=self.generator)
         self.optimizer.zero_grad(set_to_none=True)
         output = self._differentiate(batch)
         self._guard.watch(self.step + 1, output.task_loss)
         if self._check_every_step:
-            self._guard.check()
+            try:
+                self._guard.check()
+            except NonFiniteError as error:
+                if not self.skip_non_finite:
+                    raise self._traced(error, batch) from None
+                self._skip(error, before)
+                return
         self.optimizer.step()
         self.step += 1
+        self._unsaved = self._between_steps = True
+        self._skipped_in_a_row = 0
         self._loss.add(output.loss)
         if output.accuracy is not None:
             self._accuracy.add(output.accuracy.mean())
+
+    def _skip(self, error: NonFiniteError, buffers: list[torch.Tensor]) -> None:
+        """Leave this step out: weights and optimizer as they were, and what the forward pass did to batch norms."""
+        self._guard.reset()
+        with torch.no_grad():
+            for buffer, value in zip(self.algorithm.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+        self.step += 1
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        self._unsaved = self._between_steps = True
+        for reporter in self.reporters:
+            reporter.skipped(self.step, error.cause)
+        if self._skipped_in_a_row >= _MOST_SKIPPED:
+            raise NonFiniteError(self.step, f"{_MOST_SKIPPED} steps in a row were left out; of the last, {error.cause}")
+
+    def _traced(self, error: NonFiniteError, batch: TaskBatch) -> NonFiniteError:
+        """`error`, of a gradient with the tasks whose own is not finite, if it is one that single tasks have."""
+        if error.tasks:
+            return error
+        with contextlib.suppress(Exception):  # some learners take no single tasks; then the error is as it was
+            tasks = self._bad_tasks(batch, 0, self.task_batch, [])
+            if tasks:
+                return NonFiniteError(error.step, f"{error.cause}; it comes from {some(tasks, 'task')}", tasks)
+        return error
+
+    def _bad_tasks(self, batch: TaskBatch, start: int, end: int, found: list[int]) -> list[int]:
+        """The first tasks whose gradient is not finite, by halves."""
+        if len(found) < _MOST_NAMED:
+            part = TaskBatch(*(None if one is None else tree_map(lambda t: t[start:end], one) for one in batch))
+            self.optimizer.zero_grad(set_to_none=True)
+            self._differentiate(part)
+            if not self._guard.finite_gradients():
+                if end - start == 1:
+                    found.append(start)
+                else:
+                    half = (start + end) // 2
+                    self._bad_tasks(batch, start, half, found)
+                    self._bad_tasks(batch, half, end, found)
+        return found
 
     def _train_mode(self) -> None:
         """Train mode, but for modules that are frozen whole: their norms keep the statistics that they have."""
@@ -220,11 +304,12 @@ class Trainer:
         return out_of_steps or (self.minutes is not None and self.seconds >= 60 * self.minutes)
 
     def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one. Refuses, with NonFiniteError, to save a
-        broken state."""
-        if self.checkpoints is None or self._saved == self.step:
+        """Write a checkpoint of this step, unless there is one that knows as much. Refuses, with
+        NonFiniteError, to save a broken state."""
+        if self.checkpoints is None or not self._unsaved:
             return
         self._guard.check()
+        self._guard.check_weights(self.step)
         optimizer, optimizer_rest = pack_optimizer(self.optimizer)
         tensors = {f"model/{name}": t for name, t in self.algorithm.state_dict().items()}
         tensors |= {f"optimizer/{name}": t for name, t in optimizer.items()}
@@ -236,30 +321,29 @@ class Trainer:
             "seconds": self.seconds,
             "best_score": self.best_score,
             "history": self.history,
+            "skipped": self.skipped,
             "optimizer": optimizer_rest,
         }
         path = self.checkpoints.save(self.step, tensors, record)
-        self._saved = self.step
+        self._unsaved = False
         for reporter in self.reporters:
             reporter.saved(path)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was written: on the same device, with the same bits as without the
-        interruption."""
+        interruption. Raises CheckpointError, which names file and key, for what does not fit this run."""
         load_model(self.algorithm, checkpoint)
-        try:
-            unpack_optimizer(self.optimizer, checkpoint.group("optimizer"), checkpoint.record["optimizer"])
-            self._set_rng_states(checkpoint.group("rng"))
-        except (KeyError, IndexError, ValueError) as error:
-            raise CheckpointError(
-                f"{checkpoint.path}: its optimizer or random state does not fit this run ({error})"
-            ) from error
-        self.step = self._saved = checkpoint.step
-        self.seconds = checkpoint.record["seconds"]
-        self.best_score = checkpoint.record["best_score"]
-        self.history = list(checkpoint.record["history"])
-        if self.history and self.history[-1]["step"] == self.step:
-            self._validated = self.step
+        load_optimizer(self.optimizer, checkpoint)
+        states = random_states(checkpoint, self.device)
+        seconds, best_score = expect(checkpoint, "seconds", float, int), None
+        if checkpoint.record.get("best_score") is not None:
+            best_score = expect(checkpoint, "best_score", float, int)
+        self.history = history(checkpoint)
+        self.skipped = expect(checkpoint, "skipped", int) if "skipped" in checkpoint.record else 0
+        self.step, self.seconds, self.best_score = checkpoint.step, seconds, best_score
+        self._set_rng_states(states)
+        self._unsaved = False
+        self._validated = self.step if self.history and self.history[-1]["step"] == self.step else -1
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -267,7 +351,7 @@ class Trainer:
     def _report(self, tasks_per_second: float) -> None:
         rate = self.optimizer.param_groups[0]["lr"]
         loss, accuracy = self._loss.read(), self._accuracy.read()
-        progress = Progress(self.step, self.seconds, tasks_per_second, loss, accuracy, rate)
+        progress = Progress(self.step, self.seconds, tasks_per_second, loss, accuracy, rate, self.skipped)
         for reporter in self.reporters:
             reporter.progress(progress)
 
@@ -283,7 +367,7 @@ class Trainer:
         best = score is not None and (self.best_score is None or score > self.best_score)
         if best:
             self.best_score = score
-        self._validated = self.step
+        self._validated, self._unsaved = self.step, True
         self.history.append({"step": self.step, "seconds": self.seconds, "score": score, **evaluation.as_json()})
         for reporter in self.reporters:
             reporter.validation(self.step, evaluation, best)
@@ -298,19 +382,7 @@ class Trainer:
 
     def _set_rng_states(self, states: dict[str, torch.Tensor]) -> None:
         torch.set_rng_state(states["cpu"])
-        if self.device.type == "cuda" and "cuda" in states:
+        if "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], self.device)
-        sampler = self.generator.get_state()
-        if (
-            states["sampler"].shape == sampler.shape
-        ):  # another device's generator has another state: begin a new stream there
+        if "sampler" in states:  # another kind of device's generator has another state: a new stream begins there
             self.generator.set_state(states["sampler"])
-
-
-def load_model(algorithm: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's model into `algorithm`. Raises CheckpointError where names or shapes differ."""
-    try:
-        algorithm.load_state_dict(checkpoint.group("model"))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{checkpoint.path}: does not fit the model: {reason}") from error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +16,18 @@ from .loop import Progress, Reporter
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
+
+
+@contextlib.contextmanager
+def terminal_may_be_lost() -> Iterator[None]:
+    """Inside, nothing is said to a terminal that was closed or a pipe that nobody reads, and the run goes on."""
+    try:
+        yield
+    except SystemExit:  # how rich leaves for a pipe, after it has made the console quiet
+        return
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 class ConsoleReporter(Reporter):
@@ -41,10 +56,12 @@ class ConsoleReporter(Reporter):
 
     def __enter__(self) -> ConsoleReporter:
         self._bar.start()
+        self.console.show_cursor(True)  # a second Ctrl-C ends the process as it is
         return self
 
     def __exit__(self, *_exception) -> None:
-        self._bar.stop()
+        with terminal_may_be_lost():
+            self._bar.stop()
 
     def progress(self, progress: Progress) -> None:
         parts = [f"{progress.tasks_per_second:,.0f} tasks/s"]
@@ -52,17 +69,21 @@ class ConsoleReporter(Reporter):
             parts.append(f"loss {progress.loss:.4f}")
         if progress.accuracy is not None:
             parts.append(f"accuracy {100 * progress.accuracy:.2f}%")
+        if progress.skipped:
+            parts.append(f"{progress.skipped:,} skipped")
         self._numbers = "  ".join(parts)
         done = progress.step if self._minutes is None else progress.seconds
-        self._bar.update(self._task, completed=done, numbers=self._numbers, step=progress.step)
+        with terminal_may_be_lost():
+            self._bar.update(self._task, completed=done, numbers=self._numbers, step=progress.step)
 
     def validation(self, step: int, evaluation: Evaluation, best: bool) -> None:
         held_out = describe(evaluation, self.regression)
-        self.console.print(
-            f"step {step:>7,}  {self._numbers}  [bold]validation {held_out}[/bold]{'  (best)' if best else ''}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        with terminal_may_be_lost():
+            self.console.print(
+                f"step {step:>7,}  {self._numbers}  [bold]validation {held_out}[/bold]{'  (best)' if best else ''}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 class TensorBoardReporter(Reporter):

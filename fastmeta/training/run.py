@@ -30,10 +30,11 @@ from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load_chec
 from .config import RunConfig
 from .encoder import freeze_encoder, load_encoder
 from .evaluate import Evaluation, evaluate
-from .loop import Reporter, Trainer, load_model
+from .loop import Reporter, Trainer
 from .registry import ALGORITHMS
+from .restore import load_model
 
-# What may differ when a run goes on: none of it changes what a step computes, beyond rounding.
+# What may differ when a run goes on: none of it changes what a step computes, beyond rounding, if the step is finite.
 MAY_CHANGE = (
     "iterations",
     "minutes",
@@ -45,6 +46,7 @@ MAY_CHANGE = (
     "eval_every",
     "eval_tasks",
     "save_every",
+    "skip_non_finite",
 )
 _VALIDATION_SEED = 1_000_003  # not a seed that a user is likely to train with
 
@@ -176,6 +178,7 @@ def build_trainer(
         save_every=config.save_every,
         record={"config": config.as_json(), "inputs": Inputs.of(tasks).as_json()},
         seed=config.seed,
+        skip_non_finite=config.skip_non_finite,
         reporters=reporters,
     )
     if resume is not None:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to leave after the step at hand."""
+"""Signals that end a run, as a request to leave after the step at hand."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import threading
 
 
 class StopSignals:
-    """`with StopSignals() as stop:` and look at `stop.received` (None, or the signal's number) where leaving
+    """`with StopSignals() as stop:` and look at `stop.received` (None, or the first signal's number) where leaving
     is safe.
 
-    After the first signal the handlers of before are back, so that a second one acts at once. Outside the
-    main thread, where Python allows no handlers, nothing is installed.
+    After the first signal SIGINT acts as it did outside, so that a second Ctrl-C acts at once. The others remain
+    requests: schedulers send some of them one after the other, and what is asked for is being done. SIGHUP, the loss
+    of the terminal, is left alone where it is ignored, as under nohup. Outside the main thread, where Python allows no
+    handlers, nothing is installed.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = tuple(
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+    )
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -22,14 +26,21 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+            for number in self.SIGNALS:
+                if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_exception) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        self._before = {}
+        for number in list(self._before):
+            self._restore(number)
 
     def _receive(self, number: int, _frame) -> None:
-        self.received = number
-        self.__exit__()
+        if self.received is None:
+            self.received = number
+            self._restore(signal.SIGINT)
+
+    def _restore(self, number: int) -> None:
+        if number in self._before:
+            handler = self._before.pop(number)
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
