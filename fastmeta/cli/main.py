@@ -193,7 +193,8 @@ def _train(
     with _interrupt_ends_at_once(), bar:
         received = trainer.run()
     if trainer.skipped:
-        _warn(f"warning: {trainer.skipped:,} steps were left out, of a loss or gradient that is not finite")
+        were = "step was" if trainer.skipped == 1 else "steps were"
+        _warn(f"warning: {trainer.skipped:,} {were} left out, whose loss or gradient is not finite")
     if received is not None:
         _warn(
             f"stopped by {signal.Signals(received).name} at step {trainer.step:,}, checkpoint in {folder}; "

@@ -51,6 +51,8 @@ def save(path: str | os.PathLike, rows: Tensor, order: Tensor, offsets: Tensor, 
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a disk that is full does not say what was being written
+        raise type(error)(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk

@@ -30,7 +30,8 @@ from .lock import FolderLock
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.json")
-_TEMPORARY = re.compile(r"\.step-\d{8,}\.(json|safetensors)\.\d+\.tmp")
+# what only the holder of the lock writes
+_TEMPORARY = re.compile(r"\.(step-\d{8,}\.(json|safetensors)|log\.jsonl|run\.toml)\.\d+\.tmp")
 _WRITTEN_BY = "fastmeta, step "  # in the header of the tensors' file: what has it is ours to remove
 
 
@@ -187,7 +188,7 @@ class CheckpointFolder:
         for stray in self.folder.glob("step-*.safetensors"):
             if stray.stem not in needed and _written_here(stray):
                 stray.unlink(missing_ok=True)
-        for stray in self.folder.glob(".step-*.tmp"):
+        for stray in self.folder.glob(".*.tmp"):
             if _TEMPORARY.fullmatch(stray.name):
                 stray.unlink(missing_ok=True)
 

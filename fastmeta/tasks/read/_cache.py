@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -21,7 +24,8 @@ _DTYPES = {"torch.uint8": "U8", "torch.int64": "I64"}
 
 
 def cache_folder() -> Path:
-    """The folder that FASTMETA_CACHE names, else the user's own for fastmeta; where that cannot be, a new one."""
+    """The folder that FASTMETA_CACHE names, else the user's own for fastmeta; where that cannot be, one for as long as
+    this process lasts."""
     folder = os.environ.get("FASTMETA_CACHE")
     if folder is None:
         import pooch
@@ -30,8 +34,22 @@ def cache_folder() -> Path:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         return Path(folder)
-    except OSError:  # read-only home: this run then makes for itself
-        return Path(tempfile.mkdtemp(prefix="fastmeta-"))
+    except OSError as error:  # read-only home
+        return _instead(str(folder), error.strerror)
+
+
+@functools.cache
+def _instead(folder: str, why: str) -> Path:
+    instead = Path(tempfile.mkdtemp(prefix="fastmeta-"))
+    atexit.register(shutil.rmtree, instead, ignore_errors=True)
+    _tell(f"the cache {folder} cannot be made ({why}): next time all is read anew")
+    return instead
+
+
+@functools.cache
+def _tell(what: str) -> None:
+    """Once, not for every split."""
+    warnings.warn(what, DataWarning, stacklevel=4)
 
 
 def cached(name: str, format: str, make: Callable[[], Made]) -> Made:
@@ -47,7 +65,7 @@ def cached(name: str, format: str, make: Callable[[], Made]) -> Made:
     try:
         _write(path, tensors, texts | {"format": format, "sha256": _sum(tensors)})
     except OSError as error:
-        warnings.warn(f"{path} could not be written, next time all is read anew: {error}", DataWarning, stacklevel=2)
+        _tell(f"the cache {path.parent} cannot be written ({error.strerror}): next time all is read anew")
         return tensors, texts
     return _read(path, format, check=False) or (tensors, texts)
 
@@ -62,9 +80,9 @@ def _sum(tensors: dict[str, Tensor]) -> str:
 def _read(path: Path, format: str, check: bool = True) -> Made | None:
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         with safe_open(path, "np") as file:  # checks that header and length of the file agree
             texts = file.metadata() or {}
         if texts.get("format") != format:
