@@ -24,6 +24,7 @@ from sklearn.pipeline import make_pipeline  # noqa: E402
 from sklearn.preprocessing import StandardScaler  # noqa: E402
 from sklearn.utils.estimator_checks import check_estimator  # noqa: E402
 
+from fastmeta.estimators import Adapted  # noqa: E402
 from fastmeta.estimators.calibrate import temperature  # noqa: E402
 
 Classifier, Regressor = fastmeta.FewShotClassifier, fastmeta.FewShotRegressor
@@ -194,6 +195,25 @@ def test_calibration_is_the_best_temperature_for_left_out_rows():
     assert found.adapted_.temperature == pytest.approx(temperature(logits, torch.from_numpy(y)), rel=1e-6)
     assert found.adapted_.temperature != 1 and (found.predict(query) == plain.predict(query)).all()
     assert Classifier(learner, calibrate=True).fit(x[1:], [0, *[1] * 7]).adapted_.temperature == 1  # a class of one row
+    assert Classifier(calibrate=True).fit(x, ["a"] * len(x)).adapted_.temperature == 1  # of one class nothing is learnt
+
+
+def test_whole_numbers_that_a_float32_does_not_hold():
+    x = 1_600_000_000 + 10 * np.arange(30).reshape(-1, 1)  # times in seconds
+    assert Classifier().fit(x, np.arange(30) // 10).predict(x).tolist() == (np.arange(30) // 10).tolist()
+    table = {"features": {"mean": [1.6e9], "scale": [10.0], "shift": True}, "targets": None}
+    learner = ProtoNet(nn.Flatten())
+    learner.inputs = Inputs("classification", (1,), 2, table=table)
+    logits = Adapted(learner, torch.tensor(x[:2]), torch.arange(2)).predict(torch.tensor(x[:2]))
+    torch.testing.assert_close(logits, torch.tensor([[0.0, -1.0], [-1.0, 0.0]], dtype=torch.float64))
+
+
+def test_rows_of_which_nothing_can_be_said():
+    x, y, query = problem()
+    query = query.astype(float)
+    query[2] = 1e200
+    with pytest.raises(ValueError, match="predictions of 1 rows are not finite, first of row 2, counted from 0: its"):
+        Classifier().fit(x.astype(float), y).predict_proba(query)
 
 
 def test_what_is_refused():

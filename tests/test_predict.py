@@ -159,6 +159,16 @@ def test_a_table_of_classes_and_one_of_numbers(tmp_path, run):
     expected = Adapted(learner, raw, labels).probabilities(raw_asked)
     np.testing.assert_allclose(np.array([line[2:] for line in found], float), expected, atol=2e-5)
 
+    # an encoder is given the numbers that it was trained on, whatever the rows beside them are
+    features = tmp_path / "features.safetensors"
+    embed = ["embed", tmp_path / "classes", "--data", f"csv:{support}?label=kind", "--out", features, "--device", "cpu"]
+    run(*embed)
+    with torch.no_grad():
+        embedded = encoder_of(learner)(learner.inputs.prepare(raw).float()).view(6, 8, -1)
+    written = Examples.load(features)
+    for number, name in enumerate(written.names):
+        torch.testing.assert_close(written.of_class(number), embedded[int(name[1:])])
+
     by_subject = f"csv:{data}?task=subject&target=score&features=x,z&fractions=0.5,0.3,0.2"
     options = ["--shots", 4, "--query-shots", 4, "--hidden", "5,5", "--data", by_subject, "--task-batch", 2]
     run("train", "ridge", *TRAIN[2:], *options, "--out", tmp_path / "numbers")
@@ -182,6 +192,31 @@ def test_rules_without_training(tmp_path, run, photos):
     assert told["classes"] == [f"k{i}" for i in range(6)] and len(told["predictions"]) == 48
     told = json.loads(run("predict", "ridge", "--support", data, "--query", asked, "--target", "score", "--json")[0])
     assert all(np.isfinite(line["prediction"]) for line in told["predictions"]) and "classes" not in told
+
+
+def test_cells_of_a_table_that_are_missing_or_too_large_are_told_of(tmp_path, run):
+    (tmp_path / "s.csv").write_text("a,b,y\n1,,12345678\n2,5,12345679\n3,9,12345680\n")
+    (tmp_path / "q.csv").write_text("a,b\n2,5\n2,\n")
+    out = tmp_path / "p.csv"
+    ask = ["predict", "ridge", "--support", tmp_path / "s.csv", "--query", tmp_path / "q.csv", "--target", "y"]
+    _, stderr = run(*ask, "--out", out)
+    for name, column in (("s", "b"), ("q", "b")):
+        assert f"{name}.csv: 1 cells are missing, 1 in '{column}'; filled with the column's mean" in stderr
+    assert lines(out)[1:] == [["2", "12345678.9"], ["3", "12345679"]]  # by hand 1 / 10.5 less, and the mean
+    (tmp_path / "q.csv").write_text("a,b\n2,1e300\n")
+    _, stderr = run(*ask, "--out", out, "--force", code=2)
+    assert "q.csv, row 2, column 'b': too large for a float32" in " ".join(stderr.split())
+
+
+def test_a_picture_whose_name_is_no_text(tmp_path, run, photos):
+    _, support, query = photos
+    name = b"\xff.png".decode("utf-8", "surrogateescape")
+    try:
+        next((query / "a").iterdir()).rename(query / "a" / name)
+    except (OSError, UnicodeError):
+        pytest.skip("this file system has no such names")
+    run("predict", "nearest-mean", "--support", support, "--query", query, "--out", tmp_path / "p.csv")
+    assert b"\na/\xff.png,a," in (tmp_path / "p.csv").read_bytes()
 
 
 def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, run, photos):

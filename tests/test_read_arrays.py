@@ -136,6 +136,11 @@ def test_data_sets_of_torch():
     assert rows.names == ("even", "odd") and torch.equal(rows.of_class(1), x[1::2]) and rows.name == "Pairs"
     whole = Examples.from_dataset(torch.utils.data.TensorDataset(x, torch.tensor([5, 5, 7, 7])))
     assert whole.rows is x and whole.names == ("5", "7")
+    keyed = Pairs([{"number": i, "x": x[i], "kind": i % 2} for i in range(4)], classes=["even", "odd"])
+    found = dataset(keyed, label="kind")
+    assert found.names == ("even", "odd") and torch.equal(found.of_class(1), x[1::2])
+    with pytest.raises(ValueError, match="no column is of type ClassLabel or called label, .*: name one by label="):
+        dataset(keyed)
     pictures = [(Image.new("RGB", (8 + i, 8), (i, 0, 0)), "ab"[i % 2]) for i in range(4)]
     found = dataset(Pairs(pictures), image_size=6)
     assert found.input_shape == (3, 6, 6) and found.of_class(1)[:, 0, 0, 0].tolist() == [1, 3]

@@ -162,6 +162,14 @@ def test_files_that_cannot_be_read_are_named_and_counted(tmp_path):
         folder(write(tmp_path / "none", {"x/y.png": b""}), on_error="skip")
 
 
+def test_a_link_that_leads_nowhere_is_a_file_that_cannot_be_read(tmp_path):
+    root = write(tmp_path / "pets", {"dog/1.png": png()})
+    (root / "dog" / "2.png").symlink_to("1.png")
+    (root / "dog" / "3.png").symlink_to("gone.png")
+    with pytest.raises(ValueError, match=r"1 of 3 pictures cannot be read: dog/3.png \(.*No such file"):
+        folder(root)
+
+
 @pytest.mark.parametrize(
     ("files", "text"),
     [

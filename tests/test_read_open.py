@@ -46,6 +46,7 @@ def test_a_line_is_read():
     assert spec.options == {
         "label": "my label", "one_hot": ("a", "b"), "split_seed": -1, "missing": "drop", "indicator": True
     }  # fmt: skip
+    assert parse("csv:x?ignore=a%2Cb,c%26d").options["ignore"] == ("a,b", "c&d")
     assert parse("csv:x?task=t&target=a,b").kind == "regression"
     assert parse("folder:C:/photos").path == "C:/photos"
     assert with_options("folder:x", image_size=32, grey=True, on_error=None) == "folder:x?image_size=32&grey=true"
@@ -98,11 +99,14 @@ def test_folders_and_their_splits(tmp_path):
 def test_folders_that_are_splits_already(tmp_path):
     for split, classes in (("train", 10), ("test", 3)):
         pictures(tmp_path / "photos" / split, classes, each=2)
-    data = open_data("folder:photos?image_size=8")
+    with pytest.warns(DataWarning, match="train and test have 3 classes of the same name, such as 'c00'; .* no acc"):
+        data = open_data("folder:photos?image_size=8")
     assert [len(part) for part in (data.train, data.val, data.test)] == [8, 2, 3]
     assert not {*data.train.names} & {*data.val.names} and data.test.names == ("c00", "c01", "c02")
     pictures(tmp_path / "photos" / "val", 4, each=2)
-    data = open_data("folder:photos?image_size=8")
+    with pytest.warns(DataWarning) as told:
+        data = open_data("folder:photos?image_size=8")
+    assert ["val have 4" in str(told[0].message), "test have 3" in str(told[1].message)] == [True, True]
     assert [len(part) for part in (data.train, data.val, data.test)] == [10, 4, 3]
     with pytest.raises(ValueError, match="has nothing in its test split"):
         Data("folder:x", data.train, data.val, None).part("test")
@@ -111,7 +115,7 @@ def test_folders_that_are_splits_already(tmp_path):
 def test_arrays_and_tables(tmp_path):
     x, y = np.random.default_rng(0).normal(size=(40, 5)), np.arange(40) % 10
     np.savez(tmp_path / "a.npz", x=x, y=y)
-    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "x.npy", x.astype(np.float16))
     np.save(tmp_path / "y.npy", y)
     for line in ("npz:a.npz", "npy:x.npy?labels=y.npy"):
         data = open_data(line)

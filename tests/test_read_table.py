@@ -1,5 +1,7 @@
 """Tables: classes and tasks by a column, cells that are missing or wrong, and regression tasks."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -81,6 +83,9 @@ def test_what_is_missing_is_filled_by_the_rows_that_train(tmp_path):
         ("y,a\n1,2\n2,inf\n3,4\n", {}, "row 3, column 'a': must be a finite number"),
         ("y,a\n1,2\n,3\n3,4\n", {}, "row 3, column 'y': empty, and in 1 rows together"),
         ("y,a\n1,x\n2,y\n", {"features": ["a"]}, "row 2, column 'a': must be a finite number"),
+        ("y,a\n1,2\n2,3\n3,1_0\n", {}, "row 4, column 'a': must be a finite number, .*; got '1_0'"),
+        ("y,a\n" + rows(9, lambda i: f"{i},{i}e200"), {}, "column 'a' has numbers that are too large for a variance"),
+        ("y,a\n1,2\n2,3\n3,1e39\n", {"standardise": False}, "row 4, column 'a': too large for a float32"),
         ("y,t\n1,1\n", {"features": []}, "has no features"),
         ("y,a\n1,2\n2,3\n", {}, "2 classes or tasks, too few for 3 splits"),
         (
@@ -100,6 +105,29 @@ def test_bad_tables_say_where(tmp_path, text, options, message):
     path = written(tmp_path / "x.csv", text)
     with pytest.raises(ValueError, match=message):
         table(path, **{"label": "y", **options})
+
+
+def test_columns_without_a_name_tell_nothing(tmp_path):
+    path = written(tmp_path / "x.csv", ",y,a,\n" + "".join(f"{i},{i},{i % 2},\n" for i in range(9)))
+    with pytest.warns(DataWarning, match="x.csv: 2 columns without a name are left out"):
+        assert table(path, label="y").features.numeric == ("a",)  # not the number of the row
+    path = written(tmp_path / "x.csv", "y,a,\n" + "".join(f"{i},{i % 2},\n" for i in range(9)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a delimiter at the end of each line is not worth a word
+        assert table(path, label="y").features.numeric == ("a",)
+
+
+def test_another_tables_features(tmp_path):
+    """A run's encoder is given the numbers that it was trained on, whatever the rows of the new table are."""
+    cells = "".join(f"{i},{i % 3},{'pq'[i % 2]}\n" for i in range(9))
+    features = table(written(tmp_path / "x.csv", "y,a,b\n" + cells), label="y", one_hot=["b"]).features
+    other = written(tmp_path / "z.csv", "b,more,y,a\n" + "".join(f"r,5,{i},{i}\n" for i in range(9)))
+    found = table(other, label="y", fitted=features)
+    assert found.features == features
+    rows = torch.cat([part.rows[part.order] for part in found.splits])
+    names = torch.tensor([float(name) for part in found.splits for name in part.names])
+    expected = torch.stack([(names - features.mean[0]) / features.scale[0], names * 0, names * 0], 1)
+    torch.testing.assert_close(rows, expected)
 
 
 def test_not_a_table(tmp_path):

@@ -52,6 +52,7 @@ def test_rows_of_each_class(labelled):
         ({"labels": torch.zeros(2).long()}, "labels must be one of each row: 2 labels, 3 rows"),
         ({"labels": torch.zeros(3)}, "labels must be integers"),
         ({"labels": "abc"}, "labels must be a tensor or a sequence"),
+        ({"labels": [0.0, float("nan"), 1.0]}, "label 1 is NaN"),
         ({"names": ["one"]}, "names must be one of each class: 1 names, 2 classes"),
         ({"groups": ["one"]}, "groups must be one of each class: 1 groups, 2 classes"),
     ],
@@ -67,6 +68,8 @@ def test_refused_classes():
         examples.only([])
     with pytest.raises(ValueError, match="classes must be numbers from 0 to 1, got 2"):
         examples.only([2])
+    with pytest.raises(ValueError, match="classes must differ: 1 stands there twice"):
+        examples.only([0, 1, 1])
     with pytest.raises(ValueError, match="rows must be 3, as many as letters has, got .2, 2."):
         examples.over(torch.ones(2, 2))
 

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ..estimators import Adapted, learner_of
 from ..estimators.rules import RULES
 from ..tasks import Inputs
-from ..tasks.read import Columns, Features, folder, picture_suffixes, pictures, read_columns
+from ..tasks.read import Columns, DataWarning, Features, folder, picture_suffixes, pictures, read_columns
 from ..training.checkpoint import write_whole
 
 
@@ -165,7 +166,7 @@ def _of_tables(
         features = _all_numbers(columns, (label, *target), standardise=inputs is None)
     told = target or (label,)
     _all_there(columns, told)
-    rows, query_rows = features(columns), features(asked)
+    rows, query_rows = (_numbers(features, part) for part in (columns, asked))
     if target and calibrate:
         raise ValueError("--calibrate is of probabilities, and numbers are predicted here: leave it out")
     if target:
@@ -189,6 +190,14 @@ def _all_numbers(columns: Columns, told: Sequence[str | None], standardise: bool
     return features.fit(features.raw(columns))
 
 
+def _numbers(features: Features, columns: Columns) -> Tensor:
+    raw = features.raw(columns)
+    missing = features.missing(columns, raw)
+    if missing:
+        warnings.warn(f"{missing}; filled with the column's mean", DataWarning, stacklevel=2)
+    return features(columns, raw)
+
+
 def _all_there(columns: Columns, names: Sequence[str]) -> None:
     columns.check(*names)
     for name in names:
@@ -210,6 +219,7 @@ def write(path: Path, predictions: Predictions) -> None:
     header, lines = predictions.table()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows([[f"{v:.6g}" if isinstance(v, float) else v for v in line] for line in lines])
+    digits = 6 if predictions.classes else 9  # of a probability, and of a float32
+    writer.writerows([[f"{v:.{digits}g}" if isinstance(v, float) else v for v in line] for line in lines])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text.getvalue().encode())
+    write_whole(path, text.getvalue().encode(errors="surrogateescape"))  # names of files may be no text

@@ -64,8 +64,8 @@ class Adapted:
             `~fastmeta.tasks.Inputs`; other learners are given rows as they are, in the dtype of their weights, uint8
             `[S, H, W, C]` of 1 or 3 channels with channels first.
         y: labels int64 `[S]` from 0 to N - 1, each there, or targets floating `[S, O]`.
-        calibrate: fit `temperature` to predictions of each support row from the others; where a class has one row it
-            stays 1, as in regression.
+        calibrate: fit `temperature` to predictions of each support row from the others; where a class has one row, or
+            there is one class, it stays 1, as in regression.
         chunk_size: rows that go through the learner at a time.
 
     A learner with batch norms that have no running statistics sees each query beside the support set alone, so that
@@ -95,14 +95,24 @@ class Adapted:
             what = "classes" if classifies else "numbers a row"
             raise ValueError(f"learner has {outputs} outputs, and y has {size} {what}: they must be as many")
         self.temperature = 1.0
-        if calibrate and classifies and int(y.bincount().min()) > 1:
+        if calibrate and classifies and size > 1 and int(y.bincount().min()) > 1:
             self.temperature = temperature(*left_out_logits(learner, rows, y, chunk_size))
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """Logits `[n, N]` or predictions `[n, O]` of rows `[n, ...]`, float64 on the CPU."""
+        """Logits `[n, N]` or predictions `[n, O]` of rows `[n, ...]`, float64 on the CPU.
+
+        Raises:
+            ValueError: a row whose prediction is NaN or all infinite: its numbers, or the support set's, are too large.
+        """
         size = self.chunk_size if self._beside is None else max(1, self.chunk_size // (len(self._beside) + 1))
         found = torch.cat([self._piece(part) for part in x.split(size)])
+        wrong = found.isnan().any(1) | found.isinf().all(1)
+        if wrong.any():
+            raise ValueError(
+                f"predictions of {int(wrong.sum())} rows are not finite, first of row {int(wrong.nonzero()[0])}, "
+                "counted from 0: its numbers, or those of the support set, are too large for the learner"
+            )
         inputs = getattr(self.learner, "inputs", None)
         return found if inputs is None else inputs.restore_targets(found)
 
@@ -119,12 +129,15 @@ class Adapted:
     def _rows(self, x: Tensor) -> Tensor:
         """What the learner reads, on its device."""
         inputs = getattr(self.learner, "inputs", None)
+        tokens = any(isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) for layer in self.learner.modules())
+        if x.dtype in (torch.int32, torch.int64) and not tokens:
+            x = x.double()  # float32 would round times in seconds, say, before they are centred or standardised
         if inputs is not None:
             x = inputs.prepare(x)
         elif x.dtype == torch.uint8:
             x = as_numbers(_channels_first(x))
-        elif not any(isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) for layer in self.learner.modules()):
-            x = as_numbers(x)  # else token ids
+        elif not tokens:
+            x = as_numbers(x)
         like = next((p for p in self.learner.parameters() if p.is_floating_point()), None)
         if like is None:
             return x

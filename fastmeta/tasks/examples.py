@@ -112,6 +112,8 @@ class Examples:
         for one in classes:
             if not 0 <= values.count("classes", one, 0) < len(self):
                 raise ValueError(f"classes must be numbers from 0 to {len(self) - 1}, got {one}")
+        if len(set(classes)) < len(classes):
+            raise ValueError(f"classes must differ: {max(classes, key=classes.count)} stands there twice")
         found = object.__new__(Examples)
         found.rows, found.name, found.mapped = self.rows, self.name if name is None else name, self.mapped
         found.names = tuple(self.names[c] for c in classes)
@@ -188,6 +190,9 @@ def _numbered(labels: Tensor | Sequence[Hashable]) -> tuple[list, Tensor]:
         classes = set(labels)
     except TypeError as error:
         raise TypeError(f"labels must be numbers, text or what else has a hash: {error}") from error
+    if any(one != one for one in classes):  # each would be a class of its own
+        row = next(i for i, one in enumerate(labels) if one != one)
+        raise ValueError(f"labels must say of each row which class it is of, and label {row} is NaN")
     try:
         classes = sorted(classes)
     except TypeError:  # of kinds that have no order between them

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import values
 from ..tasks import NAMES, SPLITS, Examples, Inputs, load_images, open_data
 from ..tasks.inputs import as_numbers
-from ..tasks.read import is_form, parse, with_options
+from ..tasks.read import Features, is_form, parse, with_options
 from .checkpoint import write_whole
 from .encoder import encoder_from, encoder_of
 from .run import device_of, load
@@ -53,8 +53,8 @@ def embed_data(
     Args:
         source: a run's folder or checkpoint, of whose learner the encoder is taken, or a safetensors file with the
             weights of a `conv4` or an `mlp`.
-        data: "glyphs", "omniglot" or own data as of `fastmeta.tasks.open_data`; pictures are read as those of the run
-            were, for a file's encoder as the form says.
+        data: "glyphs", "omniglot" or own data as of `fastmeta.tasks.open_data`; pictures and tables are read as
+            those of the run were, for a file's encoder as the form says.
         out: the file, as `Examples.save` writes it: rows float32 `[R, D]`.
         splits: a CSV file of the columns class and split, as `safetensors:out?splits=splits` reads it.
         device, data_root: as of `fastmeta train`.
@@ -108,7 +108,8 @@ def _splits(data: str, inputs: Inputs | None, data_root: str | Path | None) -> d
     if parse(data).pictures and inputs is not None and inputs.images:
         channels, side, _ = inputs.input_shape
         data = with_options(data, image_size=side, grey=channels == 1, background=inputs.background)
-    opened = open_data(data)
+    columns = inputs.table if inputs is not None else None
+    opened = open_data(data, fitted=None if columns is None else Features.from_json(columns["features"]))
     parts = {split: getattr(opened, split) for split in SPLITS if getattr(opened, split) is not None}
     if not all(isinstance(part, Examples) for part in parts.values()):
         raise ValueError(f"{data} has rows by task; features are of classes: a label without task or target")

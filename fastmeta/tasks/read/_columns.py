@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import difflib
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from fastmeta.tasks.read._warning import DataWarning
 
 MISSING = frozenset({"", "?", "na", "n/a", "nan", "null", "none"})
 _DELIMITERS = ",;\t|"
@@ -99,11 +102,24 @@ def _csv(path: Path, delimiter: str | None) -> Columns:
         raise ValueError(f"{path} is no text in UTF-8: {error}") from error
     except csv.Error as error:
         raise ValueError(f"{path}, row {reader.line_num}: {error}") from error
+    if "" in header and len(header) > 1:
+        header, rows = _named(path, header, rows)
     twice = [name for name in header if header.count(name) > 1]
     if twice or not header:
         raise ValueError(f"{path}: " + (f"two columns are called {twice[0]!r}" if twice else "the file is empty"))
     cells = {name: [_cell(row[i]) for row in rows] for i, name in enumerate(header)}
     return Columns(path, cells, lines)
+
+
+def _named(path: Path, header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Without columns that have no name: most often the numbers of the rows, which tell of the order that they are in,
+    or nothing, behind a delimiter at the end."""
+    kept = [i for i, name in enumerate(header) if name]
+    if any(row[i].strip() for row in rows for i, name in enumerate(header) if not name):
+        count = len(header) - len(kept)
+        told = "a column without a name is" if count == 1 else f"{count} columns without a name are"
+        warnings.warn(f"{path}: {told} left out", DataWarning, stacklevel=4)
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def _parquet(path: Path) -> Columns:
@@ -133,6 +149,8 @@ def _plain(cell: Any) -> str:
 
 
 def _number(cell: Any) -> float | None:
+    if isinstance(cell, str) and "_" in cell:  # 12_000 is a number to Python, and a name in a table
+        return None
     try:
         number = float(cell)
     except (TypeError, ValueError):

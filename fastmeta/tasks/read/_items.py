@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,9 +33,15 @@ def items_of(
     if columns:
         image, label, classes = _columns(data, image, label)
     else:
-        if image is not None or label is not None:
-            raise ValueError(f"image and label are columns of a Hugging Face data set, and {name} has none")
-        classes = getattr(data, "classes", None)
+        classes, one = getattr(data, "classes", None), data[0]
+        if isinstance(one, Mapping):
+            columns, kinds = True, {key: type(value).__name__ for key, value in one.items()}
+            image = _column(kinds, "image", image, "Image", _IMAGES)
+            label = _column(kinds, "label", label, "ClassLabel", _LABELS)
+        elif image is not None or label is not None:
+            raise ValueError(
+                f"image and label are columns of a Hugging Face data set, or keys of items, and {name} has none"
+            )
         if isinstance(data, torch.utils.data.TensorDataset) and len(data.tensors) == 2:
             rows, labels = data.tensors
             return rows_of(rows, name), labels, None
@@ -67,19 +73,21 @@ def items_of(
 
 def _columns(data: Any, image: str | None, label: str | None) -> tuple[str, str, Sequence[str] | None]:
     kinds = {column: type(data.features[column]).__name__ for column in data.column_names}
-
-    def found(what: str, given: str | None, kind: str, usual: Sequence[str]) -> str:
-        if given is not None:
-            if given not in kinds:
-                raise ValueError(f"{what} must be one of the columns {', '.join(kinds)}; got {given!r}")
-            return given
-        fitting = [column for column in kinds if kinds[column] == kind] or [name for name in usual if name in kinds]
-        if not fitting:
-            raise ValueError(f"no column is of type {kind} or called {', '.join(usual)}: name one by {what}=")
-        return fitting[0]
-
-    image, label = found("image", image, "Image", _IMAGES), found("label", label, "ClassLabel", _LABELS)
+    image = _column(kinds, "image", image, "Image", _IMAGES)
+    label = _column(kinds, "label", label, "ClassLabel", _LABELS)
     return image, label, getattr(data.features[label], "names", None)
+
+
+def _column(kinds: Mapping[str, str], what: str, given: str | None, kind: str, usual: Sequence[str]) -> str:
+    """The name given, or the first of a kind, or the first of the usual names; `kinds` of those that there are."""
+    if given is not None:
+        if given not in kinds:
+            raise ValueError(f"{what} must be one of the columns {', '.join(kinds)}; got {given!r}")
+        return given
+    fitting = [column for column in kinds if kinds[column] == kind] or [name for name in usual if name in kinds]
+    if not fitting:
+        raise ValueError(f"no column is of type {kind} or called {', '.join(usual)}: name one by {what}=")
+    return fitting[0]
 
 
 def _row(x: Any, image_size: int | None, grey: bool, where: str) -> Tensor:

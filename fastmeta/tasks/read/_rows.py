@@ -35,6 +35,8 @@ def tensor_of(name: str, value: Any) -> Tensor:
     if array.dtype.kind == "b":
         array = array.astype(np.float32)
     elif array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        if array.size and array.max() > np.iinfo(np.int64).max:
+            raise ValueError(f"{name} must be below 2^63, got {array.max()}")
         array = array.astype({2: np.int32, 4: np.int64, 8: np.int64}[array.dtype.itemsize])
     elif array.dtype.itemsize > 8:
         array = array.astype(np.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.tasks.read._columns import Columns
+
+_SHOWN = 8  # columns that a message names
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,19 @@ class Features:
         found = [torch.tensor(columns.numbers(name), dtype=torch.float64) for name in self.numeric]
         return torch.stack(found, 1) if found else torch.empty(len(columns), 0, dtype=torch.float64)
 
+    def missing(self, columns: Columns, raw: Tensor) -> str:
+        """How many cells of `raw` are missing, by column, in words; nothing if none is."""
+        blank = raw.isnan()
+        if not blank.any():
+            return ""
+        short = [(name, count) for name, count in zip(self.numeric, blank.sum(0).tolist(), strict=True) if count]
+        shown = ", ".join(f"{count:,} in {name!r}" for name, count in short[:_SHOWN])
+        more = f" and more in {len(short) - _SHOWN} others" if len(short) > _SHOWN else ""
+        return f"{columns.path}: {int(blank.sum()):,} cells are missing, {shown}{more}"
+
     def fit(self, raw: Tensor) -> Features:
         """With mean and scale of the rows `raw` that train. A column that is constant there keeps its scale; one
-        without any number there raises ValueError."""
+        without any number there, or with numbers too large for a variance, raises ValueError."""
         there = ~raw.isnan()
         count = there.sum(0)
         for name, number in zip(self.numeric, count.tolist(), strict=True):
@@ -53,16 +66,23 @@ class Features:
                 raise ValueError(f"column {name!r} has no number in the rows that train: leave it out of the features")
         mean = raw.nansum(0) / count
         scale = ((raw - mean).square().nansum(0) / count).sqrt()
+        for name, number in zip(self.numeric, scale.tolist(), strict=True):
+            if not math.isfinite(number):
+                raise ValueError(f"column {name!r} has numbers that are too large for a variance: leave it out")
         scale = torch.where(scale > 1e-12 * mean.abs().clamp_min(1e-300), scale, torch.ones_like(scale))
         return dataclasses.replace(self, mean=tuple(mean.tolist()), scale=tuple(scale.tolist()))
 
     def __call__(self, columns: Columns, raw: Tensor | None = None) -> Tensor:
-        """float32 `[R, D]` of the cells."""
+        """float32 `[R, D]` of the cells. ValueError for one that is too large for that, by row."""
         raw = self.raw(columns) if raw is None else raw
         missing, mean = raw.isnan(), torch.tensor(self.mean, dtype=torch.float64)
         filled = torch.where(missing, mean, raw)
         if self.shift:
             filled = (filled - mean) / torch.tensor(self.scale, dtype=torch.float64)
+        too_large = ~filled.float().isfinite()
+        if too_large.any():
+            row, column = too_large.nonzero()[0].tolist()
+            raise ValueError(f"{columns.where(row, self.numeric[column])}: too large for a float32")
         parts = [filled, missing[:, [self.numeric.index(name) for name in self.indicators]]]
         for name, found in self.one_hot:
             number = {value: i for i, value in enumerate(found)}

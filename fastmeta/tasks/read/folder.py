@@ -202,8 +202,8 @@ def _walk(path: Path, prefix: str, depth: int = 0) -> Iterator[tuple[str, os.sta
             if entry.is_dir():
                 if depth < 3:
                     yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", depth + 1)
-            elif entry.is_file():
-                yield prefix + entry.name, entry.stat()
+            elif entry.is_file() or entry.is_symlink():  # a link that leads nowhere is a file that cannot be read
+                yield prefix + entry.name, entry.stat(follow_symlinks=entry.is_file())
 
 
 def _classes(path: Path, files: Sequence[File]) -> tuple[list[str], list[str] | None, list[int]]:

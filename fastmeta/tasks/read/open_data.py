@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastmeta import values
 from fastmeta.tasks.examples import Examples
+from fastmeta.tasks.read._warning import DataWarning
 from fastmeta.tasks.read.arrays import array_file
 from fastmeta.tasks.read.features import Features
 from fastmeta.tasks.read.folder import folder, opened
@@ -59,13 +59,13 @@ class Data:
         return found
 
 
-def open_data(data: str, *, progress: bool = False) -> Data:
+def open_data(data: str, *, progress: bool = False, fitted: Features | None = None) -> Data:
     """Own data by a line of text `form:path?option=value&...`, in splits by class or task.
 
     Forms, and what reads them:
         folder:PATH, zip:PATH: pictures, `folder`. Options image_size, grey, background, on_error, cache. Folders train,
             val and test inside are the splits; without val, a fifth of the training classes validate.
-        npz:PATH, npy:PATH, safetensors:PATH: `array_file`; of npy the option labels=FILE. float64 becomes float32.
+        npz:PATH, npy:PATH, safetensors:PATH: `array_file`; of npy the option labels=FILE. Floating rows become float32.
         csv:PATH, parquet:PATH: `table`. Options label, task, target, features, one_hot, ignore (several with commas
             between), missing, indicator, standardise, delimiter; split=COLUMN says which split a row is in.
 
@@ -77,6 +77,7 @@ def open_data(data: str, *, progress: bool = False) -> Data:
     Args:
         data: the line. Paths may be relative.
         progress: draw a bar where decoding takes long.
+        fitted: of a table, as of `table`.
 
     Raises:
         ValueError, ImportError: as of what reads them; an unknown form or option, with the nearest name.
@@ -89,7 +90,7 @@ def open_data(data: str, *, progress: bool = False) -> Data:
         split = split or _split_by(options, path)
         if "delimiter" in options:
             options["delimiter"] = {"tab": "\t"}.get(options["delimiter"], options["delimiter"])
-        found = table(path, split=split, **options)
+        found = table(path, split=split, fitted=fitted, **options)
         return Data(data, *found.splits, found.features, found.targets)
     split = _split_by(options, path)
     if spec.pictures:
@@ -100,7 +101,7 @@ def open_data(data: str, *, progress: bool = False) -> Data:
         return Data(data, *split(read()))
     labels = options.get("labels")
     examples = array_file(path, None if labels is None else path.parent / labels)
-    if examples.rows.dtype == torch.float64:
+    if examples.rows.is_floating_point():
         examples.rows = examples.rows.float()
     return Data(data, *split(examples))
 
@@ -135,6 +136,16 @@ def _splits_inside(path: Path) -> list[str]:
 
 def _of_folders(read: Callable[..., Examples], inside: list[str], split: functools.partial) -> Splits:
     found = {one: read(under=one) for one in inside}
+    for held_out in inside[1:]:
+        same = sorted(set(found[held_out].names) & set(found["train"].names))
+        if same:
+            warnings.warn(
+                f"the folders train and {held_out} have {len(same)} classes of the same name, such as {same[0]!r}; if "
+                f"they are the same class, what is found on {held_out} is no accuracy on new classes: for that put "
+                "all pictures of a class into one folder, class/instance.png, without train and the like above it",
+                DataWarning,
+                stacklevel=3,
+            )
     if "val" not in found:
         found["train"], found["val"], _ = split_examples(found["train"], (0.8, 0.2, 0), **_seeded(split.keywords))
     return Splits(*(found.get(one) for one in SPLITS))

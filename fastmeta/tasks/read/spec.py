@@ -44,7 +44,8 @@ def _one_of(*allowed: str) -> Callable[[str], str]:
 
 
 def _list(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
+    """Names with commas between; in a name a comma is %2C."""
+    return tuple(map(unquote, text.split(",")))
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -116,14 +117,16 @@ def parse(data: str) -> Spec:
     options: dict[str, Any] = {}
     for part in filter(None, query.split("&")):
         name, equals, text = part.partition("=")
-        name, text = unquote(name), unquote(text)
+        name = unquote(name)
         if name not in FORMS[form]:
             allowed = ", ".join(FORMS[form])
             raise ValueError(f"{form}: has no option {name!r}{_near(name, FORMS[form])}; it has {allowed}")
         if not equals or not text:
             raise ValueError(f"option {name} of {form}: must be {name}=VALUE, got {part!r}")
+        read = FORMS[form][name]
+        text = text if read is _list else unquote(text)
         try:
-            options[name] = FORMS[form][name](text)
+            options[name] = read(text)
         except ValueError as error:
             raise ValueError(f"option {name} of {form}: must be {error}, got {text!r}") from error
     return Spec(form, path, options)

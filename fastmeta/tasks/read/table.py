@@ -47,6 +47,7 @@ def table(
     standardise: bool = True,
     split: str | Callable[[Examples | TaskRows], Splits] = split_examples,
     delimiter: str | None = None,
+    fitted: Features | None = None,
 ) -> Table:
     """Rows of a CSV or Parquet file, in three splits.
 
@@ -68,6 +69,8 @@ def table(
             well, are of the rows that train.
         split: a column of train, val and test, or what makes splits of the whole: `split_examples`, or a partial of it.
         delimiter: between cells; default what the header has most of.
+        fitted: of another table, such as that of a run, in place of `features`, `one_hot`, `indicator` and
+            `standardise`: columns become what they became there.
 
     Returns:
         A `Table`: splits of rows float32 `[R, D]`, targets float32 `[R, O]`.
@@ -91,14 +94,19 @@ def table(
     by_column = split if isinstance(split, str) else None
     about = [name for name in (label, task, *targets) if name is not None]
     columns.check(*about, *(features or ()), *one_hot, *ignore, *([] if by_column is None else [by_column]))
-    numeric = tuple(features) if features is not None else _numeric(columns, {*about, *one_hot, *ignore, by_column})
+    if fitted is not None:
+        numeric, one_hot, indicator = fitted.numeric, [name for name, _ in fitted.one_hot], False
+    elif features is not None:
+        numeric = tuple(features)
+    else:
+        numeric = _numeric(columns, {*about, *one_hot, *ignore, by_column})
     if not numeric and not one_hot:
         raise ValueError(f"{path} has no features: no column of numbers beside {', '.join(about)}")
     columns = _told(columns, about, drop=missing == "drop")
-    used, columns, raw = _filled(columns, Features(numeric, shift=standardise), missing, indicator)
-    used = dataclasses.replace(
-        used, one_hot=tuple((name, tuple(sorted({*columns.texts(name)} - {None}))) for name in one_hot)
-    )
+    used, columns, raw = _filled(columns, fitted or Features(numeric, shift=standardise), missing, indicator)
+    if fitted is None:
+        found = tuple((name, tuple(sorted({*columns.texts(name)} - {None}))) for name in one_hot)
+        used = dataclasses.replace(used, one_hot=found)
     aims = Features(targets, shift=standardise)
     raw_aims = aims.raw(columns)
 
@@ -122,7 +130,7 @@ def table(
     if training is None:
         raise ValueError(f"{path}: no row trains; the split needs a part for training")
     chosen = training.order if isinstance(training, Examples) else training.by_task.order
-    used, aims = used.fit(raw[chosen]), aims.fit(raw_aims[chosen])
+    used, aims = used if fitted is not None else used.fit(raw[chosen]), aims.fit(raw_aims[chosen])
     return Table(parts(used(columns, raw), aims(columns, raw_aims)), used, aims if targets else None)
 
 
@@ -159,11 +167,7 @@ def _filled(columns: Columns, features: Features, missing: str, indicator: bool)
     blank = raw.isnan()
     if not blank.any():
         return features, columns, raw
-    short = [name for name, any_of in zip(features.numeric, blank.any(0).tolist(), strict=True) if any_of]
-    counts = dict(zip(features.numeric, blank.sum(0).tolist(), strict=True))
-    shown = ", ".join(f"{counts[name]:,} in {name!r}" for name in short[:_SHOWN])
-    more = f" and more in {len(short) - _SHOWN} others" if len(short) > _SHOWN else ""
-    told = f"{columns.path}: {int(blank.sum()):,} cells are missing, {shown}{more}"
+    told = features.missing(columns, raw)
     if missing == "refuse":
         row, column = blank.nonzero()[0].tolist()
         raise ValueError(
@@ -172,7 +176,10 @@ def _filled(columns: Columns, features: Features, missing: str, indicator: bool)
         )
     if missing == "mean":
         warnings.warn(f"{told}; filled with the mean of the rows that train", DataWarning, stacklevel=3)
-        return dataclasses.replace(features, indicators=tuple(short) if indicator else ()), columns, raw
+        if indicator:
+            short = [name for name, any_of in zip(features.numeric, blank.any(0).tolist(), strict=True) if any_of]
+            features = dataclasses.replace(features, indicators=tuple(short))
+        return features, columns, raw
     kept = (~blank.any(1)).nonzero().flatten().tolist()
     if not kept:
         raise ValueError(f"{told}; missing 'drop' leaves no row")
