@@ -32,6 +32,7 @@ def test_arrays_of_any_kind():
     ("rows", "labels", "text"),
     [
         (np.zeros((4, 2)), None, "rows without labels must be"),
+        (np.full((4, 2), 2**63, np.uint64), LABELS, r"rows must be below 2\^63, got 9223372036854775808"),
         (np.zeros((4, 2)), ["a"], "1 labels, 4 rows"),
         (np.array(["a"] * 4), LABELS, "must be numbers, got an array of <U1"),
         (np.array([{}] * 4), LABELS, "must be numbers, got an array of object"),

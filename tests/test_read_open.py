@@ -162,6 +162,9 @@ def test_classes_that_are_too_small_are_left_out_and_said():
     assert isinstance(tasks, EpisodeSampler) and tasks.examples.names == ("0", "2")
     with pytest.raises(ValueError, match="and 3 ways need 3 that have: ask for fewer shots or query_shots"):
         make_tasks(data, ways=3, shots=1, query_shots=4)
+    patients = Data("csv:x?target=y", TaskRows(torch.zeros(19, 4), torch.zeros(19), labels, name="x/train"), None, None)
+    with pytest.warns(DataWarning, match="1 of the 3 tasks of x/train have no more than 2 rows, and are left out"):
+        make_tasks(patients, shots=2, query_shots=4)
 
 
 QUICK = ["--iterations", 4, "--eval-every", 2, "--eval-tasks", 8, "--threads", 1]

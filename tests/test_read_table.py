@@ -50,6 +50,10 @@ def test_one_hot_and_named_features(tmp_path):
     assert stored == found.features
     new = stored(read_columns(other))
     assert new[:, 1:].tolist() == [[0, 0], [0, 1]] and new[1, 0] == 0
+    # a value that no row trains on has no column, whose weight would never be learnt
+    text = "kind,s,colour\n" + rows(4, lambda i: f"k{i},{['train', 'test'][i % 2]},{['red', 'green'][i % 2]}")
+    found = table(written(tmp_path / "z.csv", text), label="kind", one_hot=["colour"], split="s")
+    assert found.features.names == ("colour=red",) and found.splits.test.rows[[1, 3]].tolist() == [[0], [0]]
 
 
 def test_what_is_missing_is_filled_by_the_rows_that_train(tmp_path):

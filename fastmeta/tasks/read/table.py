@@ -60,7 +60,7 @@ def table(
         target: a column of numbers, or several: regression by task, `TaskRows`.
         features: the columns to tell it from; default all other columns of numbers.
         ignore: columns not to tell it from, such as another target.
-        one_hot: columns of text to tell it from, each value a column of zeros and ones.
+        one_hot: columns of text to tell it from, each value in the rows that train a column of zeros and ones.
         missing: a feature that is empty, `?`, `NA`, `NaN`, `null` or `none`: "mean" (default) fills in the mean of the
             column, "drop" leaves the row out, "refuse" raises. The first two warn, and count. A row without label,
             task or target is dropped or refused, and refused with "mean".
@@ -104,9 +104,6 @@ def table(
         raise ValueError(f"{path} has no features: no column of numbers beside {', '.join(about)}")
     columns = _told(columns, about, drop=missing == "drop")
     used, columns, raw = _filled(columns, fitted or Features(numeric, shift=standardise), missing, indicator)
-    if fitted is None:
-        found = tuple((name, tuple(sorted({*columns.texts(name)} - {None}))) for name in one_hot)
-        used = dataclasses.replace(used, one_hot=found)
     aims = Features(targets, shift=standardise)
     raw_aims = aims.raw(columns)
 
@@ -130,7 +127,11 @@ def table(
     if training is None:
         raise ValueError(f"{path}: no row trains; the split needs a part for training")
     chosen = training.order if isinstance(training, Examples) else training.by_task.order
-    used, aims = used if fitted is not None else used.fit(raw[chosen]), aims.fit(raw_aims[chosen])
+    aims = aims.fit(raw_aims[chosen])
+    if fitted is None:
+        trains = columns.only(chosen.tolist())
+        found = tuple((name, tuple(sorted({*trains.texts(name)} - {None}))) for name in one_hot)
+        used = dataclasses.replace(used, one_hot=found).fit(raw[chosen])
     return Table(parts(used(columns, raw), aims(columns, raw_aims)), used, aims if targets else None)
 
 

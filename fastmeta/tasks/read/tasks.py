@@ -63,7 +63,12 @@ def _tasks_of(
         if part.kind == "regression":
             if ways not in (None, 1):
                 raise ValueError(f"{part.name} is regression, it has no ways: leave ways out")
-            return RegressionTasks(part, shots=shots or 10, query_shots=query_shots or 10)
+            found = RegressionTasks(part, shots=shots or 10, query_shots=query_shots or 10)
+            few = int((part.counts <= found.shots).sum())
+            if few:
+                told = f"{few} of the {len(part)} tasks of {part.name} have no more than {found.shots} rows"
+                warnings.warn(f"{told}, and are left out", DataWarning, stacklevel=4)
+            return found
         person = part.by_task.labels.to(device)
         sizes = {"ways": ways or 3, "shots": shots or 1, "query_shots": query_shots or 5}
         return PersonTasks(part.rows, part.targets, person, **sizes)
