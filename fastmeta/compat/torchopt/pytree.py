@@ -18,7 +18,13 @@ def tree_map(func: Callable, tree: Any, *rests: Any, none_is_leaf: bool = False)
     def of_leaf(leaf: Any, *others: Any) -> Any:
         return None if leaf is None and not none_is_leaf else func(leaf, *others)
 
+    if _is_flat(tree):  # as all trees are in an optimiser: pytree takes longer than the arithmetic of small tensors
+        return type(tree)([of_leaf(*leaves) for leaves in zip(tree, *rests, strict=True)])
     return _pytree.tree_map(of_leaf, tree, *rests)
+
+
+def _is_flat(tree: Any) -> bool:
+    return type(tree) in (list, tuple) and all(leaf is None or isinstance(leaf, Tensor) for leaf in tree)
 
 
 def tree_map_(func: Callable, tree: Any, *rests: Any, none_is_leaf: bool = False) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import alias, pytree
+from .. import alias
 from ..base import GradientTransformation, UninitializedState
 from ..update import apply_updates
 
@@ -38,14 +38,14 @@ class MetaOptimizer:
     def step(self, loss: Tensor) -> None:
         """One step down `loss`. What it does not depend on stays as it is."""
         for i, (containers, state) in enumerate(zip(self.param_containers_groups, self.state_groups, strict=True)):
-            params, structure = pytree.tree_flatten_as_tuple(containers)
+            places = [(c, name) for c in containers for name, p in c.items() if p is not None]
+            params = tuple(c[name] for c, name in places)
             if isinstance(state, UninitializedState):
                 state = self.impl.init(params)
             grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
             updates, self.state_groups[i] = self.impl.update(grads, state, params=params, inplace=False)
-            new = pytree.tree_unflatten(structure, apply_updates(params, updates, inplace=False))
-            for container, params_of_it in zip(containers, new, strict=True):
-                container.update(params_of_it)
+            for (container, name), p in zip(places, apply_updates(params, updates, inplace=False), strict=True):
+                container[name] = p
 
     def add_param_group(self, module: nn.Module) -> None:
         self.param_containers_groups.append(module_containers(module, with_buffers=False)[0])
