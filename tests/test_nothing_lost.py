@@ -165,7 +165,7 @@ def stopped_at(trainer, step):
 
     def stopped(stop):
         if trainer.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return validate(stop)
 
     trainer.validate = stopped
@@ -300,7 +300,8 @@ UNFIT = {
     "no number for the time": (changed("seconds", lambda _: "long"), "seconds must be float, got 'long'"),
     "no list of validations": (changed("history", lambda _: {}), "history must be list"),
     "a validation of no step": (changed("history", lambda _: [{}]), r"history\[0\] has no step"),
-    "no settings": (without("config"), "config"),
+    "no settings": (without("config"), "config: no settings"),
+    "settings that are none": (changed("config", lambda _: []), "config: no settings"),
     "no numbers of the tensors": (changed("tensors", lambda _: 5), "tensors must be dict, got 5"),
     "tensors elsewhere": (changed("tensors", lambda t: {**t, "file": "../x"}), "tensors.file must be a name"),
     "a score that is none": (changed("score", lambda _: "best"), "score must be float, got 'best'"),
@@ -335,6 +336,13 @@ def test_what_does_not_fit_is_named_and_the_older_one_taken(tmp_path, whole, wha
     assert folder.newest(use=begin)[0].step == 20
 
 
+def test_inputs_that_are_none_are_named(tmp_path, whole):
+    folder = CheckpointFolder(shutil.copytree(whole, tmp_path / "run"))
+    rewrite(folder, 20, changed("inputs", lambda _: {"kind": "regression"}))
+    with pytest.raises(CheckpointError, match="step-00000020.json: inputs: "):
+        load(folder.folder, newest=True)
+
+
 def test_deep_nesting_is_damage(tmp_path):
     folder = CheckpointFolder(tmp_path)
     put(folder, 1, 2)
@@ -358,6 +366,8 @@ def test_a_checkpoint_of_another_run_is_noticed(tmp_path, whole, run):
     for kind in ("json", "safetensors"):
         shutil.copy(tmp_path / "other" / f"step-00000020.{kind}", folder.folder)
     resume = ["train", "--resume", "--out", folder.folder, "--iterations", 21, "--no-report"]
+    with pytest.raises(CheckpointError, match="another run"):
+        folder.best()  # the newest, as no other was validated
     _, stderr = run(*resume, code=2)
     assert "step-00000020.json: a checkpoint of another run than the one in this folder. --fall-back goes on" in stderr
     assert stderr.count("\n") == 1
@@ -486,7 +496,7 @@ class Sends(Reporter):
 
     def progress(self, progress):
         for number in self.numbers:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # handled when this returns
         self.numbers = []
 
 

@@ -534,7 +534,8 @@ def _one_line() -> Iterator[None]:
             _fail(RuntimeError(f"{str(error).splitlines()[0]} --task-chunk bounds the memory of a step"), 1)
         of_memory = ("can't allocate memory", "bad_alloc", "overflow")
         if any(text in str(error).lower() for text in of_memory):  # of a CPU, which has no class
-            _fail(RuntimeError(f"too large for this machine: {str(error).splitlines()[0]}"), 1)
+            said = str(error).splitlines()[0]
+            _fail(RuntimeError(f"too large for this machine: {said}; --task-chunk bounds the memory of a step"), 1)
         if isinstance(error, NonFiniteError):
             _fail(error, 1)
         raise

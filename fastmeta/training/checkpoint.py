@@ -11,6 +11,7 @@ damaged checkpoints, writes the newest ones though their steps are not the large
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -112,7 +113,11 @@ class CheckpointFolder:
         return path
 
     def load(self, step: int) -> Checkpoint:
-        return load_checkpoint(self.path(step))
+        """The checkpoint of `step`, found whole and of the folder's own run. Raises CheckpointError."""
+        checkpoint = load_checkpoint(self.path(step))
+        if not self._own(checkpoint.record):
+            raise CheckpointError(f"{checkpoint.path}: a checkpoint of another run than the one in this folder")
+        return checkpoint
 
     def newest(
         self, *, fall_back: bool = False, use: Callable[[Checkpoint], Any] = lambda checkpoint: checkpoint
@@ -127,9 +132,7 @@ class CheckpointFolder:
         complaints: list[CheckpointError] = []
         for step in reversed(self._in_order()):
             try:
-                checkpoint = self.load(step)
-                self._check_run(checkpoint)
-                return use(checkpoint), complaints
+                return use(self.load(step)), complaints
             except CheckpointError as error:
                 if not fall_back:
                     raise
@@ -143,27 +146,28 @@ class CheckpointFolder:
         return self.load(best) if best is not None else self.newest()[0]
 
     def _records(self) -> dict[int, dict[str, Any]]:
-        """Of the checkpoints whose JSON is whole, by step."""
+        """Of the run's own checkpoints whose JSON is whole, by step."""
         records = {}
         for step in self.steps():
-            try:
-                records[step] = _read_record(self.path(step))
-            except CheckpointError:
-                continue
+            with contextlib.suppress(CheckpointError):
+                record = _read_record(self.path(step))
+                if self._own(record):
+                    records[step] = record
         return records
 
     def _in_order(self) -> list[int]:
-        """All steps in the order they were written in. Of a damaged JSON that is not known: its step must tell."""
+        """All steps in the order they were written in. Of a JSON that is damaged or another run's that is not
+        known: its step must tell."""
         records = self._records()
         written = sorted(records, key=lambda step: _order(records[step]))
         last = written[-1] if written else -1
         unknown = [step for step in self.steps() if step not in records]
         return [*(s for s in unknown if s < last), *written, *(s for s in unknown if s > last)]
 
-    def _check_run(self, checkpoint: Checkpoint) -> None:
-        own, found = self.lock.run(), checkpoint.record.get("run")
-        if None not in (own, found) and own != found:
-            raise CheckpointError(f"{checkpoint.path}: a checkpoint of another run than the one in this folder")
+    def _own(self, record: Mapping[str, Any]) -> bool:
+        """False for a record that says it is of another run than the folder."""
+        own, found = self.lock.run(), record.get("run")
+        return None in (own, found) or own == found
 
     def _tensor_path(self, step: int, record: Mapping[str, Any] | None) -> Path:
         """Where the tensors of `step` go: over those of a checkpoint of it, never over a file of somebody else's."""
@@ -181,7 +185,7 @@ class CheckpointFolder:
             if step not in kept:
                 self.path(step).unlink(missing_ok=True)  # the JSON first: tensors alone are no checkpoint
                 self.path(step).with_name(records[step]["tensors"]["file"]).unlink(missing_ok=True)
-        # What a crash between two files left behind. A damaged JSON may be of tensors that are whole.
+        # What a crash between two files left behind; beside a JSON that is damaged tensors may be whole.
         steps = self.steps()
         needed = {self.path(step).stem for step in steps}
         needed |= {Path(records[step]["tensors"]["file"]).stem for step in steps if step in records}

@@ -257,7 +257,7 @@ class Trainer:
 
     def _traced(self, error: NonFiniteError, batch: TaskBatch) -> NonFiniteError:
         """`error`, of a gradient with the tasks whose own is not finite, if it is one that single tasks have."""
-        if error.tasks:
+        if error.tasks or self.module is not self.algorithm:  # what wraps it may wait for other processes
             return error
         with contextlib.suppress(Exception):  # some learners take no single tasks; then the error is as it was
             tasks = self._bad_tasks(batch, 0, self.task_batch, [])

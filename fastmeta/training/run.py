@@ -190,8 +190,8 @@ def config_of(checkpoint: Checkpoint) -> RunConfig:
     """The settings that `checkpoint` was trained with. Raises CheckpointError if there are none."""
     try:
         return RunConfig.from_json(checkpoint.record["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.path}: no settings that this version can read ({error})") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint.path}: config: no settings that this version can read ({error})") from error
 
 
 def resumed_config(checkpoint: Checkpoint, given: dict[str, Any]) -> RunConfig:
@@ -278,8 +278,11 @@ def load(path: str | Path, *, newest: bool = False, device: str = "auto") -> nn.
     checkpoint = find_checkpoint(path, newest=newest)
     config, where = config_of(checkpoint), device_of(device)
     known = checkpoint.record.get("inputs")
-    # runs of before have no inputs; their data is needed for what it looks like
-    inputs = Inputs.of(build_tasks(config, "val", where)) if known is None else Inputs.from_json(known)
+    try:
+        # runs of before have no inputs; their data is needed for what it looks like
+        inputs = Inputs.of(build_tasks(config, "val", where)) if known is None else Inputs.from_json(known)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint.path}: inputs: not what rows look like ({error})") from error
     learner = build_algorithm(config, inputs, where)
     load_model(learner, checkpoint)
     if hasattr(learner, "ways"):
