@@ -13,6 +13,7 @@ import fastmeta
 from fastmeta.algorithms import MAML, FastWeights, ProtoNet, RidgeHead
 from fastmeta.nn import mlp
 from fastmeta.tasks import Inputs
+from fastmeta.tasks.read import Features
 from fastmeta.training import run_config
 from fastmeta.training.registry import ALGORITHMS
 from fastmeta.training.run import build_algorithm
@@ -24,7 +25,7 @@ from sklearn.pipeline import make_pipeline  # noqa: E402
 from sklearn.preprocessing import StandardScaler  # noqa: E402
 from sklearn.utils.estimator_checks import check_estimator  # noqa: E402
 
-from fastmeta.estimators import Adapted  # noqa: E402
+from fastmeta.estimators import Adapted, _base  # noqa: E402
 from fastmeta.estimators.calibrate import temperature  # noqa: E402
 
 Classifier, Regressor = fastmeta.FewShotClassifier, fastmeta.FewShotRegressor
@@ -175,6 +176,30 @@ def test_a_tables_scale_is_that_of_training():
     assert inputs.prepare(x).tolist() == [[1.0, 1.0, 1.0]] and inputs.prepare(x).dtype == torch.float64
     assert inputs.prepare_targets(torch.tensor([[15.0]])).tolist() == [[1.0]]
     assert inputs.restore_targets(torch.ones(1, 1)).tolist() == [[15.0]]
+
+
+def test_a_data_frames_columns_are_those_of_the_runs_table(monkeypatch):
+    x, y, query = problem()
+    features = Features(("a", "b", "c", "d", "e"), (("f", ("yes",)),), mean=(0.0,) * 5, scale=(1.0,) * 5)
+    learner = ProtoNet(nn.Flatten())
+    learner.inputs = Inputs("classification", (6,), 3, table={"label": "kind", "features": features.as_json()})
+    validate = _base.validate_data
+
+    def of_a_frame(estimator, *given, **options):  # what scikit-learn leaves of a data frame's columns
+        found = validate(estimator, *given, **options)
+        estimator.feature_names_in_ = np.array(columns, object)
+        return found
+
+    monkeypatch.setattr(_base, "validate_data", of_a_frame)
+    columns = [*"abcde", "f=yes"]
+    assert Classifier(learner).fit(x, y).classes_.tolist() == [0, 1, 2]
+    columns = [*"bacde", "f=yes"]
+    Classifier().fit(x, y)  # without a run any columns will do
+    with pytest.raises(ValueError, match="those of the run's table, a, b, c, d, e, f=yes, in this order; got b, a, c"):
+        Classifier(learner).fit(x, y)
+    learner.inputs = Inputs("regression", (6,), 1, table={**learner.inputs.table, "targets": None})
+    with pytest.raises(ValueError, match="those of the run's table"):
+        Regressor(learner).fit(x, query[0, 0] * x[:, 0])
 
 
 def test_calibration_is_the_best_temperature_for_left_out_rows():

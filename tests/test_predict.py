@@ -203,8 +203,12 @@ def test_cells_of_a_table_that_are_missing_or_too_large_are_told_of(tmp_path, ru
     for name, column in (("s", "b"), ("q", "b")):
         assert f"{name}.csv: 1 cells are missing, 1 in '{column}'; filled with the column's mean" in stderr
     assert lines(out)[1:] == [["2", "12345678.9"], ["3", "12345679"]]  # by hand 1 / 10.5 less, and the mean
+    (tmp_path / "known.csv").write_text("y,a,b\nx,2,5\nz,9,9\nz,2,5\nz,8,9\n")
+    ask = ["predict", "nearest-mean", "--support", tmp_path / "known.csv", "--label", "y", "--query"]
+    assert json.loads(run(*ask, tmp_path / "known.csv", "--json")[0])["accuracy"] == 0.75  # a z among the x
+    assert "accuracy" not in json.loads(run(*ask, tmp_path / "q.csv", "--json")[0])
     (tmp_path / "q.csv").write_text("a,b\n2,1e300\n")
-    _, stderr = run(*ask, "--out", out, "--force", code=2)
+    _, stderr = run(*ask, tmp_path / "q.csv", "--out", out, "--force", code=2)
     assert "q.csv, row 2, column 'b': too large for a float32" in " ".join(stderr.split())
 
 

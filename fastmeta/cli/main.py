@@ -376,7 +376,7 @@ def predict(
     of = f" of {len(about['classes'])} classes" if "classes" in about else ""
     _say(f"{about['query_rows']:,} predictions from {about['support_rows']:,} support rows{of}: {out_file}")
     if "accuracy" in about:
-        _say(f"{100 * about['accuracy']:.1f}% are as the folders of the queries say", style="bold")
+        _say(f"{100 * about['accuracy']:.1f}% are as the folders or labels of the queries say", style="bold")
     if calibrate:
         none = " (nothing to fit it to: a class has one support row)" if about["temperature"] == 1 else ""
         _say(f"temperature {about['temperature']:.3g}{none}")

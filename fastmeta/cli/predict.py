@@ -72,7 +72,8 @@ def predict(
     target: Sequence[str] = (),
 ) -> tuple[Predictions, dict[str, Any]]:
     """What the learner says of the queries, and what there is to tell of how: classes, rows, the temperature, and where
-    the queries lie in folders named after the classes too, how many of them are right.
+    the queries lie in folders named after the classes too, or their table has the column of the label, how many of them
+    are right.
 
     Args:
         run: a run's folder or checkpoint, or the name of a rule without training (`~fastmeta.FewShotClassifier`).
@@ -137,11 +138,15 @@ def _of_pictures(
     adapted = Adapted(learner, examples.rows, examples.labels, calibrate=calibrate)
     found = Predictions("file", names, examples.names, adapted.probabilities(rows), classes=True)
     about = _about(examples.names, len(examples.rows), len(rows), adapted)
-    places = [name.rpartition("/")[0] for name in names]
-    if set(places) <= set(examples.names):
-        best = found.values.argmax(1).tolist()
-        about["accuracy"] = sum(examples.names[i] == place for i, place in zip(best, places, strict=True)) / len(rows)
-    return found, about
+    return found, about | _accuracy(found, [name.rpartition("/")[0] for name in names])
+
+
+def _accuracy(found: Predictions, told: Sequence[str | None]) -> dict[str, float]:
+    """How many rows are right, where it is told of all of which class they are."""
+    if not set(told) <= set(found.columns):
+        return {}
+    best = found.values.argmax(1).tolist()
+    return {"accuracy": sum(found.columns[i] == one for i, one in zip(best, told, strict=True)) / len(told)}
 
 
 def _of_tables(
@@ -178,7 +183,8 @@ def _of_tables(
     classes = sorted(set(texts))
     adapted = Adapted(learner, rows, torch.tensor([classes.index(text) for text in texts]), calibrate=calibrate)
     found = Predictions("row", asked.lines, classes, adapted.probabilities(query_rows), classes=True)
-    return found, _about(classes, len(columns), len(asked), adapted)
+    about = _about(classes, len(columns), len(asked), adapted)
+    return found, about | (_accuracy(found, asked.texts(label)) if label in asked.cells else {})
 
 
 def _all_numbers(columns: Columns, told: Sequence[str | None], standardise: bool) -> Features:

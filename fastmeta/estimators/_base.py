@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..tasks.read import Features
 from .adapted import as_host
 
 
@@ -28,6 +29,18 @@ class FewShotEstimator(BaseEstimator):
         elif rows.shape[1:] != self.shape_:
             raise ValueError(f"X must be [n, {', '.join(map(str, self.shape_))}] as in fit, got {list(rows.shape)}")
         return found
+
+    def _check_names(self, learner: nn.Module) -> None:
+        """The columns of a data frame must be those of the table that a run was trained on: numbers have no names."""
+        table = getattr(getattr(learner, "inputs", None), "table", None)
+        if table is None or not hasattr(self, "feature_names_in_"):
+            return
+        given, trained = tuple(self.feature_names_in_), Features.from_json(table["features"]).names
+        if given != trained:
+            raise ValueError(
+                f"columns of X must be those of the run's table, {', '.join(trained)}, in this order; got "
+                f"{', '.join(given)}"
+            )
 
     def _query(self, x: Any) -> Tensor:
         check_is_fitted(self)

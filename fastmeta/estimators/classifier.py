@@ -49,8 +49,9 @@ class FewShotClassifier(ClassifierMixin, FewShotEstimator):
         adapted_: the learner and its state (`~fastmeta.estimators.Adapted`), with `temperature`.
 
     Raises:
-        ValueError: rows and labels that do not fit each other or the run; a number of classes that the run's last layer
-            does not have. CheckpointError: a folder without a run. TypeError: a learner that is none.
+        ValueError: rows and labels that do not fit each other or the run; a data frame whose columns are not those of
+            the run's table, in their order; a number of classes that the run's last layer does not have.
+        CheckpointError: a folder without a run. TypeError: a learner that is none.
     """
 
     def __init__(self, learner: Any = None, *, calibrate: bool = False, device: str | None = None,
@@ -66,6 +67,7 @@ class FewShotClassifier(ClassifierMixin, FewShotEstimator):
         check_classification_targets(y)
         self.classes_, numbers = np.unique(y, return_inverse=True)
         learner = learner_of("nearest-mean" if self.learner is None else self.learner, "classification", self.device)
+        self._check_names(learner)
         options = {"calibrate": self.calibrate, "chunk_size": self.chunk_size}
         self.adapted_ = Adapted(learner, tensor(X), torch.from_numpy(numbers), **options)
         return self

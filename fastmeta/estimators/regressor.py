@@ -44,6 +44,7 @@ class FewShotRegressor(RegressorMixin, FewShotEstimator):
         self.single_ = y.ndim == 1
         targets = tensor(np.asarray(y, np.float64)).view(len(y), -1)
         learner = learner_of("ridge" if self.learner is None else self.learner, "regression", self.device)
+        self._check_names(learner)
         self.adapted_ = Adapted(learner, tensor(X), targets, chunk_size=self.chunk_size)
         return self
 
