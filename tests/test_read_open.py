@@ -62,6 +62,7 @@ def test_a_line_is_read():
         ("folder:x?label=y", "folder: has no option 'label'"),
         ("folder:x?image_size=big", "option image_size of folder: must be a number of at least 1, got 'big'"),
         ("folder:x?grey", "option grey of folder: must be grey=VALUE"),
+        ("npz:x?split_seed=1&split_seed=2", "option split_seed of npz: stands there twice in 'npz:x"),
         ("folder:x?grey=maybe", "must be true or false, got 'maybe'"),
         ("csv:x?missing=zero", "must be one of mean, drop, refuse, got 'zero'"),
         ("csv:x?fractions=a", "must be three numbers with commas between"),

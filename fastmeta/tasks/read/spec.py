@@ -105,7 +105,7 @@ def parse(data: str) -> Spec:
     """A line of text as a `Spec`. The path ends at the first `?`; options may hold `%3F` and its like.
 
     Raises:
-        ValueError: an unknown form or option, with the nearest; a value that the option does not take.
+        ValueError: an unknown form or option, with the nearest; an option twice, a value that it does not take.
     """
     form, _, rest = values.name("data", data).partition(":")
     if form not in FORMS:
@@ -123,6 +123,8 @@ def parse(data: str) -> Spec:
             raise ValueError(f"{form}: has no option {name!r}{_near(name, FORMS[form])}; it has {allowed}")
         if not equals or not text:
             raise ValueError(f"option {name} of {form}: must be {name}=VALUE, got {part!r}")
+        if name in options:
+            raise ValueError(f"option {name} of {form}: stands there twice in {data!r}")
         read = FORMS[form][name]
         text = text if read is _list else unquote(text)
         try:
