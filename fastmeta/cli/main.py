@@ -378,7 +378,7 @@ def predict(
     if "accuracy" in about:
         _say(f"{100 * about['accuracy']:.1f}% are as the folders or labels of the queries say", style="bold")
     if calibrate:
-        none = " (nothing to fit it to: there is one class, or one with one support row)" if about["temperature"] == 1 else ""
+        none = " (nothing to fit it to: one class, or one with one row)" if about["temperature"] == 1 else ""
         _say(f"temperature {about['temperature']:.3g}{none}")
 
 
