@@ -51,3 +51,9 @@ def test_intents(data_root):
 def test_siren():
     before, after = runpy.run_path(str(EXAMPLES / "siren.py"))["main"](["--steps", "25", "--tasks", "8"])
     assert after > before + 3
+
+
+def test_emoji_styles(data_root):
+    main = runpy.run_path(str(EXAMPLES / "emoji_styles.py"))["main"]
+    found = main(["--data", str(data_root / "emoji"), "--minutes", "0.02", "--episodes", "20"])
+    assert len(found) == 4 and all(accuracy > 0.1 for accuracy in found.values())  # chance is 0.05
