@@ -224,7 +224,7 @@ def test_peak_memory_of_convolutions(monkeypatch):
     monkeypatch.setattr(conv_memory.subprocess, "run", here)
     found = conv_memory.report(small=True)
     assert [(run["contender"], run["steps"]) for run in found["runs"]] == list(conv_memory.RUNS)
-    assert conv_report.memory(found)[0].startswith("Conv4-64 28x28x1 1-shot T4: peak memory is ")
+    assert conv_report.memory(found)[0].startswith("Conv4-64 28x28x1 1-shot T4: the least peak memory is ")
 
 
 def row_of(key, ours, peer):

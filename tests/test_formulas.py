@@ -109,6 +109,11 @@ class Optional(nn.Module):
         return self.a(x) if scale is None else self.a(x) * scale
 
 
+class Needed(Optional):
+    def forward(self, x, scale):
+        return super().forward(x, scale)
+
+
 class Pair(nn.Module):
     def __init__(self):
         super().__init__()
@@ -135,7 +140,7 @@ REFUSED = [
     (Twice, "'a' is used twice"),
     (Branching, "could not be traced"),
     (Scaled, "no explicit formula|uses 'scale' directly"),
-    (Optional, "takes 2 arguments"),
+    (Needed, "takes 2 arguments"),
     (Pair, "something else than its last layer"),
     (tied, "'2.weight' is shared"),
     (hooked, "has hooks"),
@@ -164,6 +169,10 @@ def test_auto_serves_them_all_the_same(make):
     torch.manual_seed(0)
     model, batch = make().double(), make_batch("mse")
     assert_same(engine_result(model, batch, "mse", 0.1, 2), oracle(model, batch, "mse", 0.1, 2))
+
+
+def test_arguments_that_have_defaults_are_what_forward_is_called_with():
+    assert mlp_spec(Optional()).weights == ("a.weight",)
 
 
 def test_spec_follows_the_module():

@@ -26,13 +26,12 @@ def glyphs(split: str = "train", seed: int = 0) -> Tensor:
     Splits have different classes: 400 in "train", 100 in "val", 160 in "test".
     """
     values.choice("split", split, tuple(CLASSES))
-    return _glyphs(split, values.seed("seed", seed))
+    return _glyphs(split, values.seed("seed", seed), CLASSES[split])
 
 
 @lru_cache(maxsize=6)
-def _glyphs(split: str, seed: int) -> Tensor:
+def _glyphs(split: str, seed: int, classes: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * seed + list(CLASSES).index(split))
-    classes = CLASSES[split]
     strokes = _strokes(classes, generator)
     chunks = []
     for part in strokes.split(50):  # bounds memory: all distances of 50 classes at a time
