@@ -42,6 +42,27 @@ def test_it_is_an_ordinary_tensor():
     assert torch.equal(torch.tensor(value.tolist()), value)
 
 
+def test_what_is_needed_now_stays_whatever_was_needed_before():
+    """Blocks of other sizes go first, also where those in use are the largest."""
+    code = """
+import resource, torch
+from fastmeta import functional
+def result(megabytes): return functional.pairwise_distance(torch.ones(1, megabytes << 14, 1), torch.zeros(1, 16, 1))
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = [result(45) for _ in range(4)]
+del before
+for step in range(4):
+    start = faults()
+    large = result(100); del large
+    small = result(60); del small
+    print(faults() - start)
+"""
+    found = subprocess.run([sys.executable, "-c", code], env={**os.environ, "FASTMETA_KEEP_MB": "200"},
+                           capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
+    first, *_, last = map(int, found)
+    assert last < 0.5 * first and last < 30, found  # the arguments of small calls aside
+
+
 def test_what_is_kept_has_a_bound():
     code = """
 import resource, torch

@@ -6,11 +6,10 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <iterator>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <new>
-#include <vector>
 
 namespace fastmeta::cpu {
 namespace {
@@ -47,8 +46,10 @@ class Pool {
     const size_t size = rounded(bytes);
     const std::lock_guard<std::mutex> lock(mutex_);
     void* block = nullptr;
-    if (std::vector<void*>& idle = idle_[size]; !idle.empty()) {
-      block = idle.back();
+    if (std::deque<uint64_t>& idle = idle_[size]; !idle.empty()) {
+      const auto newest = by_age_.find(idle.back());
+      block = newest->second.block;
+      by_age_.erase(newest);
       idle.pop_back();
       idle_bytes_ -= size;
     } else {
@@ -71,24 +72,32 @@ class Pool {
     sizes_.erase(found);
     if (size > most_) return std::free(block);
     let_go(most_ - size);
-    idle_[size].push_back(block);
+    idle_[size].push_back(returned_);
+    by_age_[returned_++] = {block, size};
     idle_bytes_ += size;
   }
 
  private:
-  // largest blocks first: they are rarely of the size that comes next
+  struct Idle {
+    void* block;
+    size_t size;
+  };
+
+  // those that came back first: they are of sizes that were needed before, and may never be again
   void let_go(size_t allowed) {
     while (idle_bytes_ > allowed) {
-      auto last = std::prev(idle_.end());
-      while (last->second.empty()) last = std::prev(last);
-      std::free(last->second.back());
-      last->second.pop_back();
-      idle_bytes_ -= last->first;
+      const auto oldest = by_age_.begin();
+      std::free(oldest->second.block);
+      idle_bytes_ -= oldest->second.size;
+      idle_[oldest->second.size].pop_front();
+      by_age_.erase(oldest);
     }
   }
 
   std::mutex mutex_;
-  std::map<size_t, std::vector<void*>> idle_;
+  std::map<size_t, std::deque<uint64_t>> idle_;  // when blocks of a size came back, the oldest first
+  std::map<uint64_t, Idle> by_age_;
+  uint64_t returned_ = 0;
   std::map<void*, size_t> sizes_;  // of blocks in use
   size_t idle_bytes_ = 0;
   const size_t most_ = most_idle();
