@@ -1,6 +1,8 @@
 """What all tests share: where they run, which backends are there, and NaN in memory that nobody wrote."""
 
+import importlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,43 @@ def data_root():
     if not DATA.is_dir():
         pytest.skip(f"no real data at {DATA} (FASTMETA_DATA names another folder)")
     return DATA
+
+
+@pytest.fixture(scope="module")
+def few_glyphs():
+    """Drawing the whole alphabet takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        module = importlib.import_module("fastmeta.tasks.glyphs")  # a function of the package has its name
+        patch.setattr(module, "CLASSES", {"train": 6, "val": 5, "test": 5})
+        yield
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command in this process, expects an exit code, and gives stdout and stderr."""
+    from fastmeta import cli
+
+    threads = torch.get_num_threads()
+
+    def run(*arguments, code=0):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["fastmeta", *map(str, arguments)])
+        with pytest.raises(SystemExit) as leaving:
+            cli.main()
+        stdout, stderr = capsys.readouterr()
+        assert (leaving.value.code or 0) == code, stdout + stderr
+        return stdout, stderr
+
+    yield run
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

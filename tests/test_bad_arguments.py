@@ -7,7 +7,6 @@ layout, a number that torch refuses.
 
 from __future__ import annotations
 
-import importlib
 import re
 import traceback
 import warnings
@@ -422,14 +421,8 @@ case("RelationConv", algorithms.RelationConv, channels=count(4), hidden=count(3)
 case("relation_encoder", algorithms.relation_encoder, in_channels=count(1), hidden=count(3))
 
 
-@pytest.fixture(autouse=True)
-def few_glyphs(monkeypatch):
-    """Drawing the whole alphabet takes seconds."""
-    monkeypatch.setattr(importlib.import_module("fastmeta.tasks.glyphs"), "CLASSES", {"train": 6, "val": 6, "test": 6})
-
-
 @pytest.mark.parametrize("label, name", [(label, name) for label, case in CASES.items() for name in case.arguments])
-def test_wrong_argument(label, name):
+def test_wrong_argument(label, name, few_glyphs):
     found = CASES[label]
     right = found.constants | {key: argument.make() for key, argument in found.arguments.items()}
     found.call(**right)  # or else nothing below means anything

@@ -23,24 +23,6 @@ def start(*arguments):
     return subprocess.Popen([sys.executable, "-m", "fastmeta", *map(str, arguments)], **pipes)
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process, expect an exit code, and return stdout and stderr."""
-    threads = torch.get_num_threads()
-
-    def run(*arguments, code=0):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["fastmeta", *map(str, arguments)])
-        with pytest.raises(SystemExit) as leaving:
-            cli.main()
-        stdout, stderr = capsys.readouterr()
-        assert (leaving.value.code or 0) == code, stdout + stderr
-        return stdout, stderr
-
-    yield run
-    torch.set_num_threads(threads)
-
-
 def test_train_evaluate_and_resume(tmp_path, run):
     folder = tmp_path / "run"
     stdout, _ = run(*SINUSOID, "--iterations", 20, "--eval-every", 10, "--out", folder, "--test-tasks", 30)

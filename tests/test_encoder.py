@@ -1,6 +1,5 @@
 """Weights trained before in a run's backbone, runs without a backbone, and a run's learner from its folder."""
 
-import importlib
 import json
 
 import pytest
@@ -18,22 +17,7 @@ from fastmeta.training.run import build_algorithm, build_trainer, find_checkpoin
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_glyphs():
-    module = importlib.import_module("fastmeta.tasks.glyphs")
-    before, module.CLASSES = module.CLASSES, {"train": 6, "val": 5, "test": 4}
-    module._glyphs.cache_clear()
-    yield
-    module.CLASSES = before
-    module._glyphs.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("few_glyphs", "one_thread")
 
 
 def config(algorithm="protonet", **changed):

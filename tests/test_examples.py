@@ -1,29 +1,16 @@
 """Examples of a training loop run, a few steps each."""
 
-import importlib
 import importlib.util
 import runpy
 from pathlib import Path
 
 import pytest
-import torch
 
+pytestmark = pytest.mark.usefixtures("few_glyphs", "one_thread")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NEEDS = {  # one of them
     "plain_pytorch_loop": (), "sklearn_pipeline": ("sklearn",), "lightning_module": ("lightning", "pytorch_lightning"),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def few_glyphs_on_one_thread(monkeypatch):
-    module = importlib.import_module("fastmeta.tasks.glyphs")
-    monkeypatch.setattr(module, "CLASSES", {"train": 6, "val": 5, "test": 4})
-    module._glyphs.cache_clear()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    module._glyphs.cache_clear()
 
 
 @pytest.mark.parametrize("name", NEEDS)

@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import save, save_file
 from torch import nn
 
-from fastmeta import cli
 from fastmeta.algorithms import MetaOutput
 from fastmeta.functional import adapt_mlp
 from fastmeta.tasks import TaskBatch
@@ -43,28 +42,7 @@ from fastmeta.training.signals import StopSignals
 posix = pytest.mark.skipif(os.name != "posix", reason="locks and signals as on POSIX")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process, expect an exit code, and return stdout and stderr."""
-
-    def run(*arguments, code=0):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["fastmeta", *map(str, arguments)])
-        with pytest.raises(SystemExit) as leaving:
-            cli.main()
-        stdout, stderr = capsys.readouterr()
-        assert (leaving.value.code or 0) == code, stdout + stderr
-        return stdout, stderr
-
-    return run
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SINUSOID = ["train", "maml", "--data", "sinusoid", "--hidden", 8, "--task-batch", 4, "--eval-tasks", 8, "--threads", 1,

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import fastmeta
-from fastmeta import cli
 from fastmeta.estimators import Adapted
 from fastmeta.nn import conv4
 from fastmeta.tasks import Examples
@@ -25,24 +23,6 @@ SIZES = ["--ways", 2, "--train-ways", 3, "--shots", 1, "--query-shots", 1, "--tr
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("FASTMETA_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process, expect an exit code, and return stdout and stderr."""
-    threads = torch.get_num_threads()
-
-    def run(*arguments, code=0):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["fastmeta", *map(str, arguments)])
-        with pytest.raises(SystemExit) as leaving:
-            cli.main()
-        stdout, stderr = capsys.readouterr()
-        assert (leaving.value.code or 0) == code, stdout + stderr
-        return stdout, stderr
-
-    yield run
-    torch.set_num_threads(threads)
 
 
 def pictures(root, classes, each, seed=0, size=20):

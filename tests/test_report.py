@@ -1,11 +1,9 @@
 """What a run leaves behind to look at: the log and the page."""
 
-import importlib
 import json
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -14,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmeta import cli
 from fastmeta.algorithms import NearestNeighbour
 from fastmeta.tasks import EpisodeSampler, Examples
 from fastmeta.training import CheckpointFolder, Estimate, run_config
@@ -30,35 +27,15 @@ GLYPHS = [
     "protonet", "--data", "glyphs", "--ways", 3, "--train-ways", 3, "--query-shots", 2, "--hidden", 8, "--model", "mlp",
     "--eval-tasks", 8, "--threads", 1,
 ]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("few_glyphs")
+
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_glyphs():
-    """Drawing the whole alphabet takes seconds."""
-    module = importlib.import_module("fastmeta.tasks.glyphs")
-    before, module.CLASSES = module.CLASSES, {"train": 6, "val": 5, "test": 4}
-    module._glyphs.cache_clear()
-    yield
-    module.CLASSES = before
-    module._glyphs.cache_clear()
-
-
 @pytest.fixture
-def run(monkeypatch, capsys):
-    threads = torch.get_num_threads()
-
-    def run(*arguments, code=0):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["fastmeta", *map(str, arguments)])
-        with pytest.raises(SystemExit) as leaving:
-            cli.main()
-        stdout, stderr = capsys.readouterr()
-        assert (leaving.value.code or 0) == code, stdout + stderr
-        return stdout + stderr
-
-    yield run
-    torch.set_num_threads(threads)
+def run(run):
+    """Both streams as one text."""
+    return lambda *arguments, **options: "".join(run(*arguments, **options))
 
 
 class Page(HTMLParser):

@@ -1,6 +1,5 @@
 """The training loop and its checkpoints, in one process; the command line around them is in test_cli.py."""
 
-import importlib
 import json
 import math
 import os
@@ -31,24 +30,7 @@ from fastmeta.training.registry import ALGORITHMS
 from fastmeta.training.run import build_tasks, build_trainer, resumed_config
 from fastmeta.training.schedule import learning_rate
 
-
-@pytest.fixture(autouse=True, scope="module")
-def few_glyphs():
-    """Drawing the whole alphabet takes seconds."""
-    module = importlib.import_module("fastmeta.tasks.glyphs")
-    before, module.CLASSES = module.CLASSES, {"train": 6, "val": 5, "test": 4}
-    module._glyphs.cache_clear()
-    yield
-    module.CLASSES = before
-    module._glyphs.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("few_glyphs", "one_thread")
 
 
 def sinusoid(**changed):

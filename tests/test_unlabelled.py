@@ -1,13 +1,11 @@
 """Tasks from images without labels: what augmentations change, what a task holds, and that no label is read."""
 
-import importlib
 import sys
 
 import pytest
 import torch
 from torch import nn
 
-from fastmeta import cli
 from fastmeta.tasks import (
     Augmentation,
     AugmentedTasks,
@@ -21,6 +19,8 @@ from fastmeta.tasks.drawing import subsets
 from fastmeta.training import CheckpointError, RunConfig, run_config
 from fastmeta.training.run import build_training_tasks
 
+pytestmark = pytest.mark.usefixtures("few_glyphs")
+
 EACH = {
     "rotate": 20.0, "scale": 0.3, "shift": 0.1, "shear": 0.3, "crop": 0.3, "elastic": 0.05, "thicken": 0.9, "drop": 0.2,
     "brightness": 0.4, "contrast": 0.4,
@@ -29,17 +29,6 @@ EACH = {
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_glyphs():
-    """Drawing the whole alphabet takes seconds."""
-    module = importlib.import_module("fastmeta.tasks.glyphs")
-    before, module.CLASSES = module.CLASSES, {"train": 6, "val": 5, "test": 5}
-    module._glyphs.cache_clear()
-    yield
-    module.CLASSES = before
-    module._glyphs.cache_clear()
 
 
 @pytest.fixture
@@ -428,20 +417,9 @@ def test_training_tasks_of_each_kind():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    threads = torch.get_num_threads()
-
-    def run(*arguments, code=0):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["fastmeta", *map(str, arguments)])
-        with pytest.raises(SystemExit) as leaving:
-            cli.main()
-        stdout, stderr = capsys.readouterr()
-        assert (leaving.value.code or 0) == code, stdout + stderr
-        return stdout + stderr
-
-    yield run
-    torch.set_num_threads(threads)
+def run(run):
+    """Both streams as one text."""
+    return lambda *arguments, **options: "".join(run(*arguments, **options))
 
 
 def test_the_way_from_contrast_to_clusters(tmp_path, run):

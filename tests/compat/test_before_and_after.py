@@ -1,6 +1,5 @@
 """The pairs of examples run: `before`, a library's own loop with its import changed; `after`, the vectorised form."""
 
-import importlib
 import re
 import runpy
 import sys
@@ -10,15 +9,6 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 FILES = sorted([*EXAMPLES.glob("*_before.py"), *EXAMPLES.glob("*_after.py")])
-
-
-@pytest.fixture
-def few_glyphs(monkeypatch):
-    module = importlib.import_module("fastmeta.tasks.glyphs")
-    monkeypatch.setattr(module, "CLASSES", {"train": 6, "val": 5, "test": 5})
-    module._glyphs.cache_clear()
-    yield
-    module._glyphs.cache_clear()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
