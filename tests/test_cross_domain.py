@@ -12,6 +12,7 @@ from fastmeta.cli._results import once
 from fastmeta.cli.reproduce import reproduce
 from fastmeta.tasks import Examples, clinc, tf_idf
 from fastmeta.tasks.domains import WIDTH, Domains, domains
+from fastmeta.tasks.read import DataWarning
 
 suite = sys.modules["fastmeta.cli.cross_domain"]
 
@@ -35,16 +36,16 @@ def test_rows_are_trained_judged_and_ranked(small, tmp_path, monkeypatch):
     only = ["protonet-vectors", "maml-vectors", "nearest-vectors", "ridge-pictures"]
     options = {"data_root": str(tmp_path), "episodes": 8}
     results = reproduce("cross-domain", tmp_path, only=only, console=Console(quiet=True), **options)
-    assert sorted(f"{r['name']}-{r['kind']}" for r in results) == sorted(only)
+    assert sorted(r["name"] for r in results) == sorted(only)
     for result in results:
         assert list(result["far"]) == ["c", "d"] and list(result["near"]) == ["a"]
-        assert (result["steps"] > 0) == (result["name"] != "nearest") and result["trained_on"] == ["a", "b"]
+        assert (result["steps"] > 0) == (result["learner"] != "nearest") and result["trained_on"] == ["a", "b"]
     vectors = [r for r in results if r["kind"] == "vectors"]
     assert sum(r["mean_rank"] for r in vectors) == pytest.approx(1 + 2 + 3)
     best = min(vectors, key=lambda r: r["mean_rank"])
     assert sum(best["far"][d]["mean"] for d in "cd") == max(sum(r["far"][d]["mean"] for d in "cd") for r in vectors)
     table = (tmp_path / "cross-domain" / "table.md").read_text()
-    assert table.index("pictures | mean rank") < table.index("vectors | mean rank") < table.index(f"| {best['name']} |")
+    assert table.index("pictures | mean") < table.index("vectors | mean") < table.index(f"| {best['learner']} |")
     monkeypatch.setattr(suite, "_run", lambda *_, **__: pytest.fail("what is done is not run again"))
     assert reproduce("cross-domain", tmp_path, only=only, console=Console(quiet=True), **options) == results
 
@@ -52,7 +53,7 @@ def test_rows_are_trained_judged_and_ranked(small, tmp_path, monkeypatch):
 def test_every_learner_can_be_built(small, tmp_path):
     for kind in suite.KINDS:
         for name in suite.NAMES:
-            config = suite._config(name, kind, None, {})
+            config = suite._config(name, kind, {})
             source = suite.EpisodeSampler(examples("a", *((1, 28, 28) if kind == "pictures" else (WIDTH,))),
                                           ways=5, shots=1, query_shots=5)  # fmt: skip
             suite.build_algorithm(config, source, torch.device("cpu"))
@@ -118,6 +119,11 @@ def test_bags_of_words(data_root):
         clinc("train", data_root / "omniglot")
 
 
+def make(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def test_a_folder_that_is_added_joins(tmp_path, monkeypatch):
     from PIL import Image
 
@@ -126,8 +132,10 @@ def test_a_folder_that_is_added_joins(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "is_local", lambda root: True)
     monkeypatch.setattr(module, "omniglot", lambda *_, **__: torch.zeros(6, 20, 1, 28, 28, dtype=torch.uint8))
     for c in range(6):
-        (tmp_path / "data" / "stars" / str(c)).mkdir(parents=True)
         for i in range(11 if c else 3):
-            Image.new("RGB", (9, 9), (250, 40 * c, i)).save(tmp_path / "data" / "stars" / str(c) / f"{i}.png")
-    found = domains("pictures", tmp_path / "data")
-    assert set(found.train) == {"omniglot"} and found.far["stars"].names == ("1", "2", "3", "4", "5")
+            Image.new("RGB", (9, 9), (250, 40 * c, i)).save(make(tmp_path / "data" / "stars" / str(c)) / f"{i}.png")
+    Image.new("L", (9, 9)).save(make(tmp_path / "data" / "few" / "one") / "a.png")
+    with pytest.warns(DataWarning, match="few is left out: 0 of its classes have 11 rows, 5 would be needed"):
+        found = domains("pictures", tmp_path / "data")
+    assert set(found.train) == {"omniglot"} and set(found.far) == {"stars"}
+    assert found.far["stars"].names == ("1", "2", "3", "4", "5")

@@ -86,7 +86,7 @@ def swept(
             _, adjoint, own = loop.outer_gradient(partial(query_loss, at=at), [w[at] for w in fast], also)
             adjoints.append(adjoint)
             of_also = [reverse_sweep.total(*both) for both in zip(of_also, own, strict=True)]
-        return [torch.cat(parts) for parts in zip(*adjoints, strict=True)], of_also
+        return [parts[0] if size >= tasks else torch.cat(parts) for parts in zip(*adjoints, strict=True)], of_also
 
     def clip(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         found = {name: g for name, g in zip(names, gradients, strict=True) if g is not None}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..training.checkpoint import write_whole
 
@@ -32,6 +35,12 @@ def once(
 def write(path: Path, text: str) -> None:
     """All of it or nothing: a run that is killed leaves no half a result."""
     write_whole(path, text.encode())
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a result was found on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": str(device), "machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

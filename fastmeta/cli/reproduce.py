@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,8 +27,8 @@ from ..training import CheckpointFolder, evaluate, run_config
 from ..training.registry import ALGORITHMS
 from ..training.reporting import ConsoleReporter
 from ..training.run import build_algorithm, build_tasks, build_trainer, find_checkpoint, load_for_evaluation, prepare
-from ._results import once, write
-from .cross_domain import cross_domain
+from . import cross_domain
+from ._results import machine, once, write
 
 
 @dataclass(frozen=True)
@@ -152,18 +151,22 @@ def reproduce(
     console = console or Console(quiet=True)
     folder = Path(out) / suite
     folder.mkdir(parents=True, exist_ok=True)
+    tell, ranked, table = describe, list, markdown
     if suite == CROSS_DOMAIN:
         root = data_root or os.environ.get("FASTMETA_DATA")
         if root is None:
             raise ValueError(f"suite {suite} needs real data: name their folder by data_root or FASTMETA_DATA")
-        options = {"episodes": episodes, "console": console, "threads": threads, "device": device}
-        return cross_domain(folder, root, only=only, **options)
-    runs = {row.name: partial(_run, row, episodes=episodes, common=common, console=console)
-            for row in SUITES[suite](images)}  # fmt: skip
-    for rule in PIXELS:
-        runs[f"{rule}-{images}"] = partial(_pixels, rule, images, episodes=episodes, common=common)
-    for world in WORLDS:
-        runs[f"irl-{world}"] = partial(_irl, world, iterations=IRL_ITERATIONS[suite], episodes=episodes, common=common)
+        given = {"threads": threads, "device": device}
+        runs: dict[str, Callable] = cross_domain.rows(root, episodes=episodes, common=given)
+        tell, ranked, table = cross_domain.describe, cross_domain.ranked, cross_domain.markdown
+    else:
+        runs = {row.name: partial(_run, row, episodes=episodes, common=common, console=console)
+                for row in SUITES[suite](images)}  # fmt: skip
+        for rule in PIXELS:
+            runs[f"{rule}-{images}"] = partial(_pixels, rule, images, episodes=episodes, common=common)
+        for world in WORLDS:
+            iterations = IRL_ITERATIONS[suite]
+            runs[f"irl-{world}"] = partial(_irl, world, iterations=iterations, episodes=episodes, common=common)
     unknown = set(only or ()) - runs.keys()
     if unknown:
         raise ValueError(f"rows are {', '.join(runs)}; got {', '.join(sorted(unknown))}")
@@ -177,9 +180,10 @@ def reproduce(
             console.print(f"{name}: stopped; the same command goes on with it")
             break
         results.append(result | {"name": name})
-        console.print(f"{name}: {describe(results[-1])}", highlight=False)
+        console.print(f"{name}: {tell(results[-1])}", highlight=False)
+    results = ranked(results)
     write(folder / "table.json", json.dumps(results, indent=1) + "\n")
-    write(folder / "table.md", markdown(results))
+    write(folder / "table.md", table(results))
     return results
 
 
@@ -217,7 +221,7 @@ def _run(row: Row, folder: Path, *, episodes: int, common: dict[str, Any], conso
         "tasks_per_second": trainer.step * config.task_batch / max(trainer.seconds, 1e-9),
         "published": row.published,
         "config": config.as_json() | {"data_root": None, "cluster_checkpoint": row.options.get("cluster_checkpoint")},
-        **_machine(trainer.device),
+        **machine(trainer.device),
     }
 
 
@@ -238,7 +242,7 @@ def _pixels(rule: str, images: str, folder: Path, *, episodes: int, common: dict
     what = "nearest neighbour on pixels" + (", centred and of unit length" if PIXELS[rule] else "")
     return {
         "summary": what, **found.as_json(), "steps": 0, "minutes": seconds / 60, "tasks_per_second": episodes / seconds,
-        "published": "", **_machine(prepare(config)),
+        "published": "", **machine(prepare(config)),
     }  # fmt: skip
 
 
@@ -257,13 +261,8 @@ def _irl(world: str, folder: Path, *, iterations: int, episodes: int, common: di
     return {
         "summary": "rewards from demonstrations: value difference, 0 best, 1 chance", "rows": rows,
         "steps": iterations, "minutes": seconds / 60, "tasks_per_second": 2 * 16 * iterations / seconds,
-        "published": "", **_machine(device),
+        "published": "", **machine(device),
     }  # fmt: skip
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": str(device), "machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import values
+from fastmeta.tasks._files import folder_of
 from fastmeta.tasks.examples import Examples
 
 FILE, SPLIT_FILE = "data_full.json", "intent_split_90_30_30.json"
@@ -36,7 +37,7 @@ def clinc(split: str = "train", data_root: str | os.PathLike | None = None, *, w
     values.choice("split", split, SPLITS)
     values.path("data_root", data_root, or_none=True)
     values.count("words", words)
-    folder = _find(data_root)
+    folder = folder_of(FILE, "CLINC150", "clinc150", data_root)
     queries, intents = _read(folder / FILE), _read(folder / SPLIT_FILE)
     try:
         pairs = [pair for part in SPLITS for pair in queries[part]]
@@ -71,16 +72,6 @@ def tf_idf(texts: Sequence[str], known: Sequence[str], *, words: int = 2000) -> 
 
 def _split(text: str) -> list[str]:
     return _WORD.findall(text.lower())
-
-
-def _find(data_root: str | os.PathLike | None) -> Path:
-    root = data_root or os.environ.get("FASTMETA_DATA")
-    if root is None:
-        raise ValueError(f"CLINC150 is not downloaded: name the folder of {FILE} by data_root or FASTMETA_DATA")
-    for folder in (Path(root), Path(root) / "clinc150"):
-        if (folder / FILE).is_file():
-            return folder
-    raise ValueError(f"no CLINC150 in {root}: {FILE} must lie there or in {Path(root) / 'clinc150'}")
 
 
 def _read(path: Path) -> dict:

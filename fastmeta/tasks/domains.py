@@ -8,6 +8,7 @@ such products keep), so that text, tables and pictures can meet in one net.
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,13 +19,14 @@ from fastmeta import values
 from fastmeta.tasks.clinc import clinc
 from fastmeta.tasks.examples import Examples
 from fastmeta.tasks.omniglot import is_local, omniglot
-from fastmeta.tasks.read import folder
+from fastmeta.tasks.read import DataWarning, folder
 from fastmeta.tasks.read._pictures import suffixes
 from fastmeta.tasks.read.splits import names_in_table, split_examples
 from fastmeta.tasks.rows import as_inputs, examples_of
 from fastmeta.tasks.wisdm import ACTIVITIES, wisdm
 
 SIDE, WIDTH = 28, 64
+_FEWEST = 5  # classes of a domain
 KINDS = ("pictures", "vectors")
 _KNOWN = ("omniglot", "emoji", "fonts", "clinc150", "wisdm", "parkinsons_telemonitoring")
 _EMOJI = ("twemoji", "noto", "openmoji")
@@ -48,7 +50,8 @@ def domains(kind: str, data_root: str | os.PathLike, *, least: int = 11) -> Doma
     `super/class/picture`, is a far domain of both kinds. Regression (Parkinson's) has no classes and is left out.
 
     Args:
-        least: rows that a class must have; smaller ones are left out.
+        least: rows that a class must have; smaller ones are left out, and with a warning domains that have fewer than
+            five others.
 
     Raises:
         ValueError: an unknown kind, a folder in which there is nothing to train on.
@@ -98,7 +101,11 @@ def _has_pictures(path: Path) -> bool:
 
 def _large(examples: Examples, least: int) -> Examples | None:
     kept = (examples.counts >= least).nonzero().flatten().tolist()
-    return examples.only(kept) if len(kept) >= 5 else None
+    if len(kept) >= _FEWEST:
+        return examples.only(kept)
+    told = f"{examples.name} is left out: {len(kept)} of its classes have {least} rows, {_FEWEST} would be needed"
+    warnings.warn(told, DataWarning, stacklevel=4)
+    return None
 
 
 def _bright(examples: Examples) -> Examples:

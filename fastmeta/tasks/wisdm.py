@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import values
+from fastmeta.tasks._files import folder_of
 
 ACTIVITIES = ("Walking", "Jogging", "Upstairs", "Downstairs", "Sitting", "Standing")
 FILE = "WISDM_ar_v1.1_transformed.arff"
@@ -41,23 +42,13 @@ def wisdm(split: str | None = None, data_root: str | os.PathLike | None = None) 
     if split is not None:
         values.choice("split", split, ("train", "val", "test"))
     values.path("data_root", data_root, or_none=True)
-    windows = _read(_find(data_root))
+    windows = _read(folder_of(FILE, "WISDM", "wisdm", data_root) / FILE)
     if split is None:
         return windows
     order = 1 + torch.randperm(_PEOPLE, generator=torch.Generator().manual_seed(0))
     parts = order.split([_TRAINING, _VALIDATION, _PEOPLE - _TRAINING - _VALIDATION])
     wanted = torch.isin(windows.person, parts[("train", "val", "test").index(split)])
     return Windows(*(column[wanted] for column in windows))
-
-
-def _find(data_root: str | os.PathLike | None) -> Path:
-    root = data_root or os.environ.get("FASTMETA_DATA")
-    if root is None:
-        raise ValueError(f"WISDM is not downloaded: name the folder of {FILE} by data_root or FASTMETA_DATA")
-    for folder in (Path(root), Path(root) / "wisdm"):
-        if (folder / FILE).is_file():
-            return folder / FILE
-    raise ValueError(f"no WISDM in {root}: {FILE} must lie there or in {Path(root) / 'wisdm'}")
 
 
 def _read(path: Path) -> Windows:
