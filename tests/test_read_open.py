@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import run  # noqa: F401
 
 from fastmeta.tasks import Data, EpisodeSampler, Examples, RegressionTasks, TaskRows, make_tasks, open_data
 from fastmeta.tasks.read import FORMS, DataWarning, parse, with_options
