@@ -1,4 +1,4 @@
-"""The command line's options: type, help and printed default of each. `cli.py` says which command takes which."""
+"""The command line's options: type, help and printed default of each. `main.py` says which command takes which."""
 
 from __future__ import annotations
 
