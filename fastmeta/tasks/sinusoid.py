@@ -36,9 +36,10 @@ class SinusoidTasks:
         values.generator("generator", generator, self.device)
 
         def uniform(low: float, high: float, *shape: int) -> Tensor:
-            return torch.rand(shape, device=self.device, generator=generator) * (high - low) + low
+            return torch.empty(shape, device=self.device).uniform_(low, high, generator=generator)
 
         amplitude, phase = uniform(*self.amplitude, num_tasks, 1, 1), uniform(*self.phase, num_tasks, 1, 1)
         x = uniform(*self.x_range, num_tasks, self.shots + self.query_shots, 1)
-        y = amplitude * torch.sin(x - phase)
-        return TaskBatch(x[:, : self.shots], y[:, : self.shots], x[:, self.shots :], y[:, self.shots :])
+        y = (x - phase).sin_().mul_(amplitude)
+        (support_x, query_x), (support_y, query_y) = (t.split([self.shots, self.query_shots], 1) for t in (x, y))
+        return TaskBatch(support_x, support_y, query_x, query_y)

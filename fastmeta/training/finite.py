@@ -38,8 +38,7 @@ class FiniteGuard:
         """Called between `backward` and the optimizer's step. `task_loss` `[T]` are the query losses of this
         step."""
         task_loss = task_loss.detach()
-        gradients = [p.grad for _, p in self._parameters if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else task_loss.new_zeros(0)
+        norms = self._gradient_norms(task_loss)
         finite = task_loss.sum().isfinite() & norms.sum().isfinite()
         if self._bad_step is None:
             self._bad_step = torch.full((), -1, dtype=torch.int64, device=task_loss.device)
@@ -52,16 +51,25 @@ class FiniteGuard:
             self._norms = torch.where(first | (self._bad_step < 0), norms, self._norms)
 
     def check(self) -> None:
-        """Wait for the device and raise if any step since the start was bad."""
-        if self._bad_step is None or (step := int(self._bad_step)) < 0:
-            return
-        losses = self._losses.cpu()
-        bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        raise NonFiniteError(step, self._cause(losses, bad, self._norms.cpu()), bad)
+        """Wait for the device and raise if any step that was watched was bad."""
+        if self._bad_step is not None and (step := int(self._bad_step)) >= 0:
+            self._raise(step, self._losses, self._norms)
 
-    def reset(self) -> None:
-        """Forget what was bad: its step is left out."""
-        self._bad_step = None
+    def check_now(self, step: int, task_loss: Tensor) -> None:
+        """`watch` and `check` of this step alone: wait for the device, and keep nothing."""
+        task_loss = task_loss.detach()
+        norms = self._gradient_norms(task_loss)
+        if not (math.isfinite(task_loss.sum().item()) and math.isfinite(norms.sum().item())):
+            self._raise(step, task_loss, norms)
+
+    def _gradient_norms(self, like: Tensor) -> Tensor:
+        gradients = [p.grad for _, p in self._parameters if p.grad is not None]
+        return torch.stack(torch._foreach_norm(gradients)) if gradients else like.new_zeros(0)
+
+    def _raise(self, step: int, losses: Tensor, norms: Tensor) -> None:
+        losses = losses.cpu()
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        raise NonFiniteError(step, self._cause(losses, bad, norms.cpu()), bad)
 
     def finite_gradients(self) -> bool:
         """Whether the gradients that the parameters have are finite; waits for the device."""

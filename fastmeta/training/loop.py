@@ -17,6 +17,7 @@ from ..tasks.source import check_source
 from .checkpoint import Checkpoint, CheckpointFolder, pack_optimizer
 from .finite import FiniteGuard, NonFiniteError, some
 from .metrics import RunningMean, finite_or_none
+from .optimizer import Adam
 from .restore import expect, history, load_model, load_optimizer, random_states
 from .schedule import SCHEDULES, learning_rate
 from .signals import StopSignals
@@ -132,7 +133,8 @@ class Trainer:
             raise TypeError(f"reporters must be a tuple or list of Reporter, got {values.shown(reporters)}")
         if iterations is None and minutes is None:
             raise ValueError("iterations or minutes must be given: one of them ends the run")
-        parameters = [p for p in algorithm.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in algorithm.named_parameters() if p.requires_grad]
+        parameters = [p for _, p in named]
         if not parameters:
             raise ValueError("algorithm has no parameters that require gradients, there is nothing to train")
         self.algorithm = algorithm
@@ -149,12 +151,13 @@ class Trainer:
         self.reporters = reporters
         self.device = parameters[0].device
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.optimizer = torch.optim.Adam(parameters, lr=outer_lr)
+        self.optimizer = Adam(parameters, outer_lr)
         self.step = 0
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
         self.best_score: float | None = None
         self._rate = dict(base=outer_lr, schedule=lr_schedule, halve_every=lr_halve_every, total=iterations)
+        self._named, self._trained = named, parameters
         self._guard = FiniteGuard(algorithm)
         self._loss, self._accuracy = RunningMean(), RunningMean()
         self.skip_non_finite = skip_non_finite
@@ -221,18 +224,18 @@ class Trainer:
         self._between_steps = False
         before = [buffer.clone() for buffer in self.algorithm.buffers()] if self.skip_non_finite else []
         batch = self.tasks.sample(self.task_batch, generator=self.generator)
-        self.optimizer.zero_grad(set_to_none=True)
         output = self._differentiate(batch)
-        self._guard.watch(self.step + 1, output.task_loss)
-        if self._check_every_step:
+        if not self._check_every_step:
+            self._guard.watch(self.step + 1, output.task_loss)
+        else:
             try:
-                self._guard.check()
+                self._guard.check_now(self.step + 1, output.task_loss)
             except NonFiniteError as error:
                 if not self.skip_non_finite:
                     raise self._traced(error, batch) from None
                 self._skip(error, before)
                 return
-        self.optimizer.step()
+        self.optimizer.update()
         self.step += 1
         self._unsaved = self._between_steps = True
         self._skipped_in_a_row = 0
@@ -242,7 +245,6 @@ class Trainer:
 
     def _skip(self, error: NonFiniteError, buffers: list[torch.Tensor]) -> None:
         """Leave this step out: weights and optimizer as they were, and what the forward pass did to batch norms."""
-        self._guard.reset()
         with torch.no_grad():
             for buffer, value in zip(self.algorithm.buffers(), buffers, strict=True):
                 buffer.copy_(value)
@@ -269,7 +271,6 @@ class Trainer:
         """The first tasks whose gradient is not finite, by halves."""
         if len(found) < _MOST_NAMED:
             part = TaskBatch(*(None if one is None else tree_map(lambda t: t[start:end], one) for one in batch))
-            self.optimizer.zero_grad(set_to_none=True)
             self._differentiate(part)
             if not self._guard.finite_gradients():
                 if end - start == 1:
@@ -289,12 +290,14 @@ class Trainer:
                 module.eval()
 
     def _differentiate(self, batch: TaskBatch) -> MetaOutput:
+        for parameter in self._trained:  # at once: no step needs the memory of the last one's gradients
+            parameter.grad = None
         if self.module is not self.algorithm or not hasattr(self.algorithm, "gradients"):
             output = self.module(batch)
             output.loss.backward()
             return output
         output, gradients = self.algorithm.gradients(batch)  # without a graph, where a kernel finds them
-        for name, parameter in self.algorithm.named_parameters():
+        for name, parameter in self._named:
             parameter.grad = gradients.get(name)
         return output
 
