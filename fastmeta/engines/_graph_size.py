@@ -18,6 +18,7 @@ LARGE = 64 * 2**20
 LARGE_ON_GPU = 2**30  # many rows at once are what a GPU needs
 # A graph over the steps is not large beside that of the query rows, which is there in any case
 OF_QUERIES = 1.0
+SAMPLE = 8  # rows that tell what a row takes: all of a task's would need the memory that is to be saved
 _known: WeakKeyDictionary[nn.Module, dict[tuple, int]] = WeakKeyDictionary()
 
 
@@ -50,9 +51,9 @@ def of_row(model: nn.Module, x: Tensor) -> int | None:
     """Bytes of activations that a graph keeps for a row of `x` `[T, B, ...]`; None where the model does not run."""
     found, key = _known.setdefault(model, {}), kind(tree_map(lambda leaf: leaf.flatten(0, 1), x))
     if key not in found:
-        task = tree_map(lambda leaf: leaf[0], x)
+        few = tree_map(lambda leaf: leaf[0, :SAMPLE], x)
         try:
-            found[key] = _saved(model, task) // first(x).shape[1]
+            found[key] = _saved(model, few) // len(first(few))
         except Exception:  # what is wrong, the engine that runs says in its own words
             return None
     return found[key]
