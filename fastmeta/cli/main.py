@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from . import options
-from .messages import clear_errors, err, out, say
+from .messages import clear_errors, err, one_speaks, out, say
 from .runs import (
     judge,
     newest_that_fits,
@@ -101,7 +101,7 @@ def train(
     """Meta-train, with checkpoints and validation.
 
     Defaults are the papers' settings. SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 write a checkpoint and leave; a
-    second Ctrl-C leaves at once.
+    second Ctrl-C leaves at once. Many processes: torchrun --nproc-per-node 4 -m fastmeta train ...
     """
     if data is not None:
         data = own_data(data, image_size=image_size, grey=grey, on_error=on_error.value if on_error else None)
@@ -122,16 +122,25 @@ def train(
     given = {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
     from ..training import CheckpointFolder, run_config
     from ..training.checkpoint import check_writable
+    from ..training.distributed import joined, restarts
     from ..training.run import build_trainer, resumed_config
 
     with contextlib.ExitStack() as leaving:
+        ranks = leaving.enter_context(joined(device))
+        one_speaks(ranks)
+        restarted, may_restart = restarts()
+        if may_restart and out_dir is None:
+            raise ValueError("--max-restarts needs --out: the folder where processes that start anew find the run")
+        # rank 0 alone writes, and its lock is that of all
+        resume = resume or ranks.told(bool(restarted and CheckpointFolder(out_dir).steps()))
         if resume:
             if out_dir is None:
                 raise ValueError("--resume needs --out: the folder of the run to go on with")
             folder = out_dir
             checkpoints = CheckpointFolder(folder)
-            if checkpoints.steps():  # else there is nothing to lock
+            if ranks.first and checkpoints.steps():  # else there is nothing to lock
                 leaving.enter_context(checkpoints.lock.held())
+            ranks.told(None)  # now nobody else writes there
 
             def resumed(checkpoint: Checkpoint) -> tuple[RunConfig, Data | None, Trainer]:
                 config = resumed_config(checkpoint, given)
@@ -150,12 +159,13 @@ def train(
             opened = open_own(data)
             config = run_config(**given, opened=opened)
             name = f"{config.algorithm}-{config.data_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-            folder = out_dir or Path("runs") / name
+            folder = ranks.told(out_dir or Path("runs") / name)
             refuse_second_run(folder)
             trainer = build_trainer(config, folder, opened=opened)
-            check_writable(folder)
-            leaving.enter_context(trainer.checkpoints.lock.held())
-            refuse_second_run(folder)  # one that was here, and has ended meanwhile
+            if ranks.first:
+                check_writable(folder)
+                leaving.enter_context(trainer.checkpoints.lock.held())
+                refuse_second_run(folder)  # one that was here, and has ended meanwhile
         train_in(trainer, config, folder, opened, test_tasks=test_tasks, tensorboard=tensorboard, report=report)
 
 
@@ -177,13 +187,16 @@ def evaluate(
     debug: options.Debug = False,
 ) -> None:
     """Held-out accuracy, or mean squared error after each inner step, with 95% confidence intervals."""
+    from ..training.distributed import joined
     from ..training.run import find_checkpoint
 
-    judge(
-        find_checkpoint(checkpoint, newest=newest), episodes=episodes, split=split.value, inner_steps=inner_steps,
-        seed=seed, data_root=data_root, device=device or "auto", threads=threads, as_json=as_json,
-        sizes={"ways": ways, "shots": shots, "query_shots": query_shots},
-    )  # fmt: skip
+    with joined(device) as ranks:
+        one_speaks(ranks)
+        judge(
+            find_checkpoint(checkpoint, newest=newest), episodes=episodes, split=split.value, inner_steps=inner_steps,
+            seed=seed, data_root=data_root, device=device or "auto", threads=threads, as_json=as_json,
+            sizes={"ways": ways, "shots": shots, "query_shots": query_shots},
+        )  # fmt: skip
 
 
 @app.command()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from . import options
+
+if TYPE_CHECKING:
+    from ..training.distributed import Ranks
 
 out, err = Console(), Console(stderr=True)
 
@@ -23,6 +28,11 @@ def say(text: str, style: str | None = None) -> None:
 def warn(text: str) -> None:
     """A line on stderr."""
     _print(err, text, "yellow")
+
+
+def one_speaks(ranks: Ranks) -> None:
+    """Of processes that work together, rank 0 says what is to be said, but for errors."""
+    out.quiet = err.quiet = not ranks.first
 
 
 def _print(console: Console, text: str, style: str | None) -> None:
@@ -64,6 +74,7 @@ def _one_line() -> Iterator[None]:
         from torch import OutOfMemoryError
 
         from ..training import NonFiniteError
+        from ..training.distributed import PeerError
 
         if isinstance(error, OutOfMemoryError):
             _fail(RuntimeError(f"{str(error).splitlines()[0]} --task-chunk bounds the memory of a step"), 1)
@@ -71,7 +82,7 @@ def _one_line() -> Iterator[None]:
         if any(text in str(error).lower() for text in of_memory):  # of a CPU, which has no class
             said = str(error).splitlines()[0]
             _fail(RuntimeError(f"too large for this machine: {said}; --task-chunk bounds the memory of a step"), 1)
-        if isinstance(error, NonFiniteError):
+        if isinstance(error, (NonFiniteError, PeerError)):
             _fail(error, 1)
         raise
 
@@ -80,6 +91,9 @@ def _fail(error: Exception, code: int) -> None:
     """End with `code` after one line, or with the traceback where `--debug` asks for it."""
     if options.debugging():
         raise error
+    err.quiet = False
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1":  # torchrun's processes
+        err.print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: ", end="", highlight=False)
     err.print("[bold red]error:[/bold red] ", end="")
     err.print(" ".join(str(error).split()) or type(error).__name__, markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)

@@ -37,19 +37,23 @@ def train_in(
 ) -> None:
     """Train into a folder that is locked, and say so."""
     from ..training.checkpoint import check_writable
+    from ..training.distributed import leave
     from ..training.log import LogReporter
     from ..training.reporting import ConsoleReporter, TensorBoardReporter
     from ..training.run import find_checkpoint
 
-    check_writable(folder)
+    ranks = trainer.ranks
     bar = ConsoleReporter(out, iterations=config.iterations, minutes=config.minutes, regression=config.regression)
-    log = LogReporter(folder, step=trainer.step, seconds=trainer.seconds, device=trainer.device)
-    write_settings(folder / "run.toml", config, test_tasks=test_tasks, tensorboard=tensorboard, report=report)
-    trainer.reporters = (bar, log, *([TensorBoardReporter(folder)] if tensorboard else []))
+    if ranks.first:
+        check_writable(folder)
+        log = LogReporter(folder, step=trainer.step, seconds=trainer.seconds, device=trainer.device)
+        write_settings(folder / "run.toml", config, test_tasks=test_tasks, tensorboard=tensorboard, report=report)
+        trainer.reporters = (bar, log, *([TensorBoardReporter(folder)] if tensorboard else []))
     parameters = sum(p.numel() for p in trainer.algorithm.parameters())
     say(
         f"{config.algorithm} on {config.data}: {parameters:,} parameters on {trainer.device}, "
         f"{config.task_batch} {'task' if config.task_batch == 1 else 'tasks'} a step"
+        f"{'' if ranks.alone else f', on {ranks.world} processes'}"
     )
     with _interrupt_ends_at_once(), bar:
         received = trainer.run()
@@ -57,6 +61,7 @@ def train_in(
         were = "step was" if trainer.skipped == 1 else "steps were"
         warn(f"warning: {trainer.skipped:,} {were} left out, whose loss or gradient is not finite")
     if received is not None:
+        leave()
         warn(
             f"stopped by {signal.Signals(received).name} at step {trainer.step:,}, checkpoint in {folder}; "
             f"go on with: fastmeta train {config.algorithm} --out {folder} --resume"
@@ -64,10 +69,13 @@ def train_in(
         raise typer.Exit(128 + received)
     say(f"finished at step {trainer.step:,} after {trainer.seconds:.1f} s of training; checkpoints in {folder}")
     if test_tasks is not None:
+        ranks.told(None)  # rank 0 has saved
         best = find_checkpoint(folder)
         judged = judge(best, episodes=test_tasks, device=config.device, threads=config.threads, opened=opened)
-        log.test(best.step, judged)
-    if report:
+        if ranks.first:
+            log.test(best.step, judged)
+    leave()  # others have ended, or go on to what is next
+    if report and ranks.first:
         report_at_end(folder, config, opened)
 
 
@@ -118,7 +126,8 @@ def judge(
     if as_json:
         about = {"checkpoint": str(found.path), "step": found.step, "algorithm": config.algorithm, "data": config.data}
         about |= {"split": split, **sizes, "inner_steps": inner_steps, "seed": seed, "seconds": seconds}
-        print(json.dumps({**about, **evaluation.as_json()}, indent=1, allow_nan=False))
+        if not out.quiet:
+            print(json.dumps({**about, **evaluation.as_json()}, indent=1, allow_nan=False))
         return evaluation
     size = f"{sizes['shots']} shots" if regression else f"{sizes['ways']}-way {sizes['shots']}-shot"
     say(f"{config.algorithm} on {config.data}, {split} split, {size}, {episodes} episodes, {found.path}")
@@ -183,7 +192,7 @@ def open_own(data: str) -> Data | None:
     """Own data, opened with a bar; None for a name."""
     from ..tasks.read import is_form, open_data
 
-    return open_data(data, progress=err.is_terminal) if is_form(data) else None
+    return open_data(data, progress=err.is_terminal and not err.quiet) if is_form(data) else None
 
 
 def own_data(data: str, **chosen: int | bool | str | None) -> str:

@@ -15,6 +15,7 @@ from fastmeta.tasks.drawing import NATURAL_QUERIES, natural_sizes, subsets, subs
 from fastmeta.tasks.examples import Examples
 from fastmeta.tasks.padding import Part, others, padded
 from fastmeta.tasks.rows import as_inputs, examples_of, turned
+from fastmeta.tasks.source import part_of
 
 CLASSES = ("even", "size")
 
@@ -135,16 +136,24 @@ class EpisodeSampler:
 
     def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
         """`num_tasks` episodes, drawn with `generator` (of the sampler's device) or the global one."""
+        return self.sample_part(num_tasks, slice(None), generator=generator)
+
+    def sample_part(self, num_tasks: int, part: slice, *, generator: torch.Generator | None = None) -> TaskBatch:
+        """The episodes `part` of the `num_tasks` that `sample` would give: all are drawn, and the rows of these
+        gathered."""
         values.count("num_tasks", num_tasks, 0)
         values.generator("generator", generator, self.device)
         fixed = all(isinstance(size, int) for size in (self.ways, self.shots, self.query_shots))
         support, query = (self._of_one_size if fixed else self._of_many_sizes)(num_tasks, generator)
+        if self.augment is None:
+            support, query, part = support.only(part), query.only(part), slice(None)
         places = torch.cat([support.places.flatten(), query.places.flatten()])
         x = as_inputs(self._gather(self._order[places]))
-        if self.augment is not None:
+        if self.augment is not None:  # of all: what is drawn for an image depends on those before it
             x = self.augment(x, generator)
         middle = support.places.numel()
-        return TaskBatch(*support.filled(x[:middle]), *query.filled(x[middle:]), *support.mask, *query.mask)
+        batch = TaskBatch(*support.filled(x[:middle]), *query.filled(x[middle:]), *support.mask, *query.mask)
+        return batch if part == slice(None) else part_of(batch, part)
 
     def _of_one_size(self, num_tasks: int, generator: torch.Generator | None) -> tuple[Part, Part]:
         cls = self._draw_classes(num_tasks, None, generator)

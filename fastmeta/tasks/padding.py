@@ -15,6 +15,10 @@ class Part(NamedTuple):
     labels: Tensor  # int64 [T, S]
     mask: tuple[Tensor, ...]  # bool [T, S] where tasks differ in size, else nothing
 
+    def only(self, part: slice) -> Part:
+        """Of these tasks alone; the widths stay those of all."""
+        return Part(self.places[part], self.labels[part], tuple(mask[part] for mask in self.mask))
+
     def filled(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs `[T, S, ...]` of `x` `[T * S, ...]`, which is written to, and labels."""
         x = x.unflatten(0, self.places.shape)

@@ -11,7 +11,7 @@ import torch
 
 from fastmeta import values
 from fastmeta.batch import TaskBatch
-from fastmeta.tasks.source import TaskSource, check_source
+from fastmeta.tasks.source import TaskSource, check_source, sample_part
 
 _PATIENCE = 10  # seconds for a batch that is being drawn when the thread is to end
 
@@ -62,17 +62,21 @@ class Prefetched:
 
     def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
         """`num_tasks` tasks, those that `tasks.sample` would give for this `generator`."""
+        return self.sample_part(num_tasks, slice(None), generator=generator)
+
+    def sample_part(self, num_tasks: int, part: slice, *, generator: torch.Generator | None = None) -> TaskBatch:
+        """The tasks `part` of those, and the next such part drawn ahead."""
         values.count("num_tasks", num_tasks, 0)
         order = self._finished()
         if not isinstance(generator, torch.Generator):
-            return self.tasks.sample(num_tasks, generator=generator)
-        if order is not None and order.fits(num_tasks, generator):
+            return _sample(self.tasks, num_tasks, part, generator)
+        if order is not None and order.fits(num_tasks, part, generator):
             generator.set_state(order.generator.get_state())
             batch = order.result()
         else:
-            batch = self.tasks.sample(num_tasks, generator=generator)
+            batch = _sample(self.tasks, num_tasks, part, generator)
         self._begin()
-        self._waiting = _Order(self.tasks, num_tasks, generator)
+        self._waiting = _Order(self.tasks, num_tasks, part, generator)
         self._orders.put(self._waiting)
         return batch
 
@@ -105,8 +109,8 @@ class Prefetched:
 class _Order:
     """A batch to be drawn from where `generator` is now, as its caller would draw it."""
 
-    def __init__(self, tasks: TaskSource, num_tasks: int, generator: torch.Generator):
-        self.tasks, self.num_tasks, self.state = tasks, num_tasks, generator.get_state()
+    def __init__(self, tasks: TaskSource, num_tasks: int, part: slice, generator: torch.Generator):
+        self.tasks, self.num_tasks, self.part, self.state = tasks, num_tasks, part, generator.get_state()
         self.generator = torch.Generator(generator.device)
         self.generator.set_state(self.state)
         self.gradients = torch.is_grad_enabled()
@@ -116,15 +120,15 @@ class _Order:
         self.error: BaseException | None = None
         self.done = threading.Event()
 
-    def fits(self, num_tasks: int, generator: torch.Generator) -> bool:
-        same = num_tasks == self.num_tasks and generator.device == self.generator.device
+    def fits(self, num_tasks: int, part: slice, generator: torch.Generator) -> bool:
+        same = (num_tasks, part) == (self.num_tasks, self.part) and generator.device == self.generator.device
         return same and torch.equal(generator.get_state(), self.state)
 
     def draw(self) -> None:
         stream = contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
         try:
             with stream, torch.set_grad_enabled(self.gradients):
-                self.batch = self.tasks.sample(self.num_tasks, generator=self.generator)
+                self.batch = _sample(self.tasks, self.num_tasks, self.part, self.generator)
         except BaseException as error:  # whatever it is, it is the caller's
             self.error = error
         self.done.set()
@@ -133,6 +137,12 @@ class _Order:
         if self.error is not None:
             raise self.error
         return self.batch
+
+
+def _sample(tasks: TaskSource, num_tasks: int, part: slice, generator: torch.Generator | None) -> TaskBatch:
+    if part == slice(None):
+        return tasks.sample(num_tasks, generator=generator)
+    return sample_part(tasks, num_tasks, part, generator=generator)
 
 
 def _draw(orders: queue.SimpleQueue[_Order | None]) -> None:

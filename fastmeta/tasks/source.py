@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from fastmeta._trees import tree_map
 from fastmeta.batch import TaskBatch
 
 
@@ -16,14 +17,32 @@ class TaskSource(Protocol):
         kind: "classification" (labels int64 `[T, S]`) or "regression" (targets `[T, S, O]`).
         input_shape: of one example.
         output_size: number of classes of a task, or the target's width O.
-    """
 
     kind: str
     input_shape: tuple[int, ...]
     output_size: int
 
+    A source may have `sample_part(num_tasks, part, *, generator)` too: the tasks `part`, a slice, of those that
+    `sample(num_tasks)` would give, and the generator left as by it. It is for sources whose draws are cheap and whose
+    rows are not; of others all are made, and a part kept.
+    """
+
     def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
         """`num_tasks` new tasks on the source's device."""
+
+
+def sample_part(
+    tasks: TaskSource, num_tasks: int, part: slice, *, generator: torch.Generator | None = None
+) -> TaskBatch:
+    """The tasks `part` of those that `tasks.sample(num_tasks)` would give, and the generator left as by it."""
+    if hasattr(tasks, "sample_part"):
+        return tasks.sample_part(num_tasks, part, generator=generator)
+    return part_of(tasks.sample(num_tasks, generator=generator), part)
+
+
+def part_of(batch: TaskBatch, part: slice) -> TaskBatch:
+    """Some of a batch's tasks."""
+    return TaskBatch(*(None if field is None else tree_map(lambda t: t[part], field) for field in batch))
 
 
 def check_source(tasks: TaskSource) -> None:

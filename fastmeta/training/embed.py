@@ -10,6 +10,7 @@ from torch import nn
 from ..algorithms import ProtoNet
 from ..tasks import EpisodeSampler, Prefetched, TaskSource
 from ..tasks.rows import as_inputs
+from .distributed import ranks
 
 _IMAGES = 1024  # at a time
 
@@ -37,10 +38,14 @@ def embedding_pays(algorithm: ProtoNet, tasks: object, episodes: int) -> bool:
 
 def embed(encoder: nn.Module, tasks: EpisodeSampler, stop: Callable[[], bool] | None = None) -> EpisodeSampler | None:
     """The same episodes from the same generator, with embeddings `[D, 1, 1]` for images; None if `stop` said
-    so."""
-    rows, parts = tasks.examples.rows, []
-    for part in tasks.examples.order.to(rows.device).split(_IMAGES):
-        if stop is not None and stop():
-            return None
+    so. Processes of one group each embed a part of the images."""
+    rows, parts, group, given_up = tasks.examples.rows, [], ranks(), False
+    order = tasks.examples.order.to(rows.device)
+    for part in order[group.own(len(order))].split(_IMAGES):
+        if given_up := stop is not None and stop():
+            break
         parts.append(encoder(as_inputs(rows[part].to(tasks.device))))
-    return tasks.over(torch.cat(parts)[..., None, None], f"{tasks.name}, embedded")
+    if group.any(given_up):
+        return None
+    embeddings = group.gathered(torch.cat(parts), len(order))
+    return tasks.over(embeddings[..., None, None], f"{tasks.name}, embedded")

@@ -14,6 +14,7 @@ from .. import values
 from .._trees import named_leaves
 from ..algorithms import ProtoNet
 from ..tasks.source import check_source
+from .distributed import Ranks, ranks
 from .embed import at_once, embed, embedding_pays
 from .metrics import CalibrationError, Estimate, finite_or_none
 
@@ -72,6 +73,9 @@ def evaluate(
     """Judge `algorithm` on `episodes` tasks, many at a time, without gradients for the outer loop and in eval
     mode.
 
+    In processes that have joined a group of `torch.distributed` each judges its part of the tasks, and all get the
+    result of all; all must call this.
+
     A `~fastmeta.algorithms.ProtoNet` embeds every image of the split once where that is less work than
     embedding those of each episode.
 
@@ -97,7 +101,7 @@ def evaluate(
     counts = list(range(last + 1)) if by_step and last is not None else [last]
     losses: list[list[Tensor]] = [[] for _ in counts]
     accuracies: list[Tensor] = []
-    calibration = CalibrationError()
+    calibration, group, given_up = CalibrationError(), ranks(), False
     with _judging(algorithm, tasks), torch.no_grad():
         judged = algorithm
         if isinstance(algorithm, ProtoNet) and embedding_pays(algorithm, at_once(tasks), episodes):
@@ -105,9 +109,9 @@ def evaluate(
             if embedded is None:
                 return None
             judged, tasks = ProtoNet(nn.Flatten(), metric=algorithm.metric, ways=algorithm.ways).eval(), embedded
-        for batch in _batches(tasks, episodes, torch.Generator(device).manual_seed(_STREAM + seed)):
-            if stop is not None and stop():
-                return None
+        for batch in _batches(tasks, episodes, torch.Generator(device).manual_seed(_STREAM + seed), group):
+            if given_up := stop is not None and stop():
+                break
             for steps, kept in zip(counts, losses, strict=True):
                 if steps is not None:
                     judged.inner_steps = steps
@@ -117,10 +121,18 @@ def evaluate(
                 accuracies.append(output.accuracy)
                 if output.logits is not None:
                     calibration.add(output.logits, batch.query_y, batch.query_mask, output.classes)
-    by_step_estimates = [Estimate.of(torch.cat(kept)) for kept in losses]
-    accuracy = Estimate.of(torch.cat(accuracies)) if accuracies else None
+    if group.any(given_up):
+        return None
+    calibration.sums = group.summed(calibration.sums.cpu())
+    by_step_estimates = [_estimate(kept, group, episodes) for kept in losses]
+    accuracy = _estimate(accuracies, group, episodes) if group.any(bool(accuracies)) else None
     curve = by_step_estimates if by_step and last is not None else []
     return Evaluation(by_step_estimates[-1], accuracy, curve, calibration.read())
+
+
+def _estimate(parts: list[Tensor], group: Ranks, episodes: int) -> Estimate:
+    own = torch.cat(parts).to("cpu", torch.float64) if parts else torch.zeros(0, dtype=torch.float64)
+    return Estimate.of(group.gathered(own, episodes))
 
 
 @torch.no_grad()
@@ -153,11 +165,18 @@ def _judging(algorithm: nn.Module, tasks: TaskSource):
             setattr(algorithm, name, value)
 
 
-def _batches(tasks: TaskSource, episodes: int, generator: torch.Generator) -> Iterator[TaskBatch]:
+def _batches(
+    tasks: TaskSource, episodes: int, generator: torch.Generator, group: Ranks | None = None
+) -> Iterator[TaskBatch]:
+    """All episodes, or this process's of them; then batches are drawn as by one process, and may be empty."""
+    group = group or Ranks()
     state = generator.get_state()
     probe = tasks.sample(1, generator=generator)
     generator.set_state(state)
     numbers = sum(leaf.numel() for x in (probe.support_x, probe.query_x) for _, leaf in named_leaves(x, ""))
     size = max(1, _NUMBERS_PER_BATCH // max(1, numbers))
     for start in range(0, episodes, size):
-        yield tasks.sample(min(size, episodes - start), generator=generator)
+        count = min(size, episodes - start)
+        batch = group.sample(tasks, count, generator, start)
+        if range(count)[group.own(count, start)]:
+            yield batch

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from .. import values
-from .._trees import tree_map
 from ..batch import TaskBatch
-from ..tasks.source import check_source
+from ..tasks.source import check_source, part_of
 from .checkpoint import Checkpoint, CheckpointFolder, pack_optimizer
+from .distributed import launched, ranks
 from .finite import FiniteGuard, NonFiniteError, some
 from .metrics import RunningMean, finite_or_none
 from .optimizer import Adam
@@ -80,6 +80,11 @@ class Trainer:
             itself.
         reporters: who hears of progress.
 
+    In processes that have joined a group of `torch.distributed` each makes the same trainer, whose `task_batch` is that
+    of all together: every step each takes its part of one batch, see `fastmeta.training.distributed`. Rank 0 reports
+    and saves, and `validate` is called on all. DistributedDataParallel for `wrap` reduces gradients while others are
+    being found, which pays for large encoders.
+
     Modules of the algorithm whose parameters are all frozen (`requires_grad=False`) stay in eval mode, so that batch
     norms do not change them.
 
@@ -137,6 +142,9 @@ class Trainer:
         parameters = [p for _, p in named]
         if not parameters:
             raise ValueError("algorithm has no parameters that require gradients, there is nothing to train")
+        self.ranks = ranks()
+        if task_batch < (world := self.ranks.world):
+            raise ValueError(f"task_batch must be at least {world}, a task for each process, got {task_batch}")
         self.algorithm = algorithm
         self.module = wrap(algorithm) if wrap is not None else algorithm
         self.tasks = tasks
@@ -148,7 +156,7 @@ class Trainer:
         self.checkpoints = checkpoints
         self.save_every = save_every
         self.record = record or {}
-        self.reporters = reporters
+        self.reporters = reporters if self.ranks.first else ()
         self.device = parameters[0].device
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.optimizer = Adam(parameters, outer_lr)
@@ -160,6 +168,8 @@ class Trainer:
         self._named, self._trained = named, parameters
         self._guard = FiniteGuard(algorithm)
         self._loss, self._accuracy = RunningMean(), RunningMean()
+        self._stop = StopSignals()
+        self._seed, self._agreed_seconds = seed, 0.0
         self.skip_non_finite = skip_non_finite
         self.skipped = self._skipped_in_a_row = 0
         self._validated, self._unsaved = -1, True
@@ -177,10 +187,11 @@ class Trainer:
         """
         self._train_mode()
         self._between_steps = True
-        lock = self.checkpoints.lock.held() if self.checkpoints is not None else contextlib.nullcontext()
-        with lock, StopSignals() as stop:
+        writes = self.checkpoints is not None and self.ranks.first
+        self._stop = StopSignals(repeats=launched())
+        with self.checkpoints.lock.held() if writes else contextlib.nullcontext(), self._stop:
             try:
-                self._run(stop)
+                self._run()
             except NonFiniteError:
                 raise
             except Exception:
@@ -188,14 +199,15 @@ class Trainer:
                     with contextlib.suppress(Exception):
                         self.save()
                 raise
-            return stop.received
+            return self._stop_signal()
 
-    def _run(self, stop: StopSignals) -> None:
+    def _run(self) -> None:
         def stopped() -> bool:
-            return stop.received is not None
+            return self._stop_signal() is not None
 
+        self.ranks.begin(self.algorithm, self.step)
         if self.step and self._due(self.eval_every):  # the run was stopped in this validation
-            self._validate(stopped)
+            self._validate()
         shown_at, shown_step, shown_seconds = 0.0, self.step, self.seconds
         while not self.finished() and not stopped():
             began = time.perf_counter()
@@ -210,11 +222,11 @@ class Trainer:
                 self._report(tasks / max(self.seconds - shown_seconds, 1e-9))
                 shown_at, shown_step, shown_seconds = now, self.step, self.seconds
             if self._due(self.eval_every):
-                self._validate(stopped)
+                self._validate()
             if self._due(self.save_every):
                 self.save()
         if not stopped():
-            self._validate(stopped)
+            self._validate()
         self.save()
 
     def train_step(self) -> None:
@@ -222,9 +234,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step=self.step, **self._rate)
         self._between_steps = False
-        before = [buffer.clone() for buffer in self.algorithm.buffers()] if self.skip_non_finite else []
-        batch = self.tasks.sample(self.task_batch, generator=self.generator)
+        keep = self.skip_non_finite or not self.ranks.alone
+        before = [buffer.clone() for buffer in self.algorithm.buffers()] if keep else []
+        batch = self.ranks.sample(self.tasks, self.task_batch, self.generator)
+        self.ranks.seed(self._seed, self.step)
         output = self._differentiate(batch)
+        if not self.ranks.alone:
+            output = self._of_all_ranks(output, before)
         if not self._check_every_step:
             self._guard.watch(self.step + 1, output.task_loss)
         else:
@@ -242,6 +258,17 @@ class Trainer:
         self._loss.add(output.loss)
         if output.accuracy is not None:
             self._accuracy.add(output.accuracy.mean())
+
+    def _of_all_ranks(self, output: MetaOutput, before: list[torch.Tensor]) -> MetaOutput:
+        votes = [self.seconds if self.ranks.first else 0.0, *self._stop.votes()]
+        output, votes = self.ranks.mean(self.module, self.algorithm, before, output, self.task_batch, votes)
+        self._agreed_seconds = votes[0]
+        self._stop.agree(votes[1:])
+        return output
+
+    def _stop_signal(self) -> int | None:
+        """The signal that ends the run, as all ranks know it."""
+        return self._stop.received if self.ranks.alone else self._stop.agreed
 
     def _skip(self, error: NonFiniteError, buffers: list[torch.Tensor]) -> None:
         """Leave this step out: weights and optimizer as they were, and what the forward pass did to batch norms."""
@@ -262,7 +289,8 @@ class Trainer:
         if error.tasks or self.module is not self.algorithm:  # what wraps it may wait for other processes
             return error
         with contextlib.suppress(Exception):  # some learners take no single tasks; then the error is as it was
-            tasks = self._bad_tasks(batch, 0, self.task_batch, [])
+            numbers = range(self.task_batch)[self.ranks.own(self.task_batch)]  # of this rank's tasks
+            tasks = [numbers[i] for i in self._bad_tasks(batch, 0, len(numbers), [])]
             if tasks:
                 return NonFiniteError(error.step, f"{error.cause}; it comes from {some(tasks, 'task')}", tasks)
         return error
@@ -270,8 +298,7 @@ class Trainer:
     def _bad_tasks(self, batch: TaskBatch, start: int, end: int, found: list[int]) -> list[int]:
         """The first tasks whose gradient is not finite, by halves."""
         if len(found) < _MOST_NAMED:
-            part = TaskBatch(*(None if one is None else tree_map(lambda t: t[start:end], one) for one in batch))
-            self._differentiate(part)
+            self._differentiate(part_of(batch, slice(start, end)))
             if not self._guard.finite_gradients():
                 if end - start == 1:
                     found.append(start)
@@ -294,7 +321,7 @@ class Trainer:
             parameter.grad = None
         if self.module is not self.algorithm or not hasattr(self.algorithm, "gradients"):
             output = self.module(batch)
-            output.loss.backward()
+            self.ranks.loss(self.module, output, self.task_batch).backward()
             return output
         output, gradients = self.algorithm.gradients(batch)  # without a graph, where a kernel finds them
         for name, parameter in self._named:
@@ -304,7 +331,8 @@ class Trainer:
     def finished(self) -> bool:
         """True once the steps or the minutes are used up."""
         out_of_steps = self.iterations is not None and self.step >= self.iterations
-        return out_of_steps or (self.minutes is not None and self.seconds >= 60 * self.minutes)
+        seconds = self.seconds if self.ranks.alone else self._agreed_seconds
+        return out_of_steps or (self.minutes is not None and seconds >= 60 * self.minutes)
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one that knows as much. Refuses, with
@@ -313,6 +341,9 @@ class Trainer:
             return
         self._guard.check()
         self._guard.check_weights(self.step)
+        if not self.ranks.first:
+            self._unsaved = False
+            return
         optimizer, optimizer_rest = pack_optimizer(self.optimizer)
         tensors = {f"model/{name}": t for name, t in self.algorithm.state_dict().items()}
         tensors |= {f"optimizer/{name}": t for name, t in optimizer.items()}
@@ -325,6 +356,7 @@ class Trainer:
             "best_score": self.best_score,
             "history": self.history,
             "skipped": self.skipped,
+            "world_size": self.ranks.world,
             "optimizer": optimizer_rest,
         }
         path = self.checkpoints.save(self.step, tensors, record)
@@ -344,6 +376,7 @@ class Trainer:
         self.history = history(checkpoint)
         self.skipped = expect(checkpoint, "skipped", int) if "skipped" in checkpoint.record else 0
         self.step, self.seconds, self.best_score = checkpoint.step, seconds, best_score
+        self._agreed_seconds = seconds
         self._set_rng_states(states)
         self._unsaved = False
         self._validated = self.step if self.history and self.history[-1]["step"] == self.step else -1
@@ -358,13 +391,14 @@ class Trainer:
         for reporter in self.reporters:
             reporter.progress(progress)
 
-    def _validate(self, stop: Callable[[], bool]) -> None:
+    def _validate(self) -> None:
         if self.validate is None or self._validated == self.step:
             return
         self._guard.check()
-        evaluation = self.validate(stop)
+        evaluation = self.validate(lambda: self._stop.received is not None)
         self._train_mode()
-        if evaluation is None:
+        if self.ranks.any(evaluation is None):
+            self._stop.agree(self.ranks.total(self._stop.votes()))
             return
         score = finite_or_none(evaluation.score)
         best = score is not None and (self.best_score is None or score > self.best_score)

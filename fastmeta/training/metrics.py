@@ -77,7 +77,7 @@ class CalibrationError:
 
     def __init__(self, bins: int = 15) -> None:
         self.bins = bins
-        self._sums: Tensor | None = None  # [3, bins]: queries, confidence, hits
+        self.sums = torch.zeros(3, bins, dtype=torch.float64)  # queries, confidence, hits
 
     def add(
         self, logits: Tensor, labels: Tensor, mask: Tensor | None = None, classes: Tensor | None = None
@@ -95,13 +95,13 @@ class CalibrationError:
         bin = (confidence * self.bins).ceil().long().clamp(1, self.bins) - 1
         sums = confidence.new_zeros(3, self.bins)
         sums.index_add_(1, bin, torch.stack([counted, counted * confidence, hits]))
-        self._sums = sums if self._sums is None else self._sums + sums
+        self.sums = self.sums.to(sums.device) + sums
 
     def read(self) -> float | None:
         """The error, None if nothing was added."""
-        if self._sums is None or not float(self._sums[0].sum()):
+        count, confidence, hits = self.sums
+        if not float(count.sum()):
             return None
-        count, confidence, hits = self._sums
         return float((hits - confidence).abs().sum() / count.sum())
 
 

@@ -28,6 +28,7 @@ from ..tasks.read import is_form
 from ..tasks.read.tasks import with_inputs
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load_checkpoint
 from .config import RunConfig
+from .distributed import own_gpu
 from .encoder import freeze_encoder, load_encoder
 from .evaluate import Evaluation, evaluate
 from .loop import Reporter, Trainer
@@ -63,7 +64,9 @@ def prepare(config: RunConfig) -> torch.device:
 
 def device_of(name: str) -> torch.device:
     """The device of this name; of "auto" a GPU if there is one. Raises ValueError."""
-    return values.device("device", name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return values.device("device", own_gpu() if name == "cuda" else name)
 
 
 def open_source(config: RunConfig, opened: Data | None = None) -> str | Data:
