@@ -95,9 +95,9 @@ class Ranks:
         and the sums of the ranks' `votes`.
 
         Gradients of the parameters, and changes of buffers since `before`, such as those of batch norms' running
-        statistics, become the mean over all tasks. It is one all-reduce of one flat tensor, `[gradients, changes, loss
-        | has a gradient, task_loss, accuracy, votes]`, up to the bar in proportion to this rank's tasks. `module` is what
-        computed the gradients: DistributedDataParallel has reduced them already.
+        statistics, become the mean over all tasks. One all-reduce of one flat tensor does it: `[gradients, changes,
+        loss, has a gradient, task_loss, accuracy, votes]`; gradients, changes and loss in proportion to each rank's
+        tasks. `module` is what computed the gradients: DistributedDataParallel has reduced them already.
         """
         share = len(output.task_loss) / count
         parameters = [p for p in algorithm.parameters() if p.requires_grad]
