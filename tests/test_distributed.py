@@ -1,0 +1,73 @@
+"""Processes that train together: the same run as one process, whatever happens to one of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import check_names, images
+
+from fastmeta.tasks import MixedTasks, Prefetched, SinusoidTasks
+from fastmeta.tasks.source import sample_part
+from fastmeta.training import CheckpointFolder
+
+HERE = Path(__file__).parent
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def wrong():
+    """Name of a check and what went wrong in it: one process does them all, see ranks.py."""
+    done = subprocess.run(
+        [sys.executable, HERE / "ranks.py"], capture_output=True, text=True, timeout=600, env=ONE_THREAD
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", check_names())
+def test_many_processes(wrong, name):
+    assert wrong[name] is None, wrong[name]
+
+
+def test_torchrun_trains(tmp_path):
+    words = ["train", "maml", "--data", "sinusoid", "--hidden", "4", "--task-batch", "4", "--iterations", "4"]
+    words += ["--eval-tasks", "4", "--test-tasks", "4", "--no-report", "--threads", "1", "--out", tmp_path / "run"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "fastmeta", *words], capture_output=True, text=True, timeout=300, env=ONE_THREAD, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("on 2 processes") == done.stdout.count("finished at step 4") == 1
+    assert done.stdout.count("test split") == 1
+    assert CheckpointFolder(tmp_path / "run").newest()[0].record["world_size"] == 2
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        images(), images(ways=(2, 4), shots=(1, 3), query_shots="all"),
+        images(augment=lambda x, generator: x + torch.rand(x.shape, dtype=x.dtype, generator=generator)),
+        Prefetched(images(query_shots=1)), MixedTasks({images(): 1, images(shots=2): 2}), SinusoidTasks(),
+    ],
+    ids=["episodes", "unlike", "augmented", "prefetched", "mixed", "sinusoid"],
+)  # fmt: skip
+def test_parts_are_of_the_whole(tasks):
+    """Every rank's part of two batches one after the other, from generators of its own."""
+
+    def drawn(*parts):
+        generator = torch.Generator().manual_seed(1)
+        return [sample_part(tasks, 5, part, generator=generator) for part in parts], generator.get_state()
+
+    generator = torch.Generator().manual_seed(1)
+    whole = [tasks.sample(5, generator=generator) for _ in range(2)]
+    for rank in range(3):
+        parts, state = drawn(slice(rank, 5, 3), slice(rank, 5, 3))
+        assert torch.equal(state, generator.get_state())
+        for part, batch in zip(parts, whole, strict=True):
+            assert len(part) == len(batch)
+            assert all(torch.equal(a, b[rank::3]) for a, b in zip(part, batch, strict=True))
+    assert not drawn(slice(5, 5, 7))[0][0].num_tasks
