@@ -238,5 +238,5 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split()).partition(". This is ")[0]  # advice follows
         raise PeerError(f"another process of this run has ended, or does not answer ({said})") from error
