@@ -23,6 +23,7 @@ from ..training.run import build_algorithm, prepare
 from ._results import machine
 
 WAYS, SHOTS, QUERIES = 5, 1, 10
+EPISODES = 200  # in each domain: judging all of them must not take longer than training
 NAMES = tuple(name for name in ALGORITHMS if name != "contrastive")  # which has no use for labels
 UNTRAINED = "nearest"  # neighbour on centred numbers of unit length: what every other row has to beat
 _MANY = {"train_ways": 10, "train_query_shots": 5, "task_batch": 4}

@@ -297,7 +297,7 @@ def reproduce(
     suite: options.Suite = "quick",
     out_dir: options.ReproduceFolder = Path("runs/reproduce"),
     only: options.Only = None,
-    episodes: options.Episodes = 600,
+    episodes: options.SuiteEpisodes = None,
     data_root: options.DataRoot = None,
     device: options.Device = None,
     threads: options.Threads = None,

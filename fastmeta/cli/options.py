@@ -282,6 +282,9 @@ Checkpoint = Annotated[
     Path, typer.Argument(help="A run's folder, of which the best checkpoint is taken, or one checkpoint's file.")
 ]
 Episodes = Annotated[int, typer.Option(min=2, help="Held-out tasks; the interval is 1.96 s / sqrt(episodes).")]
+SuiteEpisodes = _option(
+    None, int, "--episodes", "Held-out tasks; the interval is 1.96 s / sqrt(episodes).", "600; cross-domain: 200", min=2
+)
 Split = Annotated[SplitName, typer.Option(help="Of which classes; sinusoids have one distribution.")]
 TestWays = _option(None, int, "--ways", "Classes per task.", "as validated; maml cannot change it", min=1)
 TestShots = _option(None, int, "--shots", "Support examples per class.", "as validated", min=1)
