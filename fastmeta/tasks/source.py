@@ -18,14 +18,14 @@ class TaskSource(Protocol):
         input_shape: of one example.
         output_size: number of classes of a task, or the target's width O.
 
-    kind: str
-    input_shape: tuple[int, ...]
-    output_size: int
-
     A source may have `sample_part(num_tasks, part, *, generator)` too: the tasks `part`, a slice, of those that
     `sample(num_tasks)` would give, and the generator left as by it. It is for sources whose draws are cheap and whose
     rows are not; of others all are made, and a part kept.
     """
+
+    kind: str
+    input_shape: tuple[int, ...]
+    output_size: int
 
     def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
         """`num_tasks` new tasks on the source's device."""
