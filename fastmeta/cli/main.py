@@ -27,7 +27,7 @@ from .runs import (
     settings_of,
     train_in,
     widths_of,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     from ..tasks import Data
@@ -123,6 +123,7 @@ def train(
     from ..training import CheckpointFolder, run_config
     from ..training.checkpoint import check_writable
     from ..training.distributed import joined, restarts
+    from ..training.own_data import reopened
     from ..training.run import build_trainer, resumed_config
 
     with contextlib.ExitStack() as leaving:
@@ -144,7 +145,7 @@ def train(
 
             def resumed(checkpoint: Checkpoint) -> tuple[RunConfig, Data | None, Trainer]:
                 config = resumed_config(checkpoint, given)
-                opened = open_own(config.data)
+                opened = reopened(checkpoint, config, same=True, progress=err.is_terminal)
                 return config, opened, build_trainer(config, folder, resume=checkpoint, opened=opened)
 
             config, opened, trainer = newest_that_fits(checkpoints, fall_back, resumed)
@@ -180,6 +181,7 @@ def evaluate(
     inner_steps: options.TestInnerSteps = None,
     newest: options.Newest = False,
     seed: options.TestSeed = 0,
+    data: options.RunData = None,
     data_root: options.DataRoot = None,
     device: options.Device = None,
     threads: options.Threads = None,
@@ -194,7 +196,7 @@ def evaluate(
         one_speaks(ranks)
         judge(
             find_checkpoint(checkpoint, newest=newest), episodes=episodes, split=split.value, inner_steps=inner_steps,
-            seed=seed, data_root=data_root, device=device or "auto", threads=threads, as_json=as_json,
+            seed=seed, data_root=data_root, data=data, device=device or "auto", threads=threads, as_json=as_json,
             sizes={"ways": ways, "shots": shots, "query_shots": query_shots},
         )  # fmt: skip
 
@@ -203,6 +205,7 @@ def evaluate(
 def report(
     run: options.ReportRun,
     tasks: options.ReportTasks = 100,
+    data: options.RunData = None,
     data_root: options.DataRoot = None,
     device: options.Device = None,
     threads: options.Threads = None,
@@ -211,7 +214,9 @@ def report(
     """Write report.html into a run's folder: curves, queries with predictions and mistakes, settings."""
     from ..training.report import write_report
 
-    path = write_report(run, tasks=tasks, device=device or "auto", threads=threads, data_root=data_root)
+    path = write_report(
+        run, tasks=tasks, device=device or "auto", threads=threads, data_root=data_root, data=data
+    )
     say(f"report in {path}")
 
 

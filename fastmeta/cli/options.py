@@ -244,7 +244,8 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume", rich_help_panel=_RUN,
-        help="Go on with the run in --out, bit for bit on one device. Its settings hold; options may be left out.",
+        help="Go on with the run in --out, bit for bit on one device. Its settings hold; options may be left out. "
+        "--data says where own data are now, if they have moved.",
     ),
 ]  # fmt: skip
 FallBack = Annotated[
@@ -292,6 +293,10 @@ TestQueryShots = _option(None, int, "--query-shots", "Query examples per class."
 TestInnerSteps = _option(
     None, int, "--inner-steps", "Steps of adaptation.", "as validated; regression 10, each shown", min=0
 )
+RunData = _option(
+    None, str, "--data", "Own data in place of the run's: where they are now, with what options differ.", "the run's",
+    metavar="FORM:PATH",
+)  # fmt: skip
 Newest = Annotated[bool, typer.Option("--newest", help="Of a folder, the newest checkpoint instead of the best.")]
 TestSeed = Annotated[int, typer.Option("--seed", help="Of the tasks.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

@@ -102,6 +102,7 @@ def judge(
     inner_steps: int | None = None,
     seed: int = 0,
     data_root: Path | None = None,
+    data: str | None = None,
     device: str,
     threads: int | None,
     as_json: bool = False,
@@ -110,12 +111,12 @@ def judge(
     """Say how good a checkpoint is on held-out tasks, and return it."""
     from ..training.evaluate import evaluate as judged_on
     from ..training.reporting import describe
-    from ..training.run import config_of, load_for_evaluation
+    from ..training.run import load_for_evaluation
 
-    opened = opened or open_own(config_of(found).data)
     config, algorithm, tasks = load_for_evaluation(
-        found, split, device=device, threads=threads, data_root=data_root, opened=opened, **sizes
-    )
+        found, split, device=device, threads=threads, data_root=data_root, data=data, progress=err.is_terminal,
+        opened=opened, **sizes,
+    )  # fmt: skip
     sizes = {name: sizes.get(name) or getattr(config, name) for name in ("ways", "shots", "query_shots")}
     regression = tasks.kind == "regression"
     if inner_steps is None and hasattr(algorithm, "inner_steps"):

@@ -24,7 +24,7 @@ from ..tasks import (
     make_tasks,
     open_data,
 )
-from ..tasks.read import is_form
+from ..tasks.read import is_form, parse
 from ..tasks.read.tasks import with_inputs
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load_checkpoint
 from .config import RunConfig
@@ -32,6 +32,7 @@ from .distributed import own_gpu
 from .encoder import freeze_encoder, load_encoder
 from .evaluate import Evaluation, evaluate
 from .loop import Reporter, Trainer
+from .own_data import relocated, reopened
 from .registry import ALGORITHMS
 from .restore import load_model
 
@@ -116,13 +117,11 @@ def _from(source: str | Data, tasks: TaskSource) -> TaskSource:
 
 
 def _encoder(config: RunConfig, device: torch.device) -> nn.Module:
-    found = find_checkpoint(config.cluster_checkpoint)
-    source, algorithm, tasks = load_for_evaluation(
-        found, "val", device=str(device), threads=config.threads, data_root=config.data_root
-    )
-    encoder = getattr(algorithm, "encoder", None)
+    learner = load(config.cluster_checkpoint, device=str(device))
+    encoder = getattr(learner, "encoder", None)
     if encoder is None:
-        raise ValueError(f"cluster_checkpoint must be of an algorithm with an encoder, got one of {source.algorithm}")
+        found = learner.config.algorithm
+        raise ValueError(f"cluster_checkpoint must be of an algorithm with an encoder, got one of {found}")
     return encoder
 
 
@@ -179,7 +178,8 @@ def build_trainer(
         eval_every=config.eval_every,
         checkpoints=CheckpointFolder(folder) if folder is not None else None,
         save_every=config.save_every,
-        record={"config": config.as_json(), "inputs": Inputs.of(tasks).as_json()},
+        record={"config": config.as_json(), "inputs": Inputs.of(tasks).as_json()}
+        | ({} if opened is None else {"classes": opened.digest()}),
         seed=config.seed,
         skip_non_finite=config.skip_non_finite,
         reporters=reporters,
@@ -199,8 +199,12 @@ def config_of(checkpoint: Checkpoint) -> RunConfig:
 
 def resumed_config(checkpoint: Checkpoint, given: dict[str, Any]) -> RunConfig:
     """The run's own settings with what is `given` anew. Raises ValueError for a change that would make it
-    another run."""
+    another run; own data may be elsewhere, and read as they were."""
     config = config_of(checkpoint)
+    if given.get("data") is not None and is_form(given["data"]) and is_form(config.data):
+        elsewhere = relocated(config, given["data"])
+        if parse(elsewhere.data).options == parse(config.data).options:
+            config, given = elsewhere, {**given, "data": None}
     if given.get("augmentation") is not None:  # a part of it may be given
         given = {**given, "augmentation": tuple((dict(config.augmentation) | dict(given["augmentation"])).items())}
     changed = {key: value for key, value in given.items() if value is not None and value != getattr(config, key)}
@@ -239,14 +243,18 @@ def load_for_evaluation(
     ways: int | None = None,
     shots: int | None = None,
     query_shots: int | None = None,
+    data: str | None = None,
+    progress: bool = False,
     opened: Data | None = None,
 ) -> tuple[RunConfig, nn.Module, TaskSource]:
     """A checkpoint's settings, its trained algorithm, and tasks of `split` to judge it on, by default as it
-    was validated. `opened` is the run's own data, if it has been opened.
+    was validated. `data` is a line that says where the run's own data are now, if they have moved, or on what else to
+    judge it; `progress` draws a bar where they are decoded; `opened` is the run's own data, if it has been opened.
 
-    Raises CheckpointError if the checkpoint does not fit, ValueError for `ways` that the model cannot serve.
+    Raises CheckpointError if the checkpoint does not fit, ValueError for `ways` that the model cannot serve, and for
+    data that are not there or that it does not read.
     """
-    config = config_of(checkpoint)
+    config = relocated(config_of(checkpoint), data)
     if ways is not None:
         check_ways(config, ways)
     if data_root is not None:
@@ -255,6 +263,7 @@ def load_for_evaluation(
     where = prepare(config)
     sizes = {"ways": ways, "shots": shots, "query_shots": query_shots}
     sizes = {name: value or getattr(config, name) for name, value in sizes.items()}
+    opened = opened or reopened(checkpoint, config, progress=progress)
     tasks = build_tasks(config, split, where, opened=opened, **sizes)
     algorithm = build_algorithm(config, tasks, where)
     load_model(algorithm, checkpoint)
@@ -276,9 +285,9 @@ def load(path: str | Path, *, newest: bool = False, device: str = "auto") -> nn.
         reads and makes them of yours (`~fastmeta.tasks.Inputs`).
 
     Raises:
-        CheckpointError: no checkpoint there, or a damaged one, or of another version.
+        CheckpointError: no checkpoint there, or a damaged one, or of another version. TypeError: a path that is none.
     """
-    checkpoint = find_checkpoint(path, newest=newest)
+    checkpoint = find_checkpoint(values.path("path", path), newest=newest)
     config, where = config_of(checkpoint), device_of(device)
     known = checkpoint.record.get("inputs")
     try:

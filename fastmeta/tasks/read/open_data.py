@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,6 +51,11 @@ class Data:
     def input_shape(self) -> tuple[int, ...]:
         return self.part().input_shape
 
+    def digest(self) -> str:
+        """Of the names of classes or tasks, and of how many rows each has, by split."""
+        parts = [part and [list(part.names), part.counts.tolist()] for part in (self.train, self.val, self.test)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
     def part(self, split: str | None = None) -> Examples | TaskRows:
         """A split, or the first with anything in it. ValueError if it is empty."""
         if split is None:
@@ -59,7 +66,9 @@ class Data:
         return found
 
 
-def open_data(data: str, *, progress: bool = False, fitted: Features | None = None) -> Data:
+def open_data(
+    data: str, *, progress: bool = False, fitted: Features | None = None, fitted_targets: Features | None = None
+) -> Data:
     """Own data by a line of text `form:path?option=value&...`, in splits by class or task.
 
     Forms, and what reads them:
@@ -77,7 +86,7 @@ def open_data(data: str, *, progress: bool = False, fitted: Features | None = No
     Args:
         data: the line. Paths may be relative.
         progress: draw a bar where decoding takes long.
-        fitted: of a table, as of `table`.
+        fitted, fitted_targets: of a table, as of `table`.
 
     Raises:
         ValueError, ImportError: as of what reads them; an unknown form or option, with the nearest name.
@@ -90,7 +99,7 @@ def open_data(data: str, *, progress: bool = False, fitted: Features | None = No
         split = split or _split_by(options, path)
         if "delimiter" in options:
             options["delimiter"] = {"tab": "\t"}.get(options["delimiter"], options["delimiter"])
-        found = table(path, split=split, fitted=fitted, **options)
+        found = table(path, split=split, fitted=fitted, fitted_targets=fitted_targets, **options)
         return Data(data, *found.splits, found.features, found.targets)
     split = _split_by(options, path)
     if spec.pictures:

@@ -152,6 +152,17 @@ def with_options(data: str, **options: Any) -> str:
     return data
 
 
+def moved(data: str, to: str) -> str:
+    """`to`, with those options of `data` that it does not give itself and that are of its form: the same data at
+    another place."""
+    form, given = parse(to).form, parse(to).options
+    for part in filter(None, data.partition("?")[2].split("&")):
+        name = unquote(part.partition("=")[0])
+        if name in FORMS[form] and name not in given:
+            to += f"{'&' if '?' in to else '?'}{part}"
+    return to
+
+
 def _near(name: str, allowed: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(name, allowed, 1)
     return f" (did you mean {near[0]}?)" if near else ""

@@ -48,6 +48,7 @@ def table(
     split: str | Callable[[Examples | TaskRows], Splits] = split_examples,
     delimiter: str | None = None,
     fitted: Features | None = None,
+    fitted_targets: Features | None = None,
 ) -> Table:
     """Rows of a CSV or Parquet file, in three splits.
 
@@ -71,6 +72,7 @@ def table(
         delimiter: between cells; default what the header has most of.
         fitted: of another table, such as that of a run, in place of `features`, `one_hot`, `indicator` and
             `standardise`: columns become what they became there.
+        fitted_targets: likewise of the targets, in their order.
 
     Returns:
         A `Table`: splits of rows float32 `[R, D]`, targets float32 `[R, O]`.
@@ -104,7 +106,9 @@ def table(
         raise ValueError(f"{path} has no features: no column of numbers beside {', '.join(about)}")
     columns = _told(columns, about, drop=missing == "drop")
     used, columns, raw = _filled(columns, fitted or Features(numeric, shift=standardise), missing, indicator)
-    aims = Features(targets, shift=standardise)
+    if fitted_targets is not None and fitted_targets.numeric != targets:
+        raise ValueError(f"target must be {', '.join(fitted_targets.numeric)} as in the run, got {', '.join(targets)}")
+    aims = fitted_targets or Features(targets, shift=standardise)
     raw_aims = aims.raw(columns)
 
     def whole(rows: Tensor, aimed: Tensor) -> Examples | TaskRows:
@@ -122,16 +126,18 @@ def table(
             return split(made)
         return split_examples(made, names=_by_column(columns, by_column, task or label))
 
-    # who trains must be known before it is known how rows are scaled
-    training = parts(torch.arange(len(columns)), raw_aims).train
-    if training is None:
-        raise ValueError(f"{path}: no row trains; the split needs a part for training")
-    chosen = training.order if isinstance(training, Examples) else training.by_task.order
-    aims = aims.fit(raw_aims[chosen])
-    if fitted is None:
-        trains = columns.only(chosen.tolist())
-        found = tuple((name, tuple(sorted({*trains.texts(name)} - {None}))) for name in one_hot)
-        used = dataclasses.replace(used, one_hot=found).fit(raw[chosen])
+    if fitted is None or (targets and fitted_targets is None):
+        # who trains must be known before it is known how rows are scaled
+        training = parts(torch.arange(len(columns)), raw_aims).train
+        if training is None:
+            raise ValueError(f"{path}: no row trains; the split needs a part for training")
+        chosen = training.order if isinstance(training, Examples) else training.by_task.order
+        if fitted_targets is None:
+            aims = aims.fit(raw_aims[chosen])
+        if fitted is None:
+            trains = columns.only(chosen.tolist())
+            found = tuple((name, tuple(sorted({*trains.texts(name)} - {None}))) for name in one_hot)
+            used = dataclasses.replace(used, one_hot=found).fit(raw[chosen])
     return Table(parts(used(columns, raw), aims(columns, raw_aims)), used, aims if targets else None)
 
 

@@ -25,13 +25,14 @@ def write_report(
     device: str = "auto",
     threads: int | None = None,
     data_root: str | Path | None = None,
+    data: str | None = None,
     opened: Data | None = None,
 ) -> Path:
     """Write `folder/report.html` about the run in `folder`, and return its path.
 
     Args: tasks: held-out ones of the split "test", on which the best checkpoint is judged and from which the examples
-        are. device, threads, data_root, opened: what these are judged with. Where their data cannot be had, the page
-        says why and shows the rest.
+        are. device, threads, data_root, data, opened: what these are judged with, as of `load_for_evaluation`. Where
+        their data cannot be had, the page says why and shows the rest.
 
     Raises CheckpointError where the folder holds no checkpoint that can be read; OSError where it cannot be written.
     """
@@ -41,7 +42,7 @@ def write_report(
     parameters = sum(tensor.numel() for tensor in best.group("model").values())
     try:
         config, algorithm, source = load_for_evaluation(
-            best, "test", device=device, threads=threads, data_root=data_root, opened=opened
+            best, "test", device=device, threads=threads, data_root=data_root, data=data, opened=opened
         )
         parameters = sum(parameter.numel() for parameter in algorithm.parameters())
         steps = config.eval_inner_steps if hasattr(algorithm, "inner_steps") else None
