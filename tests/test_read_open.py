@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastmeta.tasks import Data, EpisodeSampler, Examples, RegressionTasks, TaskRows, make_tasks, open_data
-from fastmeta.tasks.read import FORMS, DataWarning, parse, with_options
+from fastmeta.tasks.read import FORMS, DataWarning, moved, parse, quoted, with_options
 from fastmeta.training import run_config
 
 
@@ -48,6 +48,12 @@ def test_a_line_is_read():
     assert parse("csv:x?ignore=a%2Cb,c%26d").options["ignore"] == ("a,b", "c&d")
     assert parse("csv:x?task=t&target=a,b").kind == "regression"
     assert parse("folder:C:/photos").path == "C:/photos"
+    assert parse("folder:a%3fb%253F%20c&d=e?grey=true").path == "a?b%3F%20c&d=e"
+    assert quoted("a?b%3F%20c&d=e") == "a%3Fb%253F%20c&d=e"
+    assert moved("folder:a?grey=true&image_size=8&split_seed=1", "zip:b?image_size=9").endswith(
+        "b?image_size=9&grey=true&split_seed=1"
+    )
+    assert moved("folder:a?grey=true&split_seed=1", "npz:b") == "npz:b?split_seed=1"
     assert with_options("folder:x", image_size=32, grey=True, on_error=None) == "folder:x?image_size=32&grey=true"
     assert with_options("folder:x?grey=true", grey=True) == "folder:x?grey=true"
 
@@ -59,6 +65,7 @@ def test_a_line_is_read():
         ("folder:", "names no path"),
         ("folder:x?image_sise=3", r"has no option 'image_sise' \(did you mean image_size\?\); it has fractions"),
         ("folder:x?label=y", "folder: has no option 'label'"),
+        ("folder:what?/x", "has no option '/x'.* A [?] that is part of the path is written %3F"),
         ("folder:x?image_size=big", "option image_size of folder: must be a number of at least 1, got 'big'"),
         ("folder:x?grey", "option grey of folder: must be grey=VALUE"),
         ("npz:x?split_seed=1&split_seed=2", "option split_seed of npz: stands there twice in 'npz:x"),
@@ -165,6 +172,19 @@ def test_classes_that_are_too_small_are_left_out_and_said():
     patients = Data("csv:x?target=y", TaskRows(torch.zeros(19, 4), torch.zeros(19), labels, name="x/train"), None, None)
     with pytest.warns(DataWarning, match="1 of the 3 tasks of x/train have no more than 2 rows, and are left out"):
         make_tasks(patients, shots=2, query_shots=4)
+
+
+def test_paths_that_the_form_does_not_take(tmp_path):
+    pictures(tmp_path / "what?", classes=5, each=2)
+    assert len(open_data("folder:what%3F?image_size=8").train) == 3
+    with pytest.raises(ValueError, match=r"what: no such file or folder. A [?] that is part of the path is written"):
+        open_data("folder:what?")
+    patients(tmp_path / "p.csv")
+    for form in ("csv", "parquet", "npz", "npy", "safetensors"):
+        with pytest.raises(ValueError, match=rf"what\? is a folder, and {form}: takes a file; folder:PATH is for"):
+            open_data(f"{form}:what%3F")
+    with pytest.raises(ValueError, match="p.csv is a file, and folder: takes a folder or a .zip .* have npz:, .*csv:"):
+        open_data("folder:p.csv")
 
 
 QUICK = ["--iterations", 4, "--eval-every", 2, "--eval-tasks", 8, "--threads", 1]

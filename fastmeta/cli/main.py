@@ -285,15 +285,18 @@ def embed(
     splits = out_file.with_suffix(".csv")
     for path in (out_file, splits):
         refuse_overwriting(path, force)
+    from urllib.parse import quote
+
     import torch
 
+    from ..tasks.read import quoted
     from ..training.features import embed_data
 
     if threads:
         torch.set_num_threads(threads)
     examples = embed_data(source, data, out_file, splits, device=device or "auto", data_root=data_root)
     say(f"{examples}: {out_file}, its splits: {splits}")
-    form = f"safetensors:{out_file}?splits={splits.name}"
+    form = f"safetensors:{quoted(out_file)}?splits={quote(splits.name)}"
     say(f"train on them with: fastmeta train ridge --data '{form}' --model none")
 
 

@@ -8,7 +8,7 @@ from fastmeta.tasks.read.dataset import dataset
 from fastmeta.tasks.read.features import Features
 from fastmeta.tasks.read.folder import folder, pictures
 from fastmeta.tasks.read.open_data import Data, open_data
-from fastmeta.tasks.read.spec import FORMS, Spec, is_form, moved, parse, with_options
+from fastmeta.tasks.read.spec import FORMS, Spec, is_form, moved, parse, quoted, with_options
 from fastmeta.tasks.read.splits import Splits, names_in_files, names_in_table, split_examples
 from fastmeta.tasks.read.table import Table, table
 
@@ -33,6 +33,7 @@ __all__ = [
     "parse",
     "picture_suffixes",
     "pictures",
+    "quoted",
     "read_columns",
     "split_examples",
     "table",

@@ -17,7 +17,7 @@ from fastmeta.tasks.read._warning import DataWarning
 from fastmeta.tasks.read.arrays import array_file
 from fastmeta.tasks.read.features import Features
 from fastmeta.tasks.read.folder import folder, opened
-from fastmeta.tasks.read.spec import parse
+from fastmeta.tasks.read.spec import FORMS, IN_A_PATH, parse
 from fastmeta.tasks.read.splits import SPLITS, Splits, names_in_files, names_in_table, split_examples
 from fastmeta.tasks.read.table import table
 from fastmeta.tasks.task_rows import TaskRows
@@ -84,7 +84,7 @@ def open_data(
     being named. by_group=true keeps super-classes together.
 
     Args:
-        data: the line. Paths may be relative.
+        data: the line. Paths may be relative; a `?` in one is written %3F (and a % before 3F or 25 as %25).
         progress: draw a bar where decoding takes long.
         fitted, fitted_targets: of a table, as of `table`.
 
@@ -94,6 +94,13 @@ def open_data(
     spec = parse(data)
     options = dict(spec.options)
     path = Path(spec.path).expanduser()
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder" + (f". {IN_A_PATH}" if "?" in data else ""))
+    if path.is_dir() and not spec.pictures:
+        raise ValueError(f"{path} is a folder, and {spec.form}: takes a file; folder:PATH is for pictures by class")
+    if spec.pictures and path.is_file() and path.suffix.lower() != ".zip":
+        others = ", ".join(f"{form}:" for form, allowed in FORMS.items() if "image_size" not in allowed)
+        raise ValueError(f"{path} is a file, and {spec.form}: takes a folder or a .zip archive; files have {others}")
     if spec.form in ("csv", "parquet"):
         split = options.pop("split", None) if "splits" not in options else None
         split = split or _split_by(options, path)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from fastmeta import values
 from fastmeta.tasks.read._pictures import BACKGROUNDS
@@ -73,6 +75,10 @@ FORMS: dict[str, dict[str, Callable[[str], Any]]] = {
 }  # fmt: skip
 
 
+IN_A_PATH = "A ? that is part of the path is written %3F"
+_IN_A_PATH = re.compile("%(3F|25)", re.IGNORECASE)
+
+
 @dataclass(frozen=True)
 class Spec:
     """Which data, in words: `form:path?option=value&option=value`."""
@@ -102,7 +108,8 @@ def is_form(data: str) -> bool:
 
 
 def parse(data: str) -> Spec:
-    """A line of text as a `Spec`. The path ends at the first `?`; options may hold `%3F` and its like.
+    """A line of text as a `Spec`. The path ends at the first `?`; in it %3F is a question mark and %25 a percent sign,
+    and all else as it stands. Options may hold any such escape.
 
     Raises:
         ValueError: an unknown form or option, with the nearest; an option twice, a value that it does not take.
@@ -120,7 +127,8 @@ def parse(data: str) -> Spec:
         name = unquote(name)
         if name not in FORMS[form]:
             allowed = ", ".join(FORMS[form])
-            raise ValueError(f"{form}: has no option {name!r}{_near(name, FORMS[form])}; it has {allowed}")
+            told = f"{form}: has no option {name!r}{_near(name, FORMS[form])}; it has {allowed}"
+            raise ValueError(f"{told}. {IN_A_PATH}")
         if not equals or not text:
             raise ValueError(f"option {name} of {form}: must be {name}=VALUE, got {part!r}")
         if name in options:
@@ -131,7 +139,12 @@ def parse(data: str) -> Spec:
             options[name] = read(text)
         except ValueError as error:
             raise ValueError(f"option {name} of {form}: must be {error}, got {text!r}") from error
-    return Spec(form, path, options)
+    return Spec(form, _IN_A_PATH.sub(lambda found: unquote(found[0]), path), options)
+
+
+def quoted(path: str | PathLike) -> str:
+    """A path as it stands in a line of data."""
+    return re.sub("%(?=3F|25)|[?]", lambda found: quote(found[0]), str(path), flags=re.IGNORECASE)
 
 
 def with_options(data: str, **options: Any) -> str:
