@@ -3,6 +3,7 @@
 import importlib
 import pickle
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import fastmeta
 from fastmeta.algorithms import MAML, FastWeights, ProtoNet, RidgeHead
 from fastmeta.nn import mlp
 from fastmeta.tasks import Inputs
-from fastmeta.tasks.read import Features
+from fastmeta.tasks.read import DataWarning, Features
 from fastmeta.training import run_config
 from fastmeta.training.registry import ALGORITHMS
 from fastmeta.training.run import build_algorithm
@@ -161,6 +162,18 @@ def test_a_runs_inputs_take_pictures_in_every_layout(channels):
     with pytest.raises(ValueError, match=rf"\[n, {channels}, 6, 5\] or \[n, 6, 5, {channels}\].* got \[4, 2, 6, 5\]"):
         inputs.prepare(torch.zeros(4, 2, 6, 5))
     assert Inputs.from_json(inputs.as_json()) == inputs
+
+
+def test_pictures_of_another_range_than_a_runs_are_told():
+    learner = ProtoNet(nn.Flatten())
+    learner.inputs = Inputs("classification", (3, 6, 5), 3)
+    x = np.random.default_rng(0).integers(0, 256, (4, 3, 6, 5))
+    for pixels in (x, x.reshape(4, -1).astype(float)):
+        with pytest.warns(DataWarning, match="support rows are float.* pictures .* with values up to 25"):
+            Classifier(learner).fit(pixels, [0, 0, 1, 1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Classifier(learner).fit(x.astype(np.uint8), [0, 0, 1, 1])
 
 
 def test_a_tables_scale_is_that_of_training():

@@ -1,6 +1,7 @@
 """Arrays, files of arrays and data sets of other libraries."""
 
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fastmeta.tasks import Examples
-from fastmeta.tasks.read import array_file, arrays, dataset
+from fastmeta.tasks.read import DataWarning, array_file, arrays, dataset
 
 LABELS = ["b", "a", "b", "a"]
 
@@ -46,6 +47,19 @@ def test_arrays_of_any_kind():
 def test_arrays_that_are_refused(rows, labels, text):
     with pytest.raises((TypeError, ValueError), match=text):
         arrays(rows, labels)
+
+
+def test_pictures_of_another_range_are_told():
+    grey = np.random.default_rng(0).integers(0, 256, (4, 8, 8))
+    for pixels in (grey, grey.astype(np.float32), grey[:, None].astype(np.float64), grey[..., None].astype(np.float16)):
+        with pytest.warns(DataWarning, match="pictures .* with values up to 255, taken as they stand; pictures are"):
+            arrays(pixels, LABELS)
+    with pytest.warns(DataWarning, match="TensorDataset: float32 pictures"):
+        dataset(torch.utils.data.TensorDataset(torch.full((4, 3, 8, 8), 255.0), torch.arange(4)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for other in (grey.astype(np.uint8), grey / 255, grey - 128, grey.reshape(4, -1), grey[:, :5].astype(float)):
+            arrays(other, LABELS)
 
 
 def test_files(tmp_path):

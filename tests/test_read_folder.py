@@ -99,6 +99,19 @@ def test_what_is_done_to_a_picture(tmp_path):
     assert not black.any()
 
 
+def test_sixteen_bits_that_come_out_dark_are_told(tmp_path):
+    files = {}
+    for i, brightest in enumerate((4095, 4096)):
+        file = io.BytesIO()
+        Image.fromarray(np.full((4, 4), brightest, np.uint16)).save(file, "png")
+        files[f"x/{i}.png"] = file.getvalue()
+    root = write(tmp_path / "data", files)
+    for _ in range(2):  # decoded, and from the cache
+        with pytest.warns(DataWarning, match="1 pictures of 16 bits, such as x/0.png, use only the lowest 12"):
+            rows = folder(root, image_size=4).rows
+    assert rows.unique().tolist() == [15]  # 4095 and 4096 of 65535: neither is made brighter than it was
+
+
 def test_decoded_once_and_anew_where_something_changes(tmp_path, monkeypatch):
     count = 0
 

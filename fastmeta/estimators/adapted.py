@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import values
-from ..tasks.inputs import as_numbers
+from ..tasks import DataWarning
+from ..tasks.inputs import as_numbers, told_of_pixels
 from ..training.run import check_ways, device_of, load
 from .batch_norms import beside_support, by_rows_at_hand
 from .calibrate import left_out_logits, temperature
@@ -81,6 +83,9 @@ class Adapted:
         self.chunk_size = values.count("chunk_size", chunk_size)
         values.flag("calibrate", calibrate)
         rows = self._rows(x)
+        told = told_of_pixels(rows) if hasattr(learner, "inputs") else ""
+        if told:
+            warnings.warn(f"support rows are {told}", DataWarning, stacklevel=3)
         classifies = not y.is_floating_point()
         size = int(y.max()) + 1 if classifies else y.shape[1]
         if classifies and hasattr(learner, "config"):

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from fastmeta.tasks.source import TaskSource
 
 
+_SIDE, _LOOKED_AT = 8, 1024  # of `told_of_pixels`: the least side of a picture without channels, and rows
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Of the tasks that a run is trained on `kind`, `input_shape` and `output_size`, as of a
@@ -105,3 +108,22 @@ def as_numbers(x: Tensor) -> Tensor:
     if x.is_floating_point():
         return x
     return x.float().div_(255) if x.dtype == torch.uint8 else x.float()
+
+
+def told_of_pixels(rows: Tensor) -> str:
+    """Words for what looks like pictures `[R, C, H, W]`, `[R, H, W, C]` or square `[R, H, W]` whose values go to 255
+    without being uint8: then they are taken as they stand, and a net that was made for 0 to 1 is far off. Else "".
+    """
+    shape = tuple(rows.shape[1:])
+    channels = len(shape) == 3 and {shape[0], shape[2]} & {1, 3, 4}
+    square = len(shape) == 2 and shape[0] == shape[1] >= _SIDE
+    if rows.dtype in (torch.uint8, torch.bool) or rows.is_complex() or not len(rows) or not (channels or square):
+        return ""
+    least, most = map(float, rows[:_LOOKED_AT].aminmax())
+    if least < 0 or not 2 < most <= 255:
+        return ""
+    kind = str(rows.dtype).removeprefix("torch.")
+    return (
+        f"{kind} pictures {list(shape)} with values up to {most:g}, taken as they stand; pictures are uint8 from 0 to "
+        "255, or floating from 0 to 1: convert them to uint8, or divide by 255"
+    )

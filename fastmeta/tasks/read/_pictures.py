@@ -46,13 +46,14 @@ def open_picture(file: IO[bytes] | str, formats: tuple[str, ...] | None = None) 
 
 def square(image: Image, size: int, grey: bool, background: str = "white") -> np.ndarray:
     """uint8 `[1 or 3, size, size]`: turned upright as its EXIF data say, what is transparent laid over `background`,
-    the middle cut to a square, and that resized by Pillow's bicubic filter, which averages when it makes smaller."""
+    the middle cut to a square, and that resized by Pillow's bicubic filter, which averages when it makes smaller. Of 16
+    bits 65535 is white, whatever the brightest pixel: pictures keep their brightness beside each other."""
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating point pixels have no range of their own; 8 and 16 bits are allowed")
-    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would cut off at 255
+    if _deep(image):  # Pillow's own conversion would cut it off at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -64,3 +65,12 @@ def square(image: Image, size: int, grey: bool, background: str = "white") -> np
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     pixels = np.asarray(image)
     return pixels[None] if grey else pixels.transpose(2, 0, 1)
+
+
+def faint(image: Image) -> bool:
+    """Whether a picture of 16 bits uses so few of them, 12 at most, that `square` makes it (almost) black."""
+    return _deep(image) and int(np.asarray(image).max()) < 4096
+
+
+def _deep(image: Image) -> bool:
+    return image.mode.startswith("I")

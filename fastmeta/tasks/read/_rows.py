@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,21 @@ import torch
 from torch import Tensor
 
 from fastmeta import values
+from fastmeta.tasks.inputs import told_of_pixels
+from fastmeta.tasks.read._warning import DataWarning
 
 _CHANNELS = (1, 3, 4)
 _AT_A_TIME = 1 << 24  # numbers that are looked through
 
 
 def rows_of(rows: Tensor, name: str) -> Tensor:
-    """Rows as `~fastmeta.tasks.read.arrays` makes them of `[R, ...]`: uint8 are images, and all are finite."""
+    """Rows as `~fastmeta.tasks.read.arrays` makes them of `[R, ...]`: uint8 are images, and all are finite. Pictures
+    that seem to go from 0 to 255 in another dtype are told in a `DataWarning`."""
     rows = _image(rows) if rows.dtype == torch.uint8 else rows
     _check_finite(rows, name)
+    told = told_of_pixels(rows)
+    if told:
+        warnings.warn(f"{name}: {told}", DataWarning, stacklevel=3)
     return rows.unsqueeze(1) if rows.dim() == 1 else rows
 
 

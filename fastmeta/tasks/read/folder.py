@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
@@ -23,11 +23,11 @@ from fastmeta import values
 from fastmeta.tasks.examples import Examples
 from fastmeta.tasks.read._archive import open_archive
 from fastmeta.tasks.read._cache import Made, cache_folder, cached
-from fastmeta.tasks.read._pictures import BACKGROUNDS, formats, open_picture, square, suffixes
+from fastmeta.tasks.read._pictures import BACKGROUNDS, faint, formats, open_picture, square, suffixes
 from fastmeta.tasks.read._warning import DataWarning
 
 ON_ERROR = ("refuse", "skip")
-_FORMAT = "1"  # of the cached tensors
+_FORMAT = "2"  # of the cached tensors
 _SHOWN = 5  # files that a message names
 _AT_A_TIME = 64  # files of one piece of work for a thread
 _IN_MEMORY = 1 << 30  # bytes; what is more than that stays in a file
@@ -79,7 +79,8 @@ def folder(
     called `super/class`, and `groups` are the super-classes. Files whose names do not end as pictures' do are passed
     over, and so is all that begins with a dot. Each is turned upright as its EXIF data say, laid over `background`
     where it is transparent, its middle cut to a square, and that resized by Pillow's bicubic filter, which averages
-    when it makes smaller. The first frame of a film counts.
+    when it makes smaller. The first frame of a film counts. Of 16 bits 65535 is white; pictures that use only the
+    lowest 12 of them come out dark, which a warning tells.
 
     Decoded once, by all cores, and kept as uint8 in a cache folder (the one FASTMETA_CACHE names, else the user's own),
     under the names, sizes and times of the files: where one changes, all are decoded anew.
@@ -116,7 +117,7 @@ def folder(
 
         def make() -> Made:
             rows, kept, told = _decoded(path, files, lambda name: read(prefix + name), how)
-            return {"rows": rows, "labels": torch.tensor([classes[i] for i in kept])}, {"told": told}
+            return {"rows": rows, "labels": torch.tensor([classes[i] for i in kept])}, told
 
         if cache:
             choices = [str(path.resolve()), image_size, grey, background, *files]
@@ -124,7 +125,7 @@ def folder(
             tensors, texts = cached(f"folder-{image_size}-{key}", _FORMAT, make)
         else:
             tensors, texts = make()
-    _say(texts["told"], on_error)
+    _say(texts, on_error)
     there = tensors["labels"].unique().tolist()  # a class may have lost all its files
     rows = tensors["rows"]
     small = rows.nbytes <= _IN_MEMORY
@@ -227,29 +228,45 @@ def _classes(path: Path, files: Sequence[File]) -> tuple[list[str], list[str] | 
 
 def _decoded(
     path: Path, files: Sequence[File], read: Callable[[str], IO[bytes]], how: _How
-) -> tuple[Tensor, list[int], str]:
-    """Rows, the files that they are of, and what is to be said of those that could not be read."""
+) -> tuple[Tensor, list[int], dict[str, str]]:
+    """Rows, the files that they are of, and what is to be said: of those that could not be read ("damaged") and of
+    those that came out dark ("faint")."""
     allowed = formats()
+    dark: list[str] = []
 
     def decode(file: File) -> np.ndarray:
         with read(file.name) as data, open_picture(data, allowed) as image:
+            if faint(image):
+                dark.append(file.name)
             return square(image, how.image_size, how.grey, how.background)
 
     shape = (len(files), 1 if how.grey else 3, how.image_size, how.image_size)
     rows, failed = _decode(files, decode, shape, how.progress)
-    told = _told(path, files, failed) if failed else ""
+    told = {"damaged": _told(path, files, failed) if failed else "", "faint": _told_of_faint(path, sorted(dark))}
     if len(failed) == len(files):
-        raise ValueError(told)
+        raise ValueError(told["damaged"])
     kept = [i for i in range(len(files)) if i not in failed]
     return _squeezed(rows, kept), kept, told
 
 
-def _say(told: str, on_error: str) -> None:
+def _told_of_faint(path: Path, dark: list[str]) -> str:
+    if not dark:
+        return ""
+    return (
+        f"{path}: {len(dark):,} pictures of 16 bits, such as {dark[0]}, use only the lowest 12 and come out dark: "
+        "65535 is white; multiply such pixels by 16 (or what fills the range), the same for all, and write them anew"
+    )
+
+
+def _say(told: Mapping[str, str], on_error: str) -> None:
     """What is wrong with some files, as an error or a warning."""
-    if told and on_error == "refuse":
-        raise ValueError(f"{told}; on_error 'skip' takes the others")
-    if told:
-        warnings.warn(f"{told}; skipped", DataWarning, stacklevel=3)
+    damaged = told["damaged"]
+    if damaged and on_error == "refuse":
+        raise ValueError(f"{damaged}; on_error 'skip' takes the others")
+    if damaged:
+        warnings.warn(f"{damaged}; skipped", DataWarning, stacklevel=3)
+    if told["faint"]:
+        warnings.warn(told["faint"], DataWarning, stacklevel=3)
 
 
 def _decode(
