@@ -103,6 +103,14 @@ def test_a_flat_folder_one_picture_and_damaged_ones(tmp_path, run, photos):
     assert "v.png" in stderr and "skipped" in stderr and json.loads(stdout)["predictions"] == told["predictions"]
 
 
+def test_a_class_that_is_called_none(tmp_path, run):
+    (tmp_path / "s.csv").write_text("kind,x\nNone,1\nsome,9\nNone,2\nsome,8\n")
+    (tmp_path / "q.csv").write_text("kind,x\nsome,7\nNone,3\n")
+    ask = ["--support", tmp_path / "s.csv", "--query", tmp_path / "q.csv", "--label", "kind"]
+    stdout, _ = run("predict", "nearest-mean", *ask, "--out", tmp_path / "p.csv")
+    assert [line[1] for line in lines(tmp_path / "p.csv")] == ["prediction", "some", "None"] and "100.0%" in stdout
+
+
 def table(path, seed=0, subjects=6, rows=8):
     """Rows of subjects: two features, one of them with a gap, a class, and a number that lies far from 0."""
     random = np.random.default_rng(seed)

@@ -40,6 +40,23 @@ def test_classes_by_a_column(tmp_path):
     assert plain.splits.test.of_class(0).tolist() == [[i + 0.5, i * i] for i in range(number, 30, 10)]
 
 
+def test_names_of_classes_and_tasks_are_taken_as_they_stand(tmp_path):
+    """Only an empty cell is none; in columns of numbers `NA` and the like are missing."""
+    words = ["NA", "None", "null", "?", "nan", "cat"]
+    path = written(tmp_path / "x.csv", "y,a,t\n" + rows(24, lambda i: f"{words[i % 6]},{i},{words[i // 4]}"))
+    with pytest.warns(DataWarning, match=r"column 'y': '\?', 'NA', 'None', 'nan', 'null' is taken for a name, as any"):
+        found = table(path, label="y", features=["a"])
+    assert sorted(name for part in found.splits for name in part.names) == sorted(words)
+    assert all(part.counts.tolist() == [4] * len(part) for part in found.splits)
+    with pytest.warns(DataWarning):
+        found = table(path, label="y", task="t", features=["a"])
+    assert found.splits.train.classes == tuple(sorted(words))
+    assert sorted(name for part in found.splits for name in part.names) == sorted(words)
+    with pytest.warns(DataWarning):  # beside a target a word is no number
+        with pytest.raises(ValueError, match="row 2, column 'y': empty, and in 20 rows together"):
+            table(path, target="y", task="t", features=["a"])
+
+
 def test_one_hot_and_named_features(tmp_path):
     text = "kind,colour,size\n" + rows(12, lambda i: f"k{i % 6},{['red', 'blue', ''][i % 3]},{i}")
     found = table(written(tmp_path / "x.csv", text), label="kind", features=["size"], one_hot=["colour"])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..estimators import Adapted, learner_of
 from ..estimators.rules import RULES
 from ..tasks import Inputs
-from ..tasks.read import Columns, DataWarning, Features, folder, picture_suffixes, pictures, read_columns
+from ..tasks.read import Columns, DataWarning, Features, folder, is_missing, picture_suffixes, pictures, read_columns
 from ..training.checkpoint import write_whole
 
 
@@ -170,7 +170,7 @@ def _of_tables(
     else:
         features = _all_numbers(columns, (label, *target), standardise=inputs is None)
     told = target or (label,)
-    _all_there(columns, told)
+    _all_there(columns, told, numbers=bool(target))
     rows, query_rows = (_numbers(features, part) for part in (columns, asked))
     if target and calibrate:
         raise ValueError("--calibrate is of probabilities, and numbers are predicted here: leave it out")
@@ -179,12 +179,12 @@ def _of_tables(
         adapted = Adapted(learner, rows, y)
         found = Predictions("row", asked.lines, target, adapted.predict(query_rows), classes=False)
         return found, _about(None, len(columns), len(asked), adapted)
-    texts = columns.texts(label)
+    texts = columns.names(label)
     classes = sorted(set(texts))
     adapted = Adapted(learner, rows, torch.tensor([classes.index(text) for text in texts]), calibrate=calibrate)
     found = Predictions("row", asked.lines, classes, adapted.probabilities(query_rows), classes=True)
     about = _about(classes, len(columns), len(asked), adapted)
-    return found, about | (_accuracy(found, asked.texts(label)) if label in asked.cells else {})
+    return found, about | (_accuracy(found, asked.names(label)) if label in asked.cells else {})
 
 
 def _all_numbers(columns: Columns, told: Sequence[str | None], standardise: bool) -> Features:
@@ -204,11 +204,11 @@ def _numbers(features: Features, columns: Columns) -> Tensor:
     return features(columns, raw)
 
 
-def _all_there(columns: Columns, names: Sequence[str]) -> None:
+def _all_there(columns: Columns, names: Sequence[str], numbers: bool) -> None:
     columns.check(*names)
     for name in names:
         for row, cell in enumerate(columns.cells[name]):
-            if cell is None:
+            if is_missing(cell) if numbers else cell is None:
                 raise ValueError(f"{columns.where(row, name)}: empty, and a support row must say what it is")
 
 

@@ -1,6 +1,6 @@
 """Ways in for data of one's own: folders of pictures, arrays, data sets of other libraries, and tables."""
 
-from fastmeta.tasks.read._columns import Columns, read_columns
+from fastmeta.tasks.read._columns import Columns, is_missing, read_columns
 from fastmeta.tasks.read._pictures import suffixes as picture_suffixes
 from fastmeta.tasks.read._warning import DataWarning
 from fastmeta.tasks.read.arrays import array_file, arrays
@@ -26,6 +26,7 @@ __all__ = [
     "dataset",
     "folder",
     "is_form",
+    "is_missing",
     "moved",
     "names_in_files",
     "names_in_table",

@@ -12,12 +12,13 @@ from typing import Any
 
 from fastmeta.tasks.read._warning import DataWarning
 
-MISSING = frozenset({"", "?", "na", "n/a", "nan", "null", "none"})
+MISSING = frozenset({"?", "na", "n/a", "nan", "null", "none"})
 _DELIMITERS = ",;\t|"
 
 
 class Columns:
-    """Cells by column; None where one is missing.
+    """Cells by column, None where one is empty. What else means a missing number, or a missing value of a column of
+    text that features are made of, depends on what a column is for: a class may be called `None` or `NA`.
 
     Attributes: path; cells: by name, in the order of the file; lines: where each row stands in the file.
     """
@@ -38,9 +39,14 @@ class Columns:
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 raise ValueError(f"{self.path} has no column {name!r}{hint}: it has {', '.join(self.cells)}")
 
-    def texts(self, name: str) -> list[str | None]:
+    def names(self, name: str) -> list[str | None]:
+        """Of classes or tasks: every text as it is, None where a cell is empty."""
         self.check(name)
         return [None if cell is None else _plain(cell) for cell in self.cells[name]]
+
+    def texts(self, name: str) -> list[str | None]:
+        """Values of a feature: None where one is missing."""
+        return [None if is_missing(text) else text for text in self.names(name)]
 
     def numbers(self, name: str) -> list[float]:
         """NaN where a cell is missing. ValueError for one that is no finite number, by row."""
@@ -48,7 +54,7 @@ class Columns:
         return [self._number(i, name, cell) for i, cell in enumerate(self.cells[name])]
 
     def _number(self, row: int, name: str, cell: Any) -> float:
-        if cell is None:
+        if is_missing(cell):
             return math.nan
         number = _number(cell)
         if number is None:
@@ -57,7 +63,7 @@ class Columns:
 
     def is_numeric(self, name: str) -> bool:
         """Whether at least half of the cells are numbers: the others are then mistakes, else it is a column of text."""
-        there = [cell for cell in self.cells[name] if cell is not None]
+        there = [cell for cell in self.cells[name] if not is_missing(cell)]
         return 2 * sum(_number(cell) is not None for cell in there) >= max(1, len(there))
 
     def only(self, rows: Sequence[int]) -> Columns:
@@ -107,7 +113,7 @@ def _csv(path: Path, delimiter: str | None) -> Columns:
     twice = [name for name in header if header.count(name) > 1]
     if twice or not header:
         raise ValueError(f"{path}: " + (f"two columns are called {twice[0]!r}" if twice else "the file is empty"))
-    cells = {name: [_cell(row[i]) for row in rows] for i, name in enumerate(header)}
+    cells = {name: [_stripped(row[i]) for row in rows] for i, name in enumerate(header)}
     return Columns(path, cells, lines)
 
 
@@ -132,15 +138,22 @@ def _parquet(path: Path) -> Columns:
     except (ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged, or no Parquet file: {error}") from error
     cells = {
-        name: [_cell(one) if isinstance(one, str) else None if one != one else one for one in column.to_pylist()]
+        name: [_stripped(one) for one in column.to_pylist()]
         for name, column in zip(table.column_names, table.columns, strict=True)
     }
     return Columns(path, cells, range(1, len(table) + 1))
 
 
-def _cell(text: str) -> str | None:
-    text = text.strip()
-    return None if text.lower() in MISSING else text
+def _stripped(cell: Any) -> Any:
+    """None where it is empty, or NaN."""
+    if isinstance(cell, str):
+        return cell.strip() or None
+    return None if cell != cell else cell
+
+
+def is_missing(cell: Any) -> bool:
+    """Whether a cell of a feature or a target says that there is no value."""
+    return cell is None or (isinstance(cell, str) and cell.lower() in MISSING)
 
 
 def _plain(cell: Any) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastmeta import values
 from fastmeta.tasks.examples import Examples
-from fastmeta.tasks.read._columns import Columns, read_columns
+from fastmeta.tasks.read._columns import Columns, is_missing, read_columns
 from fastmeta.tasks.read._warning import DataWarning
 from fastmeta.tasks.read.features import Features
 from fastmeta.tasks.read.splits import SPLITS, Splits, split_examples, split_name
@@ -55,7 +55,8 @@ def table(
     Args:
         path: `.parquet` needs pyarrow; any other file is text with a header, cells between commas, semicolons, tabs or
             bars.
-        label: the column of the classes. Alone: classification by class, `Examples`.
+        label: the column of the classes, each text a class as it stands, `NA` and `None` too. Alone: classification by
+            class, `Examples`.
         task: the column of the tasks, with `label` (what is to be told of a row, in every task: `TaskRows` of classes)
             or with `target`.
         target: a column of numbers, or several: regression by task, `TaskRows`.
@@ -63,8 +64,8 @@ def table(
         ignore: columns not to tell it from, such as another target.
         one_hot: columns of text to tell it from, each value in the rows that train a column of zeros and ones.
         missing: a feature that is empty, `?`, `NA`, `NaN`, `null` or `none`: "mean" (default) fills in the mean of the
-            column, "drop" leaves the row out, "refuse" raises. The first two warn, and count. A row without label,
-            task or target is dropped or refused, and refused with "mean".
+            column, "drop" leaves the row out, "refuse" raises. The first two warn, and count. A row without label or
+            task (an empty cell) or without target is dropped or refused, and refused with "mean".
         indicator: with "mean", another column that is 1 where there was none, for each column that has such cells.
         standardise: features with mean 0 and variance 1, targets too. Means and variances, those that fill cells as
             well, are of the rows that train.
@@ -104,7 +105,7 @@ def table(
         numeric = _numeric(columns, {*about, *one_hot, *ignore, by_column})
     if not numeric and not one_hot:
         raise ValueError(f"{path} has no features: no column of numbers beside {', '.join(about)}")
-    columns = _told(columns, about, drop=missing == "drop")
+    columns = _told(columns, about, targets, drop=missing == "drop")
     used, columns, raw = _filled(columns, fitted or Features(numeric, shift=standardise), missing, indicator)
     if fitted_targets is not None and fitted_targets.numeric != targets:
         raise ValueError(f"target must be {', '.join(fitted_targets.numeric)} as in the run, got {', '.join(targets)}")
@@ -113,12 +114,12 @@ def table(
 
     def whole(rows: Tensor, aimed: Tensor) -> Examples | TaskRows:
         if task is None:
-            return Examples(rows, _keys(columns.texts(label)), name=path.stem)
+            return Examples(rows, _keys(columns.names(label)), name=path.stem)
         if targets:
-            return TaskRows(rows, aimed, _keys(columns.texts(task)), name=path.stem)
-        classes, found = np.unique(_keys(columns.texts(label)), return_inverse=True)
+            return TaskRows(rows, aimed, _keys(columns.names(task)), name=path.stem)
+        classes, found = np.unique(_keys(columns.names(label)), return_inverse=True)
         told = torch.from_numpy(found.astype(np.int64))
-        return TaskRows(rows, told, _keys(columns.texts(task)), classes=classes.tolist(), name=path.stem)
+        return TaskRows(rows, told, _keys(columns.names(task)), classes=classes.tolist(), name=path.stem)
 
     def parts(rows: Tensor, aimed: Tensor) -> Splits:
         made = whole(rows, aimed)
@@ -151,9 +152,16 @@ def _numeric(columns: Columns, others: set[str | None]) -> tuple[str, ...]:
     return found
 
 
-def _told(columns: Columns, about: Sequence[str], drop: bool) -> Columns:
+def _told(columns: Columns, about: Sequence[str], targets: Sequence[str], drop: bool) -> Columns:
     """Rows that have a label, a task and targets."""
-    bad = {i: name for name in about for i, cell in enumerate(columns.cells[name]) if cell is None}
+    bad = {}
+    for name in about:
+        lacks = is_missing if name in targets else lambda cell: cell is None
+        bad |= {i: name for i, cell in enumerate(columns.cells[name]) if lacks(cell)}
+        odd = sorted({cell for cell in columns.cells[name] if is_missing(cell) and not lacks(cell)})
+        if odd:
+            told = f"{columns.path}, column {name!r}: {', '.join(map(repr, odd))} is taken for a name, as any other"
+            warnings.warn(f"{told}; where a row has none, leave the cell empty", DataWarning, stacklevel=3)
     if bad and not drop:
         raise ValueError(
             f"{columns.where(min(bad), bad[min(bad)])}: empty, and in {len(bad):,} rows together; what is to be told "
@@ -198,7 +206,7 @@ def _by_column(columns: Columns, column: str, of: str) -> dict[str, list[str]]:
     """The names in column `of` of each split."""
     found: dict[str, tuple[str, int]] = {}
     cells = columns.cells[column]
-    for i, name in enumerate(columns.texts(of)):
+    for i, name in enumerate(columns.names(of)):
         split = split_name(cells[i] and str(cells[i]), columns.where(i, column))
         before, row = found.setdefault(name, (split, i))
         if before != split:
