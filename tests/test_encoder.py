@@ -57,6 +57,8 @@ def test_load_needs_the_folder_alone(tmp_path, monkeypatch):
         assert learner.predict(learner.adapt(torch.rand(1, 6, 1, 28, 28), more), batch.query_x[:1]).shape == (1, 6, 6)
     with pytest.raises(CheckpointError, match="nowhere: no such file or folder"):
         fastmeta.load("nowhere")
+    with pytest.raises(TypeError, match="path must be a path, got NoneType"):
+        fastmeta.load(None)
 
 
 def test_load_takes_validations_inner_steps_and_old_runs(tmp_path):

@@ -103,6 +103,18 @@ def test_a_flat_folder_one_picture_and_damaged_ones(tmp_path, run, photos):
     assert "v.png" in stderr and "skipped" in stderr and json.loads(stdout)["predictions"] == told["predictions"]
 
 
+def test_classes_that_are_called_as_columns_are(tmp_path, run):
+    names = ["row", "prediction", "class row", "a"]
+    text = "kind,x\n" + "".join(f"{name},{i}\n" for i, name in enumerate(names))
+    (tmp_path / "s.csv").write_text(text)
+    ask = ["--support", tmp_path / "s.csv", "--query", tmp_path / "s.csv", "--label", "kind"]
+    stdout, _ = run("predict", "nearest-mean", *ask, "--out", tmp_path / "p.csv", "--json")
+    header, *found = lines(tmp_path / "p.csv")
+    assert header == ["row", "prediction", "a", "class row", "class prediction", "class class row"]
+    assert [line[1] for line in found] == names
+    assert set(json.loads(stdout)["predictions"][0]["probabilities"]) == set(names)  # nothing stands beside them there
+
+
 def test_a_class_that_is_called_none(tmp_path, run):
     (tmp_path / "s.csv").write_text("kind,x\nNone,1\nsome,9\nNone,2\nsome,8\n")
     (tmp_path / "q.csv").write_text("kind,x\nsome,7\nNone,3\n")

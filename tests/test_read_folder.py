@@ -1,8 +1,10 @@
 """Pictures in folders and archives: what comes in, and what is refused in one line."""
 
 import io
+import os
 import struct
 import sys
+import time
 import warnings
 import zipfile
 import zlib
@@ -137,6 +139,16 @@ def test_decoded_once_and_anew_where_something_changes(tmp_path, monkeypatch):
     folder(root, image_size=5)
     folder(root, image_size=4, cache=False)
     assert count == 18 and len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_what_was_left_half_written_is_swept_away(tmp_path):
+    place = tmp_path / "cache"
+    place.mkdir()
+    for name, age in (("old.7.partial", 100_000), ("new.8.partial", 10)):
+        (place / name).write_bytes(b"half")
+        os.utime(place / name, (time.time() - age,) * 2)
+    folder(write(tmp_path / "pets", PETS), image_size=4)
+    assert [path.name for path in place.glob("*.partial")] == ["new.8.partial"]
 
 
 BOMB = zlib.compress(bytes(100))

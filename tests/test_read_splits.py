@@ -64,10 +64,14 @@ def test_files_and_columns(tmp_path):
     table.write_text("name,class,part\nx,c01,Train\ny,c02,dev\nz,c02,val\n")
     assert names_in_table(table, "part") == {"train": ["c01"], "val": ["c02"], "test": []}
     table.write_text("class,split\nc01,train\nc01,test\n")
-    with pytest.raises(ValueError, match="row 3: 'c01' is in test here, and in train above"):
+    with pytest.raises(ValueError, match="row 3, column 'split': 'c01' is in test here, and in train in row 2"):
         names_in_table(table)
     with pytest.raises(ValueError, match="has no column 'kind': it has class, split"):
         names_in_table(table, classes="kind")
+    table.write_text("class\tsplit\na,b\ttrain\nNA\ttest\n")
+    assert names_in_table(table) == {"train": ["a,b"], "val": [], "test": ["NA"]}
+    with pytest.raises(ValueError, match="nowhere.csv: no such file"):
+        names_in_table(tmp_path / "nowhere.csv")
     table.write_text("class,split\nc01,\n")
     with pytest.raises(ValueError, match="row 2, column 'split': must be one of train, val, test; got ''"):
         names_in_table(table)

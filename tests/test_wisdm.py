@@ -41,7 +41,7 @@ def test_tasks_are_of_one_person_and_of_windows_that_differ():
 
 def test_what_is_refused(tmp_path):
     x, activity, person = numbered()
-    with pytest.raises(ValueError, match="nobody has 4 activities with 1 . 2 windows each"):
+    with pytest.raises(ValueError, match=r"no task .no person. has 4 classes with 1 \+ 2 rows each: ask for fewer"):
         PersonTasks(x, activity, person, ways=4, query_shots=2)
     with pytest.raises(ValueError, match="must have as many rows"):
         PersonTasks(x, activity[1:], person)

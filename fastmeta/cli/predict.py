@@ -42,9 +42,16 @@ class Predictions:
             lines = [[name, *row] for name, row in zip(self.names, self.values.tolist(), strict=True)]
             several = len(self.columns) > 1
             return [self.key, *(f"prediction {name}" if several else "prediction" for name in self.columns)], lines
+        taken = {self.key, "prediction"}
+        header = [self.key, "prediction"]
+        for name in self.columns:
+            while name in taken:  # a class may be called as one of the first two, or as what another became
+                name = f"class {name}"
+            taken.add(name)
+            header.append(name)
         best = [self.columns[i] for i in self.values.argmax(1).tolist()]
         lines = [[*pair, *row] for *pair, row in zip(self.names, best, self.values.tolist(), strict=True)]
-        return [self.key, "prediction", *self.columns], lines
+        return header, lines
 
     def as_json(self) -> list[dict[str, Any]]:
         """One object for each row."""

@@ -25,9 +25,10 @@ class FewShotClassifier(ClassifierMixin, FewShotEstimator):
             - the folder of a run of `fastmeta train`, or one of its checkpoints (see `fastmeta.load`);
             - a module with `adapt` and `predict`, as those of `fastmeta.algorithms`; it is copied in `fit`;
             - `"nearest-mean"` (the class with the nearest mean; None, the default, is this), `"nearest"` (the class of
-              the nearest example), `"ridge"` (ridge regression on the classes, penalty 1), `"in-context"` (attention
-              over the support rows, by ten times the cosine, as in matching networks): rules on the flattened rows less
-              the mean of the support rows, in float64. Standardise a table's columns before.
+              the nearest example), `"ridge"` (ridge regression on the classes, penalty 1; ten times its predictions,
+              which lie around 0 and 1, are the logits, as `RidgeHead` starts), `"in-context"` (attention over the
+              support rows, by ten times the cosine, as in matching networks): rules on the flattened rows less the mean
+              of the support rows, in float64. Standardise a table's columns before.
         calibrate: fit a temperature that the logits are divided by before their softmax (Guo et al. 2017, section 4.2)
             to predictions of each support row from the others. 1 where a class has one row: without it there is no such
             class. Takes as many adaptations as there are support rows, at most 128; they run as one batch of tasks.

@@ -29,7 +29,7 @@ class PersonTasks:
     `sample` gives inputs `[T, S, ...]` and `[T, Q, ...]`, and labels int64.
 
     Raises:
-        TypeError, ValueError: sizes below 1, columns of different lengths; nobody with as many activities and windows.
+        TypeError, ValueError: sizes below 1, columns of different lengths; nobody with so many activities and windows.
     """
 
     kind = "classification"
@@ -50,7 +50,10 @@ class PersonTasks:
         enough = counts >= shots + query_shots
         serve = enough.sum(1) >= ways
         if not serve.any():
-            raise ValueError(f"nobody has {ways} activities with {shots} + {query_shots} windows each")
+            raise ValueError(
+                f"no task (no person) has {ways} classes with {shots} + {query_shots} rows each: ask for fewer ways, "
+                "shots or query_shots"
+            )
         self._counts, self._starts, self._number = counts[serve], starts[serve], enough[serve].sum(1)
         self._activities = enough[serve].sort(dim=1, descending=True, stable=True).indices  # first those with enough
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from fastmeta.tasks.read._warning import DataWarning
 from fastmeta.tasks.store import mapped
 
 Made = tuple[dict[str, Tensor], dict[str, str]]  # tensors and texts, each by name
+_DAY = 24 * 60 * 60  # seconds
 _DTYPES = {"torch.uint8": "U8", "torch.int64": "I64"}
 
 
@@ -93,6 +95,14 @@ def _read(path: Path, format: str, check: bool = True) -> Made | None:
     return (tensors, texts) if not check or texts.get("sha256") == _sum(tensors) else None
 
 
+def _sweep(folder: Path) -> None:
+    """Let go of what processes that were killed left half-written."""
+    for partial in folder.glob("*.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - partial.stat().st_mtime > _DAY:  # else another process may be writing it
+                partial.unlink()
+
+
 def _write(path: Path, tensors: dict[str, Tensor], texts: dict[str, str]) -> None:
     """A safetensors file, whole or not at all. The library's own writer copies all tensors first: these may be larger
     than the memory."""
@@ -105,6 +115,7 @@ def _write(path: Path, tensors: dict[str, Tensor], texts: dict[str, str]) -> Non
         start = end
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
+    _sweep(path.parent)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:

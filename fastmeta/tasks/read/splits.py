@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from fastmeta import values
 from fastmeta.tasks.examples import Examples
+from fastmeta.tasks.read._columns import read_columns
 from fastmeta.tasks.task_rows import TaskRows
 
 SPLITS = ("train", "val", "test")
@@ -83,31 +83,29 @@ def names_in_files(folder: str | PathLike) -> dict[str, list[str]]:
 
 
 def names_in_table(path: str | PathLike, column: str = "split", classes: str = "class") -> dict[str, list[str]]:
-    """The splits that a CSV file's `column` gives to the names in its column `classes`, for `split_examples`.
+    """The splits that a table's `column` gives to the names in its column `classes`, for `split_examples`.
+    A CSV file has commas, semicolons, tabs or bars between its cells.
 
     Raises:
-        ValueError: a column that is not there, a word that is no split, a class with two; by row.
+        ValueError: no table, a column that is not there, a word that is no split, a class with two; by row.
     """
-    found: dict[str, str] = {}
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        for name in (column, classes):
-            if name not in (reader.fieldnames or ()):
-                raise ValueError(f"{path} has no column {name!r}: it has {', '.join(reader.fieldnames or ())}")
-        for row in reader:
-            split = split_name(row[column], f"{path}, row {reader.line_num}, column {column!r}")
-            if found.setdefault(row[classes], split) != split:
-                before = found[row[classes]]
-                raise ValueError(
-                    f"{path}, row {reader.line_num}: {row[classes]!r} is in {split} here, and in {before} above"
-                )
-    return {split: [name for name, of in found.items() if of == split] for split in SPLITS}
+    columns = read_columns(Path(path))
+    columns.check(column, classes)
+    found: dict[str, tuple[str, int]] = {}
+    for i, (name, word) in enumerate(zip(columns.names(classes), columns.names(column), strict=True)):
+        split = split_name(word, columns.where(i, column))
+        if name is None:
+            raise ValueError(f"{columns.where(i, classes)}: empty")
+        before, row = found.setdefault(name, (split, columns.lines[i]))
+        if before != split:
+            raise ValueError(f"{columns.where(i, column)}: {name!r} is in {split} here, and in {before} in row {row}")
+    return {split: [name for name, (of, _) in found.items() if of == split] for split in SPLITS}
 
 
 def split_name(text: str | None, where: str) -> str:
     word = (text or "").strip().lower()
     if _ALSO.get(word, word) not in SPLITS:
-        raise ValueError(f"{where}: must be one of train, val, test; got {text!r}")
+        raise ValueError(f"{where}: must be one of train, val, test; got {text or ''!r}")
     return _ALSO.get(word, word)
 
 
