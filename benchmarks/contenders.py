@@ -67,6 +67,28 @@ def nt_xent(embeddings: Tensor, temperature: float) -> Tensor:
     return losses.view(embeddings.shape[:2]).mean(1)
 
 
+def prototypical_loss_by_keops(support, support_labels, query, query_labels, num_classes) -> Tensor:
+    """Distances that KeOps computes as it sums over them: nothing of size [T, Q, N]."""
+    from pykeops.torch import LazyTensor
+
+    one_hot = F.one_hot(support_labels, num_classes).to(support.dtype)
+    prototypes = torch.bmm(one_hot.transpose(1, 2), support) / one_hot.sum(1).clamp_min(1).unsqueeze(-1)
+    scores = -((LazyTensor(query.unsqueeze(2)) - LazyTensor(prototypes.unsqueeze(1))) ** 2).sum(-1)
+    own = prototypes.gather(1, query_labels.unsqueeze(-1).expand(-1, -1, prototypes.shape[2]))
+    return (scores.logsumexp(dim=2).squeeze(-1) + (query - own).square().sum(-1)).mean(1)
+
+
+def nt_xent_by_keops(embeddings: Tensor, temperature: float) -> Tensor:
+    """The same for NT-Xent; a row's score with itself is taken out of the sum afterwards."""
+    from pykeops.torch import LazyTensor
+
+    scores = (LazyTensor(embeddings.unsqueeze(2)) | LazyTensor(embeddings.unsqueeze(1))) / temperature
+    total = scores.logsumexp(dim=2).squeeze(-1)
+    itself = embeddings.square().sum(-1) / temperature
+    partner = (embeddings * embeddings.roll(embeddings.shape[1] // 2, 1)).sum(-1) / temperature
+    return (total + torch.log1p(-(itself - total).exp()) - partner).mean(1)
+
+
 def update_by_foreach(params: list[Tensor], grads: list[Tensor], lrs: list[Tensor]) -> list[Tensor]:
     return torch._foreach_sub(params, torch._foreach_mul(grads, lrs))
 
@@ -84,15 +106,15 @@ def mlp_by_baddbmm(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Te
 
 
 def task_query_loss(model, params, loss, support_x, support_y, query_x, query_y, lr, steps):
-    """Query loss of one task after its inner steps, by `torch.func.grad`."""
+    """Query loss of one task after its inner steps, by `torch.func.grad`; `lr`: a number, or rates by name."""
+    rates = lr if isinstance(lr, dict) else dict.fromkeys(params, lr)
 
     def support_loss(p):
         return loss(functional_call(model, p, (support_x,)), support_y)
 
     for _ in range(steps):
-        params = {
-            name: p - lr * g for (name, p), g in zip(params.items(), grad(support_loss)(params).values(), strict=True)
-        }
+        grads = grad(support_loss)(params)
+        params = {name: p - rates[name] * grads[name] for name, p in params.items()}
     return loss(functional_call(model, params, (query_x,)), query_y)
 
 
@@ -136,6 +158,68 @@ def maml_by_higher(model, loss, batch, lr, steps) -> tuple[Tensor, ...]:
     return torch.autograd.grad(total / batch.support_x.shape[0], list(model.parameters()))
 
 
+def _clone(module: torch.nn.Module) -> torch.nn.Module:
+    """A module whose parameters are clones in the graph, as learn2learn's `clone_module` makes it."""
+    clone = module.__new__(type(module))
+    clone.__dict__ = module.__dict__.copy()
+    clone._parameters = {name: None if p is None else p.clone() for name, p in module._parameters.items()}
+    clone._modules = {name: None if m is None else _clone(m) for name, m in module._modules.items()}
+    return clone
+
+
+def maml_like_learn2learn(model, loss, batch, lr, steps) -> tuple[Tensor, ...]:
+    """A loop over the tasks as learn2learn has it: a cloned module for each, whose parameters every step replaces."""
+    total = 0.0
+    for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
+        fast_model = _clone(model)
+        for _ in range(steps):
+            owners = [(m, name) for m in fast_model.modules() for name, p in m._parameters.items() if p is not None]
+            fast = [m._parameters[name] for m, name in owners]
+            grads = torch.autograd.grad(loss(fast_model(support_x), support_y), fast, create_graph=True)
+            for (m, name), p, g in zip(owners, fast, grads, strict=True):
+                m._parameters[name] = p - lr * g
+        total = total + loss(fast_model(query_x), query_y)
+    return torch.autograd.grad(total / batch.support_x.shape[0], list(model.parameters()))
+
+
+def maml_by_learn2learn(model, loss, batch, lr, steps) -> tuple[Tensor, ...]:
+    """learn2learn itself (Arnold et al. 2020)."""
+    import learn2learn
+
+    maml, total = learn2learn.algorithms.MAML(model, lr=lr), 0.0
+    for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
+        learner = maml.clone()
+        for _ in range(steps):
+            learner.adapt(loss(learner(support_x), support_y))
+        total = total + loss(learner(query_x), query_y)
+    return torch.autograd.grad(total / batch.support_x.shape[0], list(model.parameters()))
+
+
+def maml_by_torchopt(model, loss, batch, lr, steps) -> tuple[Tensor, ...]:
+    """A loop over the tasks with the differentiable optimisers of TorchOpt (Ren et al. 2023)."""
+    import torchopt
+
+    slow = list(model.parameters())
+    optimizer, total = torchopt.MetaSGD(model, lr=lr), 0.0
+    start = torchopt.extract_state_dict(model, by="reference"), torchopt.extract_state_dict(optimizer, by="reference")
+    for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
+        for _ in range(steps):
+            optimizer.step(loss(model(support_x), support_y))
+        total = total + loss(model(query_x), query_y)
+        torchopt.recover_state_dict(model, start[0])
+        torchopt.recover_state_dict(optimizer, start[1])
+    return torch.autograd.grad(total / batch.support_x.shape[0], slow)
+
+
+def maml_by_jax(model, regression, batch, lr, steps) -> Callable[[], object]:
+    """`jit(grad(mean(vmap(...))))` in JAX."""
+    if batch.support_x.dtype != torch.float32:
+        raise ValueError("JAX computes in float32 here")
+    from . import peers_jax
+
+    return peers_jax.maml(model, regression, batch, lr, steps)
+
+
 def maml_by_loop(model, loss, batch, lr, steps) -> tuple[Tensor, ...]:
     """Meta-gradient by a Python loop over the tasks with `create_graph`, as MAML repositories have it."""
     names, slow = zip(*model.named_parameters(), strict=True)
@@ -148,6 +232,16 @@ def maml_by_loop(model, loss, batch, lr, steps) -> tuple[Tensor, ...]:
             fast = [p - lr * g for p, g in zip(fast, grads, strict=True)]
         total = total + loss(functional_call(model, dict(zip(names, fast, strict=True)), (query_x,)), query_y)
     return torch.autograd.grad(total / batch.support_x.shape[0], slow)
+
+
+# a Python loop over the tasks, which takes a minute for a thousand of them
+LOOPS = {
+    "task loop": maml_by_loop,
+    "learn2learn-like loop": maml_like_learn2learn,
+    "learn2learn": maml_by_learn2learn,
+    "higher": maml_by_higher,
+    "TorchOpt": maml_by_torchopt,
+}
 
 
 def supervised(model, loss, batch) -> tuple[Tensor, ...]:

@@ -15,9 +15,10 @@ import torch
 import typer
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import measure, roofline, suite
-from benchmarks.contenders import in_cuda_graph
 from fastmeta.dispatch.spec import Make
+
+from . import measure, roofline, suite
+from .contenders import in_cuda_graph
 
 ROUNDS = 5  # of a profile
 MOST = 12  # kernels listed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -55,25 +56,27 @@ def interleaved(
 
     A contender quicker than 5 ms runs several times a round, and the figure is the mean of those. Half as many calls
     before the clock starts bring threads and caches back from what ran before (one alone does not, after a contender
-    that fills hundreds of megabytes): what is timed is a training loop's next step. Where every contender takes long
-    there is no such call.
+    that fills hundreds of megabytes): what is timed is a training loop's next step. Who takes half a second has no such
+    call, and who takes longer than `seconds` no more than three figures.
     """
     once = {}
     for name, run in contenders.items():
         run()
         once[name] = _time(run, 1, warm=False)
-    warm = min(once.values()) < LONG
     repeats = {}
     for name, run in contenders.items():
         seconds_a_call = once[name] if once[name] > 0.05 else _time(run, 3)
         repeats[name] = max(1, min(100, int(5e-3 / max(seconds_a_call, 1e-9))))
+    most = {name: min(rounds, 3) if once[name] > max(seconds, LONG) else math.inf for name in contenders}
     order, shuffle = list(contenders), random.Random(seed).shuffle
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[order[0]]) < rounds:
+    end, done = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or done < rounds:
         shuffle(order)
         for name in order:
-            times[name].append(_time(contenders[name], repeats[name], warm))
+            if len(times[name]) < most[name]:
+                times[name].append(_time(contenders[name], repeats[name], once[name] < LONG))
+        done += 1
     return times
 
 

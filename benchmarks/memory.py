@@ -19,8 +19,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import contenders, roofline
-from benchmarks.suite import maml_batch
+from . import contenders, roofline
+from .problems import maml_batch
 
 # name, widths, tasks, support rows, query rows, inner steps, contenders
 WORKLOADS = (
@@ -70,7 +70,7 @@ def main(
     table = Table("workload", "contender", "peak MB", "seconds")
     for index, (name, *_, names) in enumerate(WORKLOADS):
         for contender in names:
-            command = [sys.executable, "-m", "benchmarks.memory", "--one", f"{index},{contender}"]
+            command = [sys.executable, "-m", f"{__package__}.memory", "--one", f"{index},{contender}"]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             rows.append({"workload": name, "contender": contender, **found})
             table.add_row(name, contender, f"{found['megabytes']:.0f}", f"{found['seconds']:.2f}")

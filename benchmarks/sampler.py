@@ -8,8 +8,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import interleaved
 from fastmeta.tasks import EpisodeSampler, SinusoidTasks
+
+from .measure import interleaved
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

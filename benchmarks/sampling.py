@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.measure import interleaved
 from fastmeta import MAML, ProtoNet
 from fastmeta.nn import conv4
 from fastmeta.tasks import EpisodeSampler, Examples, TaskBatch, episodes_of
+
+from .measure import interleaved
 
 SIDE, WAYS, INSTANCES = 84, 5, 600  # as mini-ImageNet has them
 SIZES = {"ways": WAYS, "shots": 1, "query_shots": 15}
@@ -129,7 +130,7 @@ def main(
             met = "met" if ratio >= NEEDED else "MISSED"
             table.add_row(name, f"{found[name]:.2f}", f"{ratio:.0f} ({met}: {NEEDED})", f"{found[name, 'ahead']:.2f}")
         console.print(table)
-        command = [sys.executable, "-m", "benchmarks.sampling", "--limited", str(path)]
+        command = [sys.executable, "-m", f"{__package__}.sampling", "--limited", str(path)]
         found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
         console.print(f"With {size / 2:.2f} GB of memory: {found}")
 

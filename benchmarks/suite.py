@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 import fastmeta.nn
-from benchmarks import contenders as peers
-from benchmarks import counts
-from benchmarks.case import Case
-from benchmarks.conv import ops as convolutional
-from benchmarks.measure import Contender
 from fastmeta import MAML, ProtoNet, TaskBatch, functional
 from fastmeta.dispatch.spec import REGISTRY, Make
+
+from . import contenders as peers
+from . import counts, curves, learners, whole
+from .case import Case
+from .conv import ops as convolutional
+from .conv import rows as conv_rows
+from .measure import Contender
+from .problems import episodes, maml_batch, rows_and_gradients
 
 
 def compiled(function: Callable) -> Callable:
@@ -44,6 +46,7 @@ def prototypical_losses(make: Make) -> Iterator[Case]:
         rows = {
             "fastmeta": with_gradient(lambda *args: functional.prototypical_loss(*args)[0]),
             "unfused": with_gradient(peers.unfused_prototypical_loss),
+            "KeOps": with_gradient(peers.prototypical_loss_by_keops),
             "compiled": with_gradient(compiled(peers.unfused_prototypical_loss)),
         }
         if index == 0:
@@ -108,7 +111,7 @@ def task_weights(make: Make) -> Iterator[Case]:
         return output.loss, tuple(gradients.values())
 
     runs["contenders"]["MAML.gradients"] = without_graph
-    work = {"flops": counts.maml(sizes, tasks, 10, 10, 1), "bytes": _rows_and_gradients(model, batch)}
+    work = {"flops": counts.maml(sizes, tasks, 10, 10, 1), "bytes": rows_and_gradients(model, batch)}
     yield Case("weighted meta_loss_mlp sinusoid 1-40-40-1 K1 T1000", **runs, **work, at_most=at_most)
 
 
@@ -128,6 +131,7 @@ def contrastive_losses(make: Make) -> Iterator[Case]:
         rows = {
             "fastmeta": with_gradient(REGISTRY["contrastive_loss"]),
             "matrix": with_gradient(peers.nt_xent),
+            "KeOps": with_gradient(peers.nt_xent_by_keops),
             "compiled": with_gradient(compiled(peers.nt_xent)),
         }
         # scores are symmetric, half a product; their gradient by the rows is a whole one
@@ -195,31 +199,16 @@ def mlps(make: Make) -> Iterator[Case]:
         yield Case(f"functional_mlp fwd {workload.label}", rows, workload.flops, workload.bytes, bars)
 
 
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def _later(build: Callable[[], Contender]) -> Contender:
+    """What `build` makes, which is made when it is first called: a package that is not installed is missed then."""
+    made: list[Contender] = []
 
+    def run():
+        if not made:
+            made.append(build())
+        return made[0]()
 
-def maml_batch(sizes, tasks: int, shots: int, queries: int, steps: int, make: Make | None = None):
-    """An MLP, its loss, a task batch and `MAML` of them; regression if the net has one output."""
-    make = make or Make(torch.float32)
-    torch.manual_seed(0)
-    model = fastmeta.nn.mlp(sizes).to(make.device, make.dtype)
-    regression = sizes[-1] == 1
-
-    def targets(rows):
-        return make.normal(tasks, rows, 1) if regression else make.labels(sizes[-1], tasks, rows)
-
-    batch = TaskBatch(
-        make.normal(tasks, shots, sizes[0]), targets(shots), make.normal(tasks, queries, sizes[0]), targets(queries)
-    )
-    loss = F.mse_loss if regression else F.cross_entropy
-    maml = MAML(model, inner_lr=0.01, inner_steps=steps, loss="mse" if regression else "cross_entropy")
-    return model, loss, batch, maml
-
-
-def _rows_and_gradients(model: torch.nn.Module, batch: TaskBatch) -> int:
-    """Bytes of the tasks' rows, of the slow weights and of their gradients."""
-    return counts.nbytes([*batch, *model.parameters(), *model.parameters()])
+    return run
 
 
 def mamls(make: Make) -> Iterator[Case]:
@@ -232,7 +221,7 @@ def mamls(make: Make) -> Iterator[Case]:
         ("images 784-64-64-5 K5 T256", (784, 64, 64, 5), 256, 5, 75, 5, 4, 1.5),
         ("images 784-256-128-64-64-5 K5 T32", (784, 256, 128, 64, 64, 5), 32, 5, 75, 5, 4, 1.7),
     )
-    for name, sizes, tasks, shots, queries, steps, faster, at_most in settings:
+    for title, sizes, tasks, shots, queries, steps, faster, at_most in settings:
         model, loss, batch, maml = maml_batch(sizes, tasks, shots, queries, steps, make)
         regression = sizes[-1] == 1
         rows = {
@@ -241,18 +230,14 @@ def mamls(make: Make) -> Iterator[Case]:
             "torch.func compiled": peers.maml_compiled(model, loss, batch, 0.01, steps),
         }
         if tasks <= 32:  # a minute each for a thousand tasks
-            rows["task loop"] = lambda m=model, f=loss, b=batch, k=steps: peers.maml_by_loop(m, f, b, 0.01, k)
-            if _installed("higher"):
-                rows["higher"] = lambda m=model, f=loss, b=batch, k=steps: peers.maml_by_higher(m, f, b, 0.01, k)
-        if _installed("jax"):
-            from benchmarks import peers_jax
-
-            rows["JAX jit"] = peers_jax.maml(model, regression, batch, 0.01, steps)
+            for name, peer in peers.LOOPS.items():
+                rows[name] = lambda m=model, f=loss, b=batch, k=steps, peer=peer: peer(m, f, b, 0.01, k)
+        rows["JAX jit"] = _later(lambda m=model, r=regression, b=batch, k=steps: peers.maml_by_jax(m, r, b, 0.01, k))
         case = Case(
-            f"MAML meta-gradient {name}",
+            f"MAML meta-gradient {title}",
             rows,
             counts.maml(sizes, tasks, shots, queries, steps),
-            _rows_and_gradients(model, batch),
+            rows_and_gradients(model, batch),
             {peer: faster for peer in rows if peer != "fastmeta"},
             yardsticks={
                 "supervised on the same rows": lambda m=model, f=loss, b=batch: peers.supervised(m, f, b),
@@ -316,45 +301,52 @@ def modules(make: Make) -> Iterator[Case]:
         "MAML meta-gradient residual net 784-128-128-128-5 with LayerNorm K5 T128",
         {"fastmeta": meta_gradient("auto"), "vmap engine": meta_gradient("vmap")},
         counts.maml((784, 128, 128, 128, 5), tasks, ways, queries, steps),  # sums of layers cost no products
-        _rows_and_gradients(model, batch),
+        rows_and_gradients(model, batch),
         {"vmap engine": 5},
         yardsticks={"supervised on the same rows": lambda: peers.supervised(model, F.cross_entropy, batch)},
     )
 
 
+# rows of `python -m benchmarks.conv`, and who of the peers there is named how here
+CONVOLUTIONAL = ("conv4-1shot-k1-t4", "conv4-1shot-k5-t4", "conv4-84-k5-t4", "sensors", "resnet12-first-order")
+OF_CONV = {
+    "task loop": ("task loop, channels_last", "task loop"),
+    "torch.func, norm written out": ("torch.func vmap(grad), norm written out",),
+    "grouped convolution": ("grouped convolution",),
+    "supervised on the same rows": ("supervised, channels_last, pool before ReLU", "supervised"),
+}
+
+
 def convolutions(make: Make) -> Iterator[Case]:
-    torch.manual_seed(0)
-    model = fastmeta.nn.conv4(track_running_stats=False).to(make.device, make.dtype)
-    tasks, ways, queries, steps = 4, 5, 75, 1
-    model.append(torch.nn.Linear(64, ways, device=make.device, dtype=make.dtype))
-    batch = TaskBatch(
-        make.normal(tasks, ways, 1, 28, 28), make.balanced_labels(tasks, ways, 1),
-        make.normal(tasks, queries, 1, 28, 28), make.labels(ways, tasks, queries),
-    )  # fmt: skip
-    maml = MAML(model, inner_lr=0.01, inner_steps=steps)
-    yield Case(
-        "MAML meta-gradient Conv4 of 64 channels 28x28 K1 T4",
-        {
-            "fastmeta": lambda: torch.autograd.grad(maml(batch).loss, list(maml.parameters())),
-            "task loop": lambda: peers.maml_by_loop(model, F.cross_entropy, batch, 0.01, steps),
-        },
-        0,  # not counted: a convolution has forms of fewer multiplications than its definition (Winograd's)
-        _rows_and_gradients(model, batch),
-        {"task loop": 1},
-        yardsticks={"supervised on the same rows": lambda: peers.supervised(model, F.cross_entropy, batch)},
-    )
+    for key in CONVOLUTIONAL:
+        row = conv_rows.ROWS[key]
+
+        def problem(row=row):  # the same each time, and everybody's own: nobody leaves anything in another's net
+            return row.make(Make(make.dtype, make.device), False)
+
+        def chosen(builders, problem=problem):
+            found = {name: next((builders[n] for n in named if n in builders), None) for name, named in OF_CONV.items()}
+            return {n: _later(lambda build=build: build(problem())) for n, build in found.items() if build is not None}
+
+        whole = problem()
+        yield Case(
+            f"MAML meta-gradient {row.title}",
+            {"fastmeta": row.ours(problem()), **chosen(row.peers)},
+            0,  # not counted: a convolution has forms of fewer multiplications than its definition (Winograd's)
+            rows_and_gradients(whole.model, whole.batch),
+            {"task loop": row.faster},
+            yardsticks=chosen(row.yardsticks),
+            at_most={} if row.at_most is None else {"supervised on the same rows": row.at_most},
+            rtol=0.05,  # one winner of a pool may be another; the rows themselves compare in float64
+            quick=key == "conv4-1shot-k1-t4",
+        )
 
 
 def protonets(make: Make) -> Iterator[Case]:
     ways, shots, queries, tasks = 5, 1, 5, 16
     torch.manual_seed(0)
     encoder = torch.nn.Sequential(torch.nn.Flatten(), fastmeta.nn.mlp((784, 64, 64))).to(make.device, make.dtype)
-    batch = TaskBatch(
-        make.normal(tasks, ways * shots, 1, 28, 28),
-        make.balanced_labels(tasks, ways, shots),
-        make.normal(tasks, ways * queries, 1, 28, 28),
-        make.balanced_labels(tasks, ways, queries),
-    )
+    batch = episodes(make, tasks, ways, shots, queries, 1, 28, 28)
     model = ProtoNet(encoder, ways=ways)
 
     def vmapped():
@@ -380,7 +372,7 @@ def protonets(make: Make) -> Iterator[Case]:
         f"ProtoNet gradient 784-64-64 {ways}way {shots}shot {queries}query T{tasks}",
         rows,
         counts.supervised((784, 64, 64), tasks * ways * (shots + queries)) + distances,
-        _rows_and_gradients(encoder, batch),
+        rows_and_gradients(encoder, batch),
     )
 
 
@@ -397,4 +389,20 @@ GROUPS: dict[str, Callable[[Make], Iterator[Case]]] = {
     "maml_module": modules,
     "maml_conv": convolutions,
     "protonet": protonets,
+    "meta_sgd": learners.meta_sgd,
+    "hypernetwork": learners.hypernetworks,
+    "in_context": learners.in_context,
+    "sampling": whole.sampling,
+    "training_step": whole.training_steps,
+    "curves": curves.curves,
 }
+
+# everybody whom a group may name beside fastmeta
+PEERS = (
+    "unfused", "compiled", "materialised [T,Q,N,D]", "KeOps", "by hand", "backward op", "without weights",
+    "MAML.gradients", "matrix", "bmm", "cdist", "foreach", "addcmul loop", "baddbmm chain", "torch.func",
+    "torch.func compiled", "task loop", "learn2learn-like loop", "learn2learn", "higher", "TorchOpt", "JAX jit",
+    "supervised on the same rows", "fastmeta, a graph and its backward", "vmap engine", "grouped", "vmap",
+    "task loop, pool before ReLU", "task loop, pool after ReLU", "torch.func, norm written out", "grouped convolution",
+    "plain PyTorch", "fastmeta, support encoded once",
+)  # fmt: skip

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +17,10 @@ from conftest import DEVICE
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from benchmarks import __main__ as command
-from benchmarks import counts, measure, roofline, suite
+from benchmarks import counts, measure, plots, report, roofline, suite
+from benchmarks import run as timing
+from benchmarks.case import Case
+from benchmarks.compare import compare
 from benchmarks.conv import __main__ as conv_command
 from benchmarks.conv import memory as conv_memory
 from benchmarks.conv import problem as conv_problem
@@ -25,6 +28,7 @@ from benchmarks.conv import report as conv_report
 from benchmarks.conv import rows as conv_rows
 from benchmarks.conv import run as conv_run
 from fastmeta import MAML
+from fastmeta.cli.main import app
 from fastmeta.dispatch.spec import REGISTRY, Make
 
 
@@ -125,28 +129,155 @@ def test_who_beats_a_bound_shows_its_error():
         "name": "work", "contenders": {**times, "yardstick": times["fastmeta"]}, "same_work": ["fastmeta", "peer"],
         "work": {"flops": 2e8, "nbytes": 0}, "ratios": {"peer": 3.0, "yardstick": 1.0}, "bars": {}, "at_most": {},
     }  # fmt: skip
-    command.add_bounds([case], roofline.Peak("cpu", multiply_add=100, streams={1: 1}))
+    case |= {"absent": {}, "unlike": []}
+    timing.add_bounds([case], roofline.Peak("cpu", multiply_add=100, streams={1: 1}))
     assert case["bound"]["ms"] == pytest.approx(2) and case["below_bound"] == ["fastmeta"]
-    ours, peer, yardstick = (row[-1] for row in command.rows([case]))
+    ours, peer, yardstick = (row[-1] for row in report.rows([case]))
     assert ours == "ERROR in the bound: beats 2.000, arithmetic" and peer == yardstick == ""
-    report = {"date": "", "command": "", "machine": roofline.machine(), "peak_in_words": "", "cases": [case]}
-    assert "**Error in the bound, beaten by a contender: work.**" in command.markdown(report)
-    command.add_bounds([case], roofline.Peak("cpu", multiply_add=1000, streams={1: 1}))
-    assert case["below_bound"] == [] and "Error" not in command.markdown(report)
+    found = {"date": "", "command": "", "machine": roofline.machine(), "peak_in_words": "", "cases": [case]}
+    found |= {"device": "cpu", "dtype": "float32", "seconds": 0, "complete": True}
+    assert "**Error in the bound, beaten by a contender: work.**" in report.markdown(found)
+    timing.add_bounds([case], roofline.Peak("cpu", multiply_add=1000, streams={1: 1}))
+    assert case["below_bound"] == [] and "Error" not in report.markdown(found)
 
 
-def test_report(tmp_path):
-    app = typer.Typer()
-    app.command()(command.main)
-    result = CliRunner().invoke(
-        app, ["--group", "functional_mlp", "--seconds", "0.1", "--out", str(tmp_path), "--device", DEVICE]
-    )
-    assert result.exit_code == 0, result.output
-    report = json.loads((tmp_path / "suite.json").read_text())
-    case = report["cases"][0]
-    assert set(case["contenders"]) == {"fastmeta", "baddbmm chain"}
-    assert case["ratios"]["baddbmm chain"] > 0 and case["bound"]["ms"] > 0
-    assert "| functional_mlp fwd T1000-B20-1x40x40x1 | fastmeta |" in (tmp_path / "suite.md").read_text()
+# the command --------------------------------------------------------------------------------------------------------
+def bench(*words):
+    return CliRunner().invoke(app, ["bench", "--device", DEVICE, *words])
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A suite of two workloads in a group of its own, and nothing of the machine looked at."""
+    from fastmeta.benchmarks import run, suite
+    from fastmeta.benchmarks.roofline import Peak
+
+    monkeypatch.setattr(run, "gate", lambda device: None)
+    monkeypatch.setattr(Peak, "look", lambda peak: peak.__dict__.update(product=100.0, streams={2**20: 10.0}))
+    cases = [sums(10, "tasks", 10), sums(1000, "tasks", 1000)]
+    monkeypatch.setitem(suite.GROUPS, "tiny", lambda make: iter(cases))
+    monkeypatch.setattr(suite, "PEERS", (*suite.PEERS, "loop", "wrong", "missing", "failing"))
+    return cases
+
+
+def sums(n, what, size):
+    x = torch.arange(float(n))
+    contenders = {"fastmeta": lambda: x.sum(), "loop": lambda: sum(x.unbind()), "failing": lambda: x @ x[1:]}
+    contenders |= {"wrong": lambda: x.sum() + 1, "missing": lambda: __import__("nobody_has_this")}
+    point = "sum", what, size
+    return Case(f"sum of {n}", contenders, n, 4 * n, {"loop": 1.0}, absent={"far": "too far"}, point=point)
+
+
+def test_bench_writes_a_folder_of_results(tmp_path, tiny):
+    done = bench("--group", "tiny", "--seconds", "0.001", "--out", str(tmp_path))
+    assert done.exit_code == 1 and "other numbers than fastmeta's: wrong in sum of 10" in done.stderr.replace("\n", " ")
+    assert "not timed: missing: nobody_has_this is not installed: pip install nobody_has_this" in done.stderr
+    assert "not timed: far: too far (sum of 10 and 1 more)" in done.stderr and "sum of 1000" in done.stdout
+    assert "failing: RuntimeError" in done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["complete"] and found["command"] == f"fastmeta bench --group tiny{gpu()} --seconds 0.001"
+    assert found["environment"]["versions"]["torch"] == torch.__version__ and found["environment"]["cores"] >= 1
+    case = found["cases"][0]
+    assert case["group"] == "tiny" and case["same_work"] == ["fastmeta", "loop"]
+    assert case["ratios"]["loop"] > 0 and case["bound"]["ms"] > 0
+    page = (tmp_path / "report.md").read_text()
+    assert "| sum of 10 | fastmeta |" in page and "- far: too far" in page and "Other numbers" in page
+    for name in ("ratios", "scaling", "ceilings"):
+        assert f"({name}.png)" in page and (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def gpu():
+    return "" if DEVICE == "cpu" else f" --device {DEVICE}"
+
+
+def test_bench_takes_whom_it_is_told(tmp_path, tiny):
+    done = bench("--group", "tiny", "--against", "loo", "--seconds", "0.001", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    case = json.loads((tmp_path / "results.json").read_text())["cases"][1]
+    assert set(case["contenders"]) == {"fastmeta", "loop"} and set(case["absent"]) == {"far"}
+    for option, wrong, known in (("--group", "tinny", "maml_conv"), ("--against", "nobody", "JAX jit")):
+        refused = bench("--group", "tiny", option, wrong).exception
+        assert isinstance(refused, ValueError) and wrong in str(refused) and known in str(refused)
+    assert "bfloat16" in str(bench("--dtype", "int8").exception)
+
+
+def test_quick_leaves_out_what_takes_long(tmp_path, tiny, monkeypatch):
+    slow = dataclasses.replace(tiny[0], name="slow", quick=False)
+    fast = dataclasses.replace(tiny[0], contenders={**tiny[0].contenders, "loop, compiled": None})
+    tiny[:] = [slow, fast]
+    bench("--group", "tiny", "--quick", "--out", str(tmp_path))
+    (case,) = json.loads((tmp_path / "results.json").read_text())["cases"]
+    assert case["name"] == "sum of 10" and "--quick" in case["absent"]["loop, compiled"]
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path, tiny):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    tiny[1] = dataclasses.replace(tiny[1], contenders={"fastmeta": interrupted})
+    done = bench("--group", "tiny", "--seconds", "0.001", "--out", str(tmp_path))
+    assert done.exit_code == 130 and "sum of 10" in done.stdout and "interrupted" in done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [case["name"] for case in found["cases"]] == ["sum of 10"] and not found["complete"]
+    assert "Interrupted" in (tmp_path / "report.md").read_text()
+
+
+def test_pictures_need_matplotlib_and_results_do_not(tmp_path, tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = bench("--group", "tiny", "--against", "loop", "--seconds", "0.001", "--out", str(tmp_path))
+    assert done.exit_code == 0 and "matplotlib is not installed" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "report.md"}
+
+
+def test_nothing_to_draw():
+    assert plots.ratios({"cases": []}) is plots.scaling({"cases": []}) is plots.ceilings({"cases": []}) is None
+
+
+# two runs -----------------------------------------------------------------------------------------------------------
+def of_run(ours, peer, spread=0.0, **more):
+    def times(ms):
+        return {"median_ms": ms, "p25_ms": ms * (1 - spread / 2), "p75_ms": ms * (1 + spread / 2)}
+
+    cases = [{"name": "work", "contenders": {"fastmeta": times(ours), "peer": times(peer)}}]
+    return {"device": "cpu", "dtype": "float32", "machine": {"torch": "2"}, "cases": cases, **more}
+
+
+@pytest.mark.parametrize(
+    "before, now, slower",
+    [
+        (of_run(1.0, 5.0), of_run(1.05, 5.0), False),  # a tenth is nobody's fault
+        (of_run(1.0, 5.0), of_run(1.2, 5.0), True),
+        (of_run(1.0, 5.0), of_run(1.2, 5.0, spread=0.2), False),
+        (of_run(1.0, 5.0), of_run(2.0, 10.0), False),  # the machine is slower
+        (of_run(1.0, 5.0), of_run(1.0, 2.5), True),  # it is faster, and ours is not
+        (of_run(1.0, 5.0), of_run(2.0, 10.0, machine={"torch": "3"}), True),  # the peer is another
+    ],
+)
+def test_a_row_is_slower_beyond_the_spread_and_the_machine(before, now, slower):
+    (change,) = compare(now, before)
+    assert change.slower == slower and change.before_ms == 1.0
+
+
+def test_runs_that_cannot_be_compared():
+    with pytest.raises(ValueError, match="dtype float32, the other one of float64"):
+        compare(of_run(1, 1), of_run(1, 1, dtype="float64"))
+    with pytest.raises(ValueError, match="no workload in common"):
+        compare(of_run(1, 1), of_run(1, 1, cases=[]))
+
+
+def test_bench_compares(tmp_path, tiny):
+    words = "--group", "tiny", "--against", "loop", "--seconds", "0.001"
+    bench(*words, "--out", str(tmp_path))
+    file = tmp_path / "results.json"
+    before = json.loads(file.read_text())
+    for case in before["cases"]:
+        for name in ("median_ms", "p25_ms", "p75_ms"):
+            case["contenders"]["fastmeta"][name] *= 1e-3
+    file.write_text(json.dumps({**before, "machine": {**before["machine"], "cpu": "another"}}))
+    done = bench(*words, "--compare", str(file))
+    assert done.exit_code == 1 and "SLOWER" in done.stdout and "another machine" in done.stderr
+    file.write_text("[]")
+    assert "holds no results" in str(bench(*words, "--compare", str(file)).exception)
 
 
 # convolutional inner loops ----------------------------------------------------------------------------------------
@@ -155,11 +286,11 @@ ROWS_OF_CONV = ("conv4-84-k5-t4", "resnet12-first-order", "protonet")
 
 def test_convolutional_rows(tmp_path):
     """Three rows at tiny sizes, every peer that needs no compiler; their gradients are compared in float64."""
-    app = typer.Typer()
-    app.command()(conv_command.main)
+    alone = typer.Typer()
+    alone.command()(conv_command.main)
     rows = [word for row in ROWS_OF_CONV for word in ("--rows", row)]
     options = ["--small", "--seconds", "0.01", "--without", "JAX", "--without", "compile", "--device", DEVICE]
-    result = CliRunner().invoke(app, [*rows, *options, "--out", str(tmp_path)])
+    result = CliRunner().invoke(alone, [*rows, *options, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     found = {row["key"]: row for row in json.loads((tmp_path / "conv.json").read_text())["rows"]}
     assert tuple(found) == ROWS_OF_CONV

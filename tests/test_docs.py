@@ -10,9 +10,9 @@ import pytest
 import torch
 import typer
 
-from benchmarks import __main__ as benchmarks_command
 from benchmarks import memory as memory_command
 from benchmarks import modules as modules_command
+from benchmarks import report as report_command
 from benchmarks import sampler as sampler_command
 from benchmarks.conv import __main__ as conv_command
 from fastmeta import tasks
@@ -57,10 +57,10 @@ def single(function):
 
 MODULES = {
     "fastmeta": app,
-    "benchmarks": single(benchmarks_command.main),
     "benchmarks.conv": single(conv_command.main),
     "benchmarks.memory": single(memory_command.main),
     "benchmarks.modules": single(modules_command.main),
+    "benchmarks.report": single(report_command.main),
     "benchmarks.sampler": single(sampler_command.main),
 }
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -75,6 +75,8 @@ def parse(command: str) -> None:
     if words[0] == "make":
         assert {word for word in words[1:] if "=" not in word} <= TARGETS, command
         return
+    if words[:3] == ["python", "-m", "benchmarks"]:
+        words[:3] = ["fastmeta", "bench"]
     name, arguments = (words[2], words[3:]) if words[:2] == ["python", "-m"] else (words[0], words[1:])
     entry = typer.main.get_command(MODULES[name])
     if hasattr(entry, "commands"):
@@ -145,24 +147,11 @@ def test_environment_variables():
 
 
 # figures --------------------------------------------------------------------------------------------------------------
-def named_results(name: str) -> Path:
-    """The file of results that the README names first."""
-    return ROOT / re.search(rf"`(benchmarks/results/[\w-]+/{name})`", README.read_text())[1]
-
-
-def test_table_is_the_suites():
-    report, missing = json.loads(named_results("suite.md").with_suffix(".json").read_text()), []
-    for case in report["cases"]:
-        median = case["contenders"]["fastmeta"]["median_ms"]
-        ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in case["ratios"].items())
-        row = f"| {case['name']} | {median:.3f} | {ratios} |"
-        missing += [row] if row not in README.read_text() else []
-    assert not missing, "the README should have\n" + "\n".join(missing)
-
-
-def test_memory_is_the_reports():
-    rows, missing = json.loads(named_results("memory.json").read_text())["rows"], []
-    for row in rows:
-        figures = f"| {row['workload']} | {row['contender']} | {row['megabytes']:.1f} | {row['seconds']:.2f} |"
-        missing += [figures] if figures not in README.read_text() else []
-    assert not missing, "the README should have\n" + "\n".join(missing)
+def test_tables_are_those_of_the_committed_results():
+    """`python -m benchmarks.report` writes them."""
+    text, folder = README.read_text(), report_command.IN_README
+    assert f"`{folder.relative_to(ROOT).as_posix()}/report.md`" in text
+    assert text == report_command.readme(text, folder), "python -m benchmarks.report makes the README's tables"
+    case = json.loads((folder / "results.json").read_text())["cases"][0]
+    figure = f"| {case['name']} | {case['contenders']['fastmeta']['median_ms']:.3f} |"
+    assert figure in text and report_command.readme(text.replace(figure, "| another |"), folder) == text

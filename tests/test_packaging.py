@@ -21,14 +21,28 @@ else:
 
 ROOT = Path(__file__).parent.parent
 PACKAGE, KERNELS = ROOT / "fastmeta", ROOT / "kernels" / "triton"
+MAPPED = {"kernels": KERNELS, "benchmarks": ROOT / "benchmarks"}  # stand at the top level, install inside the package
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 OPS = sorted({spec.file for spec in REGISTRY.values()})
 
 
+def installed_parts(path: Path) -> tuple[str, ...]:
+    """Where a file of the project stands once it is installed, from `fastmeta` on."""
+    for name, folder in MAPPED.items():
+        if path.is_relative_to(folder):
+            return "fastmeta", name, *path.relative_to(folder).parts
+    return "fastmeta", *path.relative_to(PACKAGE).parts
+
+
+def python_files() -> list[Path]:
+    return [path for folder in (PACKAGE, *MAPPED.values()) for path in sorted(folder.rglob("*.py"))]
+
+
+FILES = python_files()
+
+
 def packages_on_disk():
-    inside = [init.parent.relative_to(ROOT) for init in PACKAGE.rglob("__init__.py")]
-    kernels = [init.parent.relative_to(KERNELS) for init in KERNELS.rglob("__init__.py")]
-    return {".".join(p.parts) for p in inside} | {".".join(("fastmeta", "kernels", *p.parts)) for p in kernels}
+    return {".".join(installed_parts(path)[:-1]) for path in FILES if path.name == "__init__.py"}
 
 
 def test_the_list_of_packages_is_complete():
@@ -39,7 +53,7 @@ def test_the_list_of_packages_is_complete():
 
 def test_every_module_lies_in_a_package():
     """A folder without __init__.py would work from the source tree and be missing from the wheel."""
-    bare = [str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*.py") if not (p.parent / "__init__.py").exists()]
+    bare = [str(p.relative_to(ROOT)) for p in FILES if not (p.parent / "__init__.py").exists()]
     assert not bare
 
 
@@ -57,13 +71,12 @@ def files_of_the_wheel(monkeypatch):
     return {Path(path).as_posix().lstrip("/") for path in build.get_outputs(include_bytecode=False)}
 
 
-def test_the_wheel_holds_every_module_and_no_top_level_kernels(monkeypatch):
+def test_the_wheel_holds_every_module_and_one_top_level_name(monkeypatch):
     files = files_of_the_wheel(monkeypatch)
     assert {path.split("/")[0] for path in files} == {"fastmeta"}
-    expected = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")}
-    expected |= {f"fastmeta/kernels/{p.relative_to(KERNELS).as_posix()}" for p in KERNELS.rglob("*.py")}
+    expected = {"/".join(installed_parts(path)) for path in FILES}
     splits = (PACKAGE / "tasks" / "splits").glob("*.txt")
-    data = {p.relative_to(ROOT).as_posix() for p in (PACKAGE / "py.typed", *splits)}
+    data = {"/".join(installed_parts(p)) for p in (PACKAGE / "py.typed", MAPPED["benchmarks"] / "peak.cpp", *splits)}
     assert len(data) > 1 and files == expected | data
 
 
@@ -103,7 +116,7 @@ def test_every_file_of_ops_is_an_op():
 
 # A floor may import from the floors before it, `tasks` and `nn` from the first two alone.
 FLOORS = (
-    ("values", "_trees"),
+    ("values", "_trees", "_cache"),
     ("batch",),
     ("tasks", "nn", "kernels", "dispatch"),
     ("ops", "testing"),
@@ -112,7 +125,7 @@ FLOORS = (
     ("algorithms",),
     ("fastmeta",),
     ("training",),
-    ("irl", "estimators"),
+    ("irl", "estimators", "benchmarks"),
     ("compat", "cli"),
     ("__main__",),
 )
@@ -120,10 +133,10 @@ RANK = {name: rank for rank, names in enumerate(FLOORS) for name in names}
 
 
 def unit_of(path: Path) -> str:
-    if path.is_relative_to(KERNELS):
-        return "kernels"
-    inside = path.relative_to(PACKAGE)
-    return inside.parts[0] if len(inside.parts) > 1 else "fastmeta" if path.stem == "__init__" else path.stem
+    _, *folders, name = installed_parts(path)
+    if name == "__main__.py" and folders in ([], ["benchmarks"]):  # each hands over to the command line
+        return "__main__"
+    return folders[0] if folders else "fastmeta" if path.stem == "__init__" else path.stem
 
 
 def imports_at_run_time(node: ast.AST):
@@ -138,8 +151,7 @@ def imports_at_run_time(node: ast.AST):
 
 def imported_units(path: Path):
     """The parts of fastmeta that a file imports, as named in LAYERS."""
-    inside = ["kernels", *path.relative_to(KERNELS).parts] if path.is_relative_to(KERNELS) else None
-    package = ["fastmeta", *(inside or path.relative_to(PACKAGE).parts)[:-1]]
+    package = list(installed_parts(path)[:-1])
     for node in imports_at_run_time(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]
@@ -153,7 +165,6 @@ def imported_units(path: Path):
                 yield parts[1] if len(parts) > 1 and parts[1] in MODULES else "fastmeta"
 
 
-FILES = sorted(PACKAGE.rglob("*.py")) + sorted(KERNELS.rglob("*.py"))
 COMPILED = {"_C", "_build_info"}
 MODULES = {unit_of(path) for path in FILES} | COMPILED
 
@@ -172,13 +183,13 @@ def test_imports_point_down(path):
         assert RANK[imported] < RANK[importer], f"{importer} imports {imported}, which is not below it"
         if imported == "tasks":
             assert RANK[importer] >= RANK["fastmeta"], f"{importer} imports tasks, which training and cli alone use"
-        assert imported != "testing", f"{importer} imports testing, which is for tests"
+        of_tests = imported == "testing" and importer != "benchmarks"  # which do not time what is wrong
+        assert not of_tests, f"{importer} imports testing, which is for tests"
 
 
 def imported_files(path: Path, files: dict[str, Path]):
     """The files of the project that a file names in its imports, those for type checkers and in functions too."""
-    inside = ["kernels", *path.relative_to(KERNELS).parts] if path.is_relative_to(KERNELS) else None
-    package = ["fastmeta", *(inside or path.relative_to(PACKAGE).parts)[:-1]]
+    package = list(installed_parts(path)[:-1])
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -217,11 +228,9 @@ def circles(arrows: dict[Path, set[Path]]) -> list[list[str]]:
 
 
 def test_no_circle_of_imports():
-    names = {}
-    for path in FILES:
-        parts = ("kernels", *path.relative_to(KERNELS).parts) if path.is_relative_to(KERNELS) else None
-        parts = ("fastmeta", *(parts or path.relative_to(PACKAGE).parts))
-        names[".".join(parts).removesuffix(".py").removesuffix(".__init__")] = path
+    names = {
+        ".".join(installed_parts(path)).removesuffix(".py").removesuffix(".__init__"): path for path in FILES
+    }
     # a package's own face names the files inside it, and these never name it
     arrows = {path: set(imported_files(path, names)) - {path} for path in FILES}
     assert sum(map(len, arrows.values())) > 200, "the imports are no longer seen"

@@ -13,8 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import roofline
-
+from .. import roofline
 from . import memory, report
 from .rows import ROWS
 from .run import run_row

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.memory import resident
 from fastmeta.dispatch.spec import Make
 
+from ..memory import resident
 from . import peers, problem, rows
 
 # our peak over the loop's graph, and over our own of fewer steps
@@ -52,7 +52,7 @@ def report(small: bool) -> dict:
     """Every run, and whether the bars are met."""
     found = {}
     for contender, steps in RUNS:
-        command = [sys.executable, "-m", "benchmarks.conv.memory", contender, str(steps), *["small"] * small]
+        command = [sys.executable, "-m", f"{__package__}.memory", contender, str(steps), *["small"] * small]
         told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found[contender, steps] = json.loads(told.splitlines()[-1])
     graph = found[LEAST, 5] / max(found[LOOP, 5], 1e-9)

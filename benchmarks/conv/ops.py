@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
-from benchmarks.case import Case
-from benchmarks.measure import Contender
 from fastmeta.dispatch.spec import REGISTRY, Make
+
+from ..case import Case
+from ..measure import Contender
 
 Forward = Callable[[], Tensor | list[Tensor]]  # of all tasks, or a list of each task's: a loop need not stack
 

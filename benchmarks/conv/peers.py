@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from benchmarks import contenders
-from benchmarks.measure import Contender
-
+from .. import contenders
+from ..measure import Contender
 from .problem import Problem, in_one_row
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

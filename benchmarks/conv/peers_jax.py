@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Contender
-
+from ..measure import Contender
 from .problem import Problem, in_one_row
 
 LAYOUT = ("NHWC", "OIHW", "NHWC")

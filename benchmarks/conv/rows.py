@@ -11,11 +11,11 @@ from functools import partial
 from torch import nn
 
 import fastmeta
-from benchmarks.contenders import in_cuda_graph
-from benchmarks.measure import Contender
 from fastmeta import MAML, ProtoNet
 from fastmeta.dispatch.spec import Make
 
+from ..contenders import in_cuda_graph
+from ..measure import Contender
 from . import peers, problem
 from .peers import FORMATS
 from .problem import Problem

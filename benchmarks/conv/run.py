@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks import measure
-from benchmarks.modules import engine_of
 from fastmeta.dispatch.spec import Make
 
+from .. import measure
+from ..modules import engine_of
 from .rows import COMPILED, ROWS, Build, Row, maml, on_gpu
 
 EXACT = 1e-9  # largest difference in float64, relative to the largest number

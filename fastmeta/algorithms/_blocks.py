@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-from fastmeta.dispatch import native
+from fastmeta.dispatch import native, tuned
 from fastmeta.dispatch.library import plain_call
 from fastmeta.functional.blocks import Block, Follow
 from fastmeta.functional.torch_calls import ACTIVATIONS, POOLS
@@ -132,7 +132,7 @@ def _fits(norm: nn.BatchNorm2d, x: Any) -> bool:
     given = [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
     if any(type(t) not in (Tensor, nn.Parameter) or t.dtype != x.dtype or not t.is_cpu for t in given):
         return False
-    return x.numel() >= max(_LEAST, 1) and x.is_contiguous(memory_format=torch.channels_last)
+    return x.numel() >= max(tuned.number("one_pass", _LEAST), 1) and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _run(norm: nn.BatchNorm2d, follow: Follow, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastmeta
-from fastmeta.dispatch import backends, native
+from fastmeta.dispatch import backends, native, tuned
 from fastmeta.dispatch.spec import REGISTRY
 
 
@@ -30,6 +30,7 @@ def gather() -> dict:
             name: {device: backends.why_missing(name, device) for device in devices if device in backend.devices}
             for name, backend in backends.BACKENDS.items()
         },
+        "choices": _choices(),
         "calls": {f"{op}/{backend}": count for (op, backend), count in backends.calls.items()},
     }
 
@@ -44,12 +45,20 @@ def _native_info() -> dict:
     return {**_build_info.build_info(), **{f"cpu {k}": v for k, v in _build_info.cpu_features().items()}}
 
 
+def _choices() -> str:
+    """Where automatic choices change, by what `fastmeta tune` found with as many threads."""
+    numbers = tuned.stored().get(str(torch.get_num_threads()))
+    if not numbers:
+        return "built in; fastmeta tune measures this machine"
+    return "measured here: " + ", ".join(f"{name} {value:,.4g}" for name, value in numbers.items())
+
+
 def print_info(console: Console | None = None) -> None:
     """Print versions, build and CPU features, backends with why they are missing, and the table of ops."""
     console = console or Console()
     info = gather()
     facts = Table(show_header=False, box=None)
-    for key in ("fastmeta", "python", "torch", "cuda build of torch", "gpu", "threads", "forced backend"):
+    for key in ("fastmeta", "python", "torch", "cuda build of torch", "gpu", "threads", "forced backend", "choices"):
         facts.add_row(key, str(info[key]))
     for key, value in info["native"].items():
         facts.add_row(key, str(value))

@@ -373,6 +373,54 @@ def demo(
 
 
 @app.command()
+def bench(
+    group: options.BenchGroup = None,
+    against: options.Against = None,
+    device: options.Device = None,
+    dtype: options.BenchDtype = "float32",
+    threads: options.Threads = None,
+    seconds: options.BenchSeconds = None,
+    quick: options.BenchQuick = False,
+    out_dir: options.BenchFolder = None,
+    compare: options.Before = None,
+    debug: options.Debug = False,
+) -> None:
+    """Time fastmeta beside its peers, on the same work in the same run: under 40 minutes on two CPU cores.
+
+    Ctrl-C ends it, and what is done is kept.
+    """
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    from .bench import bench as timed
+    from .bench import plan_of
+
+    plan = plan_of(group, against, device, dtype, seconds, quick)
+    raise typer.Exit(timed(plan, folder=out_dir, before=compare, out=out, err=err))
+
+
+@app.command()
+def tune(
+    reset: options.Reset = False,
+    seconds: options.TuneSeconds = 1.0,
+    threads: options.Threads = None,
+    debug: options.Debug = False,
+) -> None:
+    """Measure on this machine's CPU where automatic choices should change, and keep it: about a minute."""
+    import torch
+
+    from . import tune as command
+
+    if threads:
+        torch.set_num_threads(threads)
+    if reset:
+        command.reset(out)
+    else:
+        command.tune(seconds=seconds, out=out, err=err)
+
+
+@app.command()
 def info() -> None:
     """Versions, devices, and which backend serves each op, with the reasons."""
     from .info import print_info

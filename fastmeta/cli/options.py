@@ -358,5 +358,35 @@ IrlIterations = Annotated[int, typer.Option("--iterations", min=1, help="Outer s
 IrlTasks = Annotated[int, typer.Option("--tasks", min=2, help="New tasks that each line is judged on.")]
 IrlSeed = Annotated[int, typer.Option("--seed", help="Of the weights and of the tasks drawn.")]
 
+BenchGroup = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--group", metavar="GROUP", show_default="all",
+        help="Workloads of this group alone, such as maml or maml_conv; may be given often. A wrong one lists them.",
+    ),
+]  # fmt: skip
+Against = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--against", metavar="NAME", show_default="everybody",
+        help="Contenders with this in their names alone, such as torch.func or JAX; may be given often.",
+    ),
+]  # fmt: skip
+BenchDtype = Annotated[str, typer.Option("--dtype", help="float32, float64 or bfloat16.")]
+BenchSeconds = _option(None, float, "--seconds", "Time for each workload.", "2; --quick 0.25", min=0.0)
+BenchQuick = Annotated[
+    bool, typer.Option("--quick", help="Under five minutes: short rounds, no large workloads, nobody who compiles.")
+]
+BenchFolder = _option(
+    None, Path, "--out", "Folder for results.json, report.md and pictures.", "nothing is written", metavar="DIR"
+)
+Before = _option(
+    None, Path, "--compare", "results.json of an earlier run; code 1 if a row is slower than its spread explains.",
+    "none", metavar="FILE",
+)  # fmt: skip
+
+Reset = Annotated[bool, typer.Option("--reset", help="Take away what was measured: the built-in choices hold again.")]
+TuneSeconds = Annotated[float, typer.Option("--seconds", min=0.0, help="Time for each size of each choice.")]
+
 DemoFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the picture goes.")]
 Quick = Annotated[bool, typer.Option("--quick", hidden=True, help="A few seconds, to see that it runs.")]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastmeta._trees import first, kind, tree_map
+from fastmeta.dispatch import tuned
 
 from ._base import InnerLoop
 from .loop import LoopEngine
@@ -36,7 +37,7 @@ def why_not_mapped(model: nn.Module, inner: InnerLoop, x: Tensor) -> str | None:
     tasks, support = first(x).shape[:2]
     rows = (9 * inner.steps * support + 3 * inner.queries) / passes
     largest = _largest_output(model, x)
-    if largest is not None and largest * rows < _MOST * (1 - 1 / max(tasks, 1)):
+    if largest is not None and largest * rows < tuned.number("mapped", _MOST) * (1 - 1 / max(tasks, 1)):
         return None
     return f"layer {layer!r} is a convolution: at this size, with weights of each task's own, slower than a loop"
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fastmeta.dispatch import tuned
 from fastmeta.dispatch.backends import forced_backend, why_not
 from fastmeta.functional import functional_mlp
 from fastmeta.functional.inner_loops import first_layer_cost
@@ -65,8 +66,9 @@ class FusedEngine(LayerFormulas):
         cost = first_layer_cost(support_x.shape[1], 0, first.shape[1], first.shape[0], inner.steps)
         if cost.lowrank < cost.onchip:
             held -= first.numel()
-        if held > _MOST_WEIGHTS:
-            return f"{held} weights per task outgrow a worker's cache ({_MOST_WEIGHTS})"
+        most = tuned.number("fused", _MOST_WEIGHTS, cuda=support_x.is_cuda)
+        if held > most:
+            return f"{held} weights per task outgrow a worker's cache ({most:.0f})"
         return None
 
     def adapt(self, model: nn.Module, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastmeta.dispatch import tuned
+
 from . import _activations
 from ._base import KEEPS_GRAPH, Engine, InnerLoop, Parameters
 from ._steps import PLAIN
@@ -75,7 +77,7 @@ class _LowRankFormulas(LayerFormulas):
         shapes = [dict(model.named_parameters())[name].shape for name in mlp_spec(model).weights]
         width = 2 * sum(o * i for o, i in shapes) / sum(o + i for o, i in shapes)
         history = inner.steps * support_x.shape[1]
-        if history <= width:
+        if history <= tuned.number("lowrank", 1.0, cuda=support_x.is_cuda) * width:
             return None
         return f"{history} support rows over all steps outnumber the layers' mean width of {width:.0f}"
 

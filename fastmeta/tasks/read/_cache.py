@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fastmeta._cache import named_folder
 from fastmeta.tasks.read._warning import DataWarning
 from fastmeta.tasks.store import mapped
 
@@ -28,14 +29,10 @@ _DTYPES = {"torch.uint8": "U8", "torch.int64": "I64"}
 def cache_folder() -> Path:
     """The folder that FASTMETA_CACHE names, else the user's own for fastmeta; where that cannot be, one for as long as
     this process lasts."""
-    folder = os.environ.get("FASTMETA_CACHE")
-    if folder is None:
-        import pooch
-
-        folder = pooch.os_cache("fastmeta")
+    folder = named_folder()
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
     except OSError as error:  # read-only home
         return _instead(str(folder), error.strerror)
 
