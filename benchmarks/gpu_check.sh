@@ -47,7 +47,7 @@ for tool in memcheck racecheck; do
     step "sanitizer-$tool" "$sanitizer" --tool "$tool" --error-exitcode 1 \
         "$PYTHON" -m pytest tests/test_ops.py -k "test_value and cuda-float32 and (T3 or T2)"
 done
-step benchmarks "$PYTHON" -m benchmarks --device cuda --out "$OUT" --label gpu
+step benchmarks "$PYTHON" -m benchmarks --device cuda --out "$OUT"
 step conv-tests timeout 150 "$PYTHON" -m pytest --numprocesses "$WORKERS" --tb short --junitxml "$OUT/conv-tests.xml" \
     tests/test_ops.py -k "(task_conv2d or norm_moments or norm_act_pool) and (cuda or triton)"
 step conv-benchmarks timeout 180 "$PYTHON" -m benchmarks.conv --device cuda --dtype float32 --dtype bfloat16 --seconds 1 \

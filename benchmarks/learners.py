@@ -27,8 +27,8 @@ def meta_sgd(make: Make) -> Iterator[Case]:
         ("images 784-64-64-5 K1 T32", (784, 64, 64, 5), 32, 5, 75),
     )
     for name, sizes, tasks, shots, queries in settings:
-        model, loss, batch, maml = maml_batch(sizes, tasks, shots, queries, 1, make)
-        learner = MetaSGD(model, loss=maml.loss).to(make.device, make.dtype)
+        model, loss, batch, _ = maml_batch(sizes, tasks, shots, queries, 1, make)
+        learner = MetaSGD(model, loss="mse" if loss is F.mse_loss else "cross_entropy").to(make.device, make.dtype)
         params = dict(model.named_parameters())
         rates = {name: learner.rates[name.replace(".", "/")] for name in params}
         wanted = [*params.values(), *rates.values()]

@@ -400,6 +400,9 @@ def test_steps_of_the_gpu_check():
     assert status == 0
     assert {name.split("-")[0] for name in steps} == {"build", "info", "tests", "sanitizer", "benchmarks", "conv"}
     assert dry_run("build convv") == (2, {})
+    assert steps["benchmarks"][:3] == ["python", "-m", "benchmarks"]
+    given = typer.main.get_command(app).commands["bench"].make_context("bench", steps["benchmarks"][3:]).params
+    assert given["device"] == "cuda" and str(given["out_dir"]) == "folder of results"
     status, steps = dry_run("build conv")
     assert status == 0 and list(steps) == ["build", "conv-tests", "conv-benchmarks"]
     ops = re.search(r"\((.*?)\) and \(cuda or triton\)", steps["conv-tests"][-1])[1].split(" or ")

@@ -14,6 +14,7 @@ from benchmarks import memory as memory_command
 from benchmarks import modules as modules_command
 from benchmarks import report as report_command
 from benchmarks import sampler as sampler_command
+from benchmarks import scaling as scaling_command
 from benchmarks.conv import __main__ as conv_command
 from fastmeta import tasks
 from fastmeta.cli.main import app
@@ -62,6 +63,7 @@ MODULES = {
     "benchmarks.modules": single(modules_command.main),
     "benchmarks.report": single(report_command.main),
     "benchmarks.sampler": single(sampler_command.main),
+    "benchmarks.scaling": single(scaling_command.main),
 }
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:fastmeta|make|python -m (?:fastmeta|benchmarks)\b\S*)(?: .*)?$")

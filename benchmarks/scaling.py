@@ -1,0 +1,318 @@
+"""`python -m benchmarks.scaling`: a model of a training step on many GPUs, and how well such a model foretells this
+machine's processes. Writes the tables of docs/scaling.md, which explains it.
+
+A step draws its rank's tasks, finds their meta-gradient, sums it over the ranks, moves the weights; now and then rank 0
+writes a checkpoint. Nothing overlaps: a meta-gradient is whole at its end, as those of the fused inner loops are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import typer
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastmeta.nn
+from fastmeta.dispatch.spec import Make
+
+from . import counts
+from .problems import maml_batch
+from .report import table
+
+PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+MODEL, MEASURED = "<!-- model: python -m benchmarks.scaling -->", "<!-- measured: python -m benchmarks.scaling -->"
+END = "<!-- end of what the command wrote -->"
+RANKS = (1, 8, 16, 64, 256, 1000)
+HERE = (1, 2, 4)  # processes
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a rank and the wires between ranks can do, in seconds, bytes and FLOP/s."""
+
+    flops: float = 67e12  # float32 without tensor cores: H100 and H200 SXM, NVIDIA's data sheets
+    memory: float = 3.35e12  # bytes a second: H100 SXM; 4.8e12 on an H200
+    reached_memory: float = 0.8  # of that, assumed
+    launch: float = 20e-6  # the host's time for an op called from Python, assumed
+    per_node: int = 8  # as in a DGX H100
+    inside: tuple[float, float] = (3e-6, 450e9)  # NVLink: latency assumed; 900 GB/s in both directions, data sheet
+    between: tuple[float, float] = (8e-6, 50e9)  # a rank's InfiniBand NDR: latency assumed; 400 Gb/s, data sheet
+    disk: float = 1e9  # bytes a second that rank 0 writes, assumed
+    jitter: float = 0.02  # standard deviation of a rank's time over the time, assumed
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a task and a step ask for."""
+
+    name: str
+    flops: float  # a task
+    bytes: float  # that a task moves to and from memory
+    sampled: float  # bytes of a task's rows
+    parameters: int
+    ops: int  # calls of a step, on the host
+    reached: float  # of the arithmetic rate
+    weak: int  # tasks of a rank, where each rank has as many
+    strong: int  # tasks in all, where ranks share them
+    steps_of_checkpoint: int = 1000
+
+
+def step(work: Work, tasks: int, ranks: int, cluster: Cluster) -> dict[str, float]:
+    """Seconds of a step's parts, with `tasks` on the busiest rank."""
+    device = tasks * max(
+        work.flops / (work.reached * cluster.flops), work.bytes / (cluster.reached_memory * cluster.memory)
+    )
+    # the slowest of many: the expected largest of as many normal numbers
+    waits = 1 + cluster.jitter * math.sqrt(2 * math.log(ranks)) if ranks > 1 else 1.0
+    gradient = 4 * work.parameters
+    return {
+        "sampling": cluster.launch * 4 + 2 * tasks * work.sampled / (cluster.reached_memory * cluster.memory),
+        "gradient": max(device, work.ops * cluster.launch) * waits,
+        "all-reduce": all_reduce(gradient, ranks, cluster),
+        # Adam reads four numbers of a weight and writes three
+        "optimiser": cluster.launch * 4 + 7 * gradient / (cluster.reached_memory * cluster.memory),
+        "checkpoint": 3 * gradient / cluster.disk / work.steps_of_checkpoint,  # weights and two moments; all wait
+    }
+
+
+def all_reduce(nbytes: float, ranks: int, cluster: Cluster) -> float:
+    """Inside each node a ring; between nodes a ring or a tree, whichever is quicker, each rank with its own share."""
+    inside = min(ranks, cluster.per_node)
+    nodes = math.ceil(ranks / cluster.per_node)
+    latency, rate = cluster.inside
+    seconds = ring(nbytes, inside, latency, rate)
+    if nodes > 1:
+        latency, rate = cluster.between
+        share = nbytes / inside
+        seconds += min(ring(share, nodes, latency, rate), tree(share, nodes, latency, rate))
+    return seconds
+
+
+def ring(nbytes: float, ranks: int, latency: float, rate: float) -> float:
+    """Reduce-scatter, then all-gather: `2 (n - 1)` messages of an n-th each."""
+    return 2 * (ranks - 1) * (latency + nbytes / ranks / rate)
+
+
+def tree(nbytes: float, ranks: int, latency: float, rate: float) -> float:
+    """Up and down a binary tree, in pieces that follow each other: depth in latencies, the whole twice over a wire."""
+    return 2 * (math.ceil(math.log2(ranks)) * latency + nbytes / rate) if ranks > 1 else 0.0
+
+
+# the three workloads -------------------------------------------------------------------------------------------------
+def works() -> Iterator[Work]:
+    """A perceptron, Conv4 and ResNet-12, second order."""
+    sizes, rows, queries = (1, 40, 40, 1), 10, 10
+    parameters = sum(i * o + o for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+    moved = 4 * 2 * (rows + queries) + 4 * parameters
+    yield Work(
+        "sinusoid MLP 1-40-40-1, K = 1", counts.maml(sizes, 1, rows, queries, 1), moved, 4 * 2 * (rows + queries),
+        parameters, 20, 0.05, weak=10_000, strong=100_000,
+    )  # fmt: skip
+    conv4 = fastmeta.nn.conv4(1, 64, num_classes=5, image_size=28, track_running_stats=False)
+    yield _of_images("Conv4-64, 28x28, 5-way 1-shot, K = 5", conv4, (1, 28, 28), 5, weak=16, strong=1024)
+    encoder = fastmeta.nn.resnet12(3, (64, 128, 256, 512), track_running_stats=False)
+    resnet = nn.Sequential(encoder, nn.Linear(512, 5))
+    yield _of_images("ResNet-12, 84x84, 5-way 1-shot, K = 1", resnet, (3, 84, 84), 1, weak=4, strong=256)
+
+
+def _of_images(name: str, model: nn.Module, shape: tuple[int, ...], steps: int, *, weak: int, strong: int) -> Work:
+    """Five support images, 75 queries. An inner step is nine forward passes (two gradients, and in the sweep a
+    Hessian-vector product: twice the three again), the query pass three."""
+    model, image = model.to("meta"), torch.empty(2, *shape, device="meta")
+    moved: list[int] = []
+    leaves = [layer for layer in model.modules() if not list(layer.children())]
+    for layer in leaves:
+        layer.register_forward_hook(lambda module, given, output: moved.append(given[0].numel() + output.numel()))
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    passes = 9 * steps * 5 + 3 * 75
+    return Work(
+        name, passes * counter.get_total_flops() / 2, passes * 4 * sum(moved) / 2, 80 * 5 * math.prod(shape),
+        sum(p.numel() for p in model.parameters()), 12 * len(leaves) * (steps + 1), 0.3, weak, strong,
+    )  # fmt: skip
+
+
+def seconds_of(work: Work, tasks: int, ranks: int, cluster: Cluster) -> float:
+    return sum(step(work, tasks, ranks, cluster).values())
+
+
+def bend(work: Work, cluster: Cluster, efficiency: float = 0.5) -> int:
+    """The number of ranks from which on sharing the tasks of one step has less than this efficiency."""
+    alone, ranks = seconds_of(work, work.strong, 1, cluster), 2
+    while alone / (ranks * seconds_of(work, math.ceil(work.strong / ranks), ranks, cluster)) >= efficiency:
+        ranks += 1
+    return ranks
+
+
+def of_model(cluster: Cluster) -> list[str]:
+    """The tables of the page: parts of a step, weak and strong scaling, and where it bends."""
+    lines: list[str] = []
+    for work in works():
+        lines += [
+            f"**{work.name}**: {work.flops:.3g} FLOPs and {work.bytes:.3g} bytes a task, {work.parameters:,} "
+            f"parameters, {work.reached:.0%} of the arithmetic rate, {work.ops} calls a step.",
+            "",
+        ]
+        heads = ("GPUs", f"weak: {work.weak:,} tasks each, ms", "efficiency", f"strong: {work.strong:,} tasks, ms",
+                 "speed-up", "gradient ms", "all-reduce ms", "the rest ms")  # fmt: skip
+        rows = []
+        for ranks in RANKS:
+            weak, strong = (seconds_of(work, n, ranks, cluster) for n in (work.weak, math.ceil(work.strong / ranks)))
+            first_weak, first_strong = (seconds_of(work, n, 1, cluster) for n in (work.weak, work.strong))
+            parts = step(work, math.ceil(work.strong / ranks), ranks, cluster)
+            rest = sum(parts.values()) - parts["gradient"] - parts["all-reduce"]
+            figures = (parts["gradient"], parts["all-reduce"], rest)
+            rows.append(
+                (
+                    f"{ranks:,}", f"{weak * 1e3:.3g}", f"{first_weak / weak:.0%}", f"{strong * 1e3:.3g}",
+                    f"{first_strong / strong:.3g}", *(f"{part * 1e3:.3g}" for part in figures),
+                )
+            )  # fmt: skip
+        lines += table(heads, rows)
+        at = bend(work, cluster)
+        lines += ["", f"It bends: sharing {work.strong:,} tasks is less than half efficient from {at:,} GPUs on.", ""]
+    return lines
+
+
+# processes of this machine -------------------------------------------------------------------------------------------
+TASKS = 4000  # of sinusoids, on a process
+REPEATS = 20
+
+
+def _process(rank: int, ranks: int, store: str) -> None:
+    """A process of `measure`: prints what it measured, as JSON, if it is the first."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+
+    def median(run) -> float:
+        times = []
+        for _ in range(REPEATS + 3):
+            dist.barrier()
+            began = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times[3:])
+
+    model, _, batch, maml = maml_batch((1, 40, 40, 1), TASKS, 10, 10, 1, Make(torch.float32, seed=rank))
+    optimizer = torch.optim.Adam(model.parameters())
+    parameters = list(model.parameters())
+    flat = torch.zeros(sum(p.numel() for p in parameters))
+    large = torch.zeros(4_000_000)
+
+    def gradient(of=batch):
+        return list(maml.gradients(of)[1].values())
+
+    def whole() -> None:
+        found = gradient()
+        torch.cat([g.flatten() for g in found], out=flat)
+        dist.all_reduce(flat)
+        flat.div_(ranks)
+        for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = g.view_as(p)
+        optimizer.step()
+
+    found = {
+        "gradient": median(gradient),
+        "small": median(lambda: dist.all_reduce(flat)) if ranks > 1 else 0.0,
+        "large": median(lambda: dist.all_reduce(large)) if ranks > 1 else 0.0,
+        "step": median(whole),
+    }
+    if rank == 0:
+        print(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure() -> list[dict]:
+    """A row for 1, 2 and 4 processes of a thread each: what the model foretells from one process and from two
+    all-reduces between two, and what a step takes."""
+    found = {}
+    for ranks in HERE:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", f"{__package__}.scaling"]
+            command += ["--ranks", str(ranks), "--store", f"{folder}/store"]
+            others = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(1, ranks)]
+            first = subprocess.run([*command, "--rank", "0"], check=True, capture_output=True, text=True)
+            if any(other.wait() for other in others):
+                raise RuntimeError("a process failed")
+        found[ranks] = json.loads(first.stdout.splitlines()[-1])
+    return foretold(found, os.cpu_count() or 1)
+
+
+def foretold(found: dict[int, dict[str, float]], cores: int) -> list[dict]:
+    """The model with this machine's figures: a gradient of one process, latency and rate of wires from all-reduces of
+    7 kB and 16 MB between two. More processes than cores take turns."""
+    one, two = found[1], found[2]
+    small = 4 * 1761
+    per_byte = max(two["large"] - two["small"], 1e-9) / (4 * 4_000_000 - small)
+    rate, latency = 1 / per_byte, max(two["small"] / 2 - small / 2 * per_byte, 1e-9)
+    rest = one["step"] - one["gradient"]  # optimiser and copies
+    rows = []
+    for ranks, measured in found.items():
+        turns = max(1.0, ranks / cores)
+        model = turns * (one["gradient"] + rest) + (ring(small, ranks, latency, rate) * turns if ranks > 1 else 0.0)
+        rows.append({"processes": ranks, "model": model, "measured": measured["step"], "tasks": ranks * TASKS})
+    return rows
+
+
+def of_measured(rows: list[dict]) -> list[str]:
+    heads = ("processes", "tasks a step", "model ms", "measured ms", "measured / model", "tasks/s", "efficiency")
+    first = rows[0]["tasks"] / rows[0]["measured"]
+    lines = (
+        (
+            str(r["processes"]), f"{r['tasks']:,}", f"{r['model'] * 1e3:.2f}", f"{r['measured'] * 1e3:.2f}",
+            f"{r['measured'] / r['model']:.2f}", f"{r['tasks'] / r['measured']:,.0f}",
+            f"{r['tasks'] / r['measured'] / first / r['processes']:.0%}",
+        )
+        for r in rows
+    )  # fmt: skip
+    return table(heads, lines)
+
+
+def written(text: str, begin: str, lines: list[str]) -> str:
+    """A page with its lines between `begin` and `END` made anew."""
+    before, rest = text.split(begin)
+    return before + "\n".join([begin, "", *lines, "", END]) + rest.split(END, 1)[1]
+
+
+def main(
+    measured: Annotated[bool, typer.Option("--measure", help="1, 2 and 4 processes here too: a minute")] = False,
+    page: Annotated[bool, typer.Option(help="write the tables of docs/scaling.md")] = False,
+    h200: Annotated[bool, typer.Option("--h200", help="an H200's memory, for a look; not for the page")] = False,
+    rank: Annotated[int, typer.Option(hidden=True)] = -1,
+    ranks: Annotated[int, typer.Option(hidden=True)] = 1,
+    store: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """A model of a meta-step on 1 to 1,000 GPUs."""
+    if rank >= 0:
+        _process(rank, ranks, store)
+        return
+    if page and h200:
+        raise typer.BadParameter("the page has an H100")
+    parts = {MODEL: of_model(replace(Cluster(), memory=4.8e12) if h200 else Cluster())}
+    if measured:
+        parts[MEASURED] = of_measured(measure())
+    text = PAGE.read_text() if page else ""
+    for begin, lines in parts.items():
+        print("\n".join(lines))
+        text = written(text, begin, lines) if page else text
+    if page:
+        PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)
