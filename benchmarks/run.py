@@ -45,6 +45,7 @@ class Plan:
     device: str = "cpu"
     dtype: str = "float32"
     seconds: float = 2.0  # a case
+    threads: int | None = None  # where they were chosen
     quick: bool = False
 
     def __post_init__(self):
@@ -66,6 +67,7 @@ class Plan:
         words += [word for part in self.against for word in ("--against", part)]
         words += ["--device", self.device] if self.device != "cpu" else []
         words += ["--dtype", self.dtype] if self.dtype != "float32" else []
+        words += ["--threads", str(self.threads)] if self.threads else []
         words += ["--seconds", f"{self.seconds:g}"] if self.seconds != (QUICK if self.quick else Plan.seconds) else []
         words += ["--quick"] if self.quick else []
         return shlex.join(words)
@@ -87,6 +89,9 @@ def run_case(case: Case, plan: Plan) -> dict:
     for name, run in others.items():
         if plan.quick and any(part in name for part in COMPILE):
             absent[name] = "left out by --quick: it compiles first"
+            continue
+        if plan.threads and "JAX" in name:
+            absent[name] = "left out by --threads: it takes all cores"
             continue
         try:
             found = run()

@@ -1,6 +1,8 @@
 """The benchmark suite runs, compares equal work, and reports; its figures mean nothing here."""
 
 import dataclasses
+import importlib
+import importlib.util
 import json
 import os
 import re
@@ -37,14 +39,64 @@ def test_unlike_work_is_refused():
         measure.check_equal({"a": lambda: torch.ones(3), "b": lambda: torch.zeros(3)})
 
 
+@pytest.fixture
+def libraries(monkeypatch):
+    """Contenders of libraries that are not installed run with `fastmeta.compat`, which has their names and numbers."""
+    for name in ("learn2learn", "torchopt"):
+        if importlib.util.find_spec(name) is None:
+            monkeypatch.setitem(sys.modules, name, importlib.import_module(f"fastmeta.compat.{name}"))
+
+
+def runnable(contenders):
+    needs = {"KeOps": "pykeops", "JAX jit": "jax", "higher": "higher"}
+    return {name: run for name, run in contenders.items() if importlib.util.find_spec(needs.get(name, "torch"))}
+
+
 @pytest.mark.parametrize(
-    "group", ["functional_mlp", "protonet", "task_weights", "maml", "task_conv2d", "norm_act_pool"]
-)
-def test_contenders_of_a_group_agree(group):
+    "group",
+    [
+        "functional_mlp", "protonet", "task_weights", "maml", "task_conv2d", "norm_act_pool", "meta_sgd",
+        "hypernetwork", "in_context",
+    ],
+)  # fmt: skip
+def test_contenders_of_a_group_agree(group, libraries):
     for case in suite.GROUPS[group](Make(torch.float32, DEVICE)):
         # a loop over a thousand tasks takes too long here, and so do products of large convolutions
         if not any(size in case.name for size in ("T1000", "14x14x64-O", "42x42x32-O", "28x28x64-b")):
-            measure.check_equal(case.contenders)
+            measure.check_equal(runnable(case.contenders))
+
+
+def test_curves_agree_where_they_begin(libraries):
+    largest = {}
+    for case in suite.GROUPS["curves"](Make(torch.float32, DEVICE)):
+        curve, what, size = case.point
+        if (curve, what) not in largest:
+            measure.check_equal(runnable(case.contenders))
+        largest[curve, what] = size
+    assert sorted(largest.values()) == [100, 512, 16_384, 100_000]
+
+
+def test_drawn_tasks_have_the_same_shapes():
+    for case in suite.GROUPS["sampling"](Make(torch.float32, DEVICE)):
+        ours, loop = case.contenders["fastmeta"](), case.yardsticks["task loop"]()
+        assert [(t.shape, t.dtype) for t in ours] == [(t.shape, t.dtype) for t in loop], case.name
+
+
+def test_every_training_step_moves_its_own_net():
+    for case in suite.GROUPS["training_step"](Make(torch.float32, DEVICE)):
+        for name, run in {**case.contenders, **case.yardsticks}.items():
+            before = run().detach().clone()
+            assert not torch.equal(run(), before), f"{case.name}: {name}"
+
+
+def test_every_contender_can_be_named():
+    named = set()
+    for group in suite.GROUPS.values():
+        for case in group(Make(torch.float32)):
+            assert next(iter(case.contenders)) == "fastmeta"
+            assert set(case.bars) <= set(case.contenders) and set(case.at_most) <= set(case.yardsticks)
+            named |= {*case.contenders, *case.yardsticks, *case.absent}
+    assert set(suite.PEERS) == named - {"fastmeta"} and len(suite.PEERS) == len(set(suite.PEERS))
 
 
 def flops_of(run) -> int:
@@ -121,6 +173,18 @@ def test_looking_again_only_raises_rates():
     peak.look(rounds=1)
     assert peak.multiply_add >= before.multiply_add > 0 and peak.product >= before.product > 0
     assert all(peak.streams[size] >= before.streams[size] > 0 for size in roofline.STREAMS)
+
+
+def test_without_a_compiler_torch_itself_is_looked_at(monkeypatch):
+    def missing():
+        raise FileNotFoundError("c++")
+
+    monkeypatch.setattr(roofline, "_native_works", missing)
+    monkeypatch.setattr(roofline, "PRODUCTS", ((64, 64, 64),))
+    monkeypatch.setattr(roofline, "STREAMS", (2**15,))
+    peak = roofline.Peak("cpu", dtype=torch.float64)
+    peak.look(rounds=1)
+    assert peak.multiply_add == 0 and peak.product > 0 and peak.streams[2**15] > 0
 
 
 def test_who_beats_a_bound_shows_its_error():

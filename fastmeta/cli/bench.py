@@ -96,9 +96,10 @@ def plan_of(
     device: str | None,
     dtype: str,
     seconds: float | None,
+    threads: int | None,
     quick: bool,
 ) -> Plan:
     """What is asked for, with defaults."""
     chosen = device if device not in (None, "auto") else "cuda" if torch.cuda.is_available() else "cpu"
     seconds = seconds or (QUICK if quick else Plan.seconds)
-    return Plan(tuple(groups or Plan.groups), tuple(against or ()), chosen, dtype, seconds, quick)
+    return Plan(tuple(groups or Plan.groups), tuple(against or ()), chosen, dtype, seconds, threads, quick)

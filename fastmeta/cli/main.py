@@ -396,7 +396,7 @@ def bench(
     from .bench import bench as timed
     from .bench import plan_of
 
-    plan = plan_of(group, against, device, dtype, seconds, quick)
+    plan = plan_of(group, against, device, dtype, seconds, threads, quick)
     raise typer.Exit(timed(plan, folder=out_dir, before=compare, out=out, err=err))
 
 
