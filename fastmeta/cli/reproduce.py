@@ -138,8 +138,8 @@ def reproduce(
         suite: "quick", "paper", "smoke" or "cross-domain" (`fastmeta.cli.cross_domain`).
         out: folder of the runs and of `SUITE/table.json` and `SUITE/table.md`.
         only: names of rows to run, such as "protonet-omniglot"; others are left as they are.
-        episodes: held-out tasks that each row is judged on, in each domain of cross-domain; by default 600, there 200. A
-            row that was judged on another number runs again.
+        episodes: held-out tasks that each row is judged on, in each domain of cross-domain; by default 600, there 200.
+            A row that was judged on another number runs again.
         threads, data_root, device: as of `fastmeta train`.
         console: where progress is shown; None: nowhere.
 
