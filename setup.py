@@ -1,5 +1,7 @@
 """Builds fastmeta: the Python packages, and the native kernels where a compiler is at hand.
 
+A wheel serves Python 3.10 and later (its tag is cp310-abi3) and torch 2.11 and later (LibTorch's stable ABI).
+
 Environment:
   FASTMETA_NO_EXT=1       pure Python, no native kernels
   FASTMETA_BUILD_CUDA=0/1 leave the CUDA kernels out, or insist on them (default: where torch is a CUDA build and
@@ -8,6 +10,7 @@ Environment:
   MAX_JOBS                parallel compilations (default: from cores and memory)
 """
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -82,9 +85,20 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
 
-def extensions():
+def write_as_python(module: Path) -> None:
+    """Puts what the pybind11 module `_build_info` says into a file of Python in its place, which fits every version."""
+    spec = importlib.util.spec_from_file_location("_build_info", module)
+    told = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(told)
+    text = f'"""{told.__doc__}"""\n\n\ndef build_info() -> dict:\n    return {told.build_info()!r}\n'
+    module.with_name("_build_info.py").write_text(text)
+    module.unlink()
+
+
+def native() -> dict:
+    """What `setup` is told of the native kernels."""
     if flag("FASTMETA_NO_EXT"):
-        return [], {}
+        return {}
     compiler = find_compiler()
     find_cuda_home()
     try:
@@ -100,7 +114,7 @@ def extensions():
     define = [f"-DTORCH_TARGET_VERSION={TORCH_ABI}"] + (["-DUSE_CUDA"] if cuda else [])
     # -g0: Python's own flags ask for debugging symbols, seven times the size of the kernels
     cxx = ["-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", *define]
-    native = (CUDAExtension if cuda else CppExtension)(
+    kernels = (CUDAExtension if cuda else CppExtension)(
         "fastmeta._C",
         sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp") + (sources("csrc/cuda/*.c*") if cuda else []),
         include_dirs=[str(ROOT / "csrc" / "include")],
@@ -108,7 +122,7 @@ def extensions():
         extra_compile_args={"cxx": cxx, "nvcc": [*NVCC_FLAGS, *define]},
         py_limited_api=True,
     )
-    native.sources.remove("csrc/build_info.cpp")
+    kernels.sources.remove("csrc/build_info.cpp")
     info = Pybind11Extension(
         "fastmeta._build_info",
         ["csrc/build_info.cpp"],
@@ -121,8 +135,17 @@ def extensions():
         ],
     )
 
-    return [native, info], {"build_ext": BuildExtension.with_options(use_ninja=True)}
+    class Build(BuildExtension):
+        def run(self):
+            super().run()
+            if not self.inplace:  # into a wheel
+                write_as_python(Path(self.get_ext_fullpath("fastmeta._build_info")))
+
+    return {
+        "ext_modules": [kernels, info],
+        "cmdclass": {"build_ext": Build},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
 
 
-ext_modules, cmdclass = extensions()
-setup(ext_modules=ext_modules, cmdclass=cmdclass)
+setup(**native())

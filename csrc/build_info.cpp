@@ -1,7 +1,7 @@
-// fastmeta._build_info: how the native extension was built, and what this processor offers it. No tensors here.
+// fastmeta._build_info: how the native extension was built. pybind11 fits one version of Python alone: a wheel, which
+// is for all, holds what this module says as a file of Python (setup.py).
 #include <pybind11/pybind11.h>
 
-#include <cstdlib>
 #include <string>
 
 namespace py = pybind11;
@@ -39,33 +39,9 @@ py::dict build_info() {
   return info;
 }
 
-// The same rule as csrc/cpu/isa.cpp, which this module cannot call: it is linked against nothing.
-py::dict cpu_features() {
-  py::dict features;
-  bool avx2 = false, avx512 = false;
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-  __builtin_cpu_init();
-#define FEATURE(name) features[name] = bool(__builtin_cpu_supports(name))
-  FEATURE("avx2");
-  FEATURE("fma");
-  FEATURE("avx512f");
-  FEATURE("avx512vl");
-  FEATURE("avx512dq");
-  FEATURE("avx512bw");
-#undef FEATURE
-  avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-#endif
-  const char* asked = std::getenv("FASTMETA_CPU_ISA");
-  features["isa"] = asked && *asked ? asked : avx512 ? "avx512" : avx2 ? "avx2" : "baseline";
-  return features;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_build_info, m) {
-  m.doc() = "How fastmeta's native extension was built, and what this processor offers it";
+  m.doc() = "How fastmeta's native extension was built";
   m.def("build_info", &build_info, "Compiler, C++ standard, torch ABI target and CUDA, as a dict");
-  m.def("cpu_features", &cpu_features, "Instruction sets of this processor, and the one the kernels use (`isa`)");
 }

@@ -1,6 +1,4 @@
-// The native extension: schemas of all ops. Importing the module loads the library, which registers its kernels.
-#include <Python.h>
-
+// The native extension: schemas of all ops. Its kernels are registered where they are written.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastmeta_native, m) {
@@ -82,11 +80,4 @@ STABLE_TORCH_LIBRARY(fastmeta_native, m) {
       "Tensor rates, Tensor[] element_rates, int loss, int activation, float delta, float momentum, "
       "float weight_decay, bool first_order, Tensor scale, int needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor[])");
-}
-
-extern "C" PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", "Kernels of fastmeta, registered as torch.ops.fastmeta_native", -1, nullptr,
-      nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
 }

@@ -14,10 +14,10 @@ pytestmark = pytest.mark.skipif(native.why_missing is not None, reason=str(nativ
 _CHECK = """
 import torch
 import fastmeta.functional
-from fastmeta import _build_info, testing, use_backend
+from fastmeta import _C, testing, use_backend
 from fastmeta.dispatch.spec import REGISTRY, Make
 
-assert _build_info.cpu_features()["isa"] == "{isa}"
+assert _C.cpu_features()["isa"] == "{isa}"
 count = 0
 with use_backend("cpp"):
     for spec in REGISTRY.values():
@@ -33,9 +33,9 @@ print(count)
 
 
 def instruction_sets() -> list[str]:
-    from fastmeta import _build_info
+    from fastmeta import _C
 
-    features = _build_info.cpu_features()
+    features = _C.cpu_features()
     avx2 = features.get("avx2") and features.get("fma")
     avx512 = avx2 and all(features.get(f"avx512{part}") for part in ("f", "vl", "dq", "bw"))
     return ["baseline", *(["avx2"] if avx2 else []), *(["avx512"] if avx512 else [])]

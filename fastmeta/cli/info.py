@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 
 import torch
@@ -38,11 +37,9 @@ def gather() -> dict:
 def _native_info() -> dict:
     if native.why_missing is not None:
         return {"missing": native.why_missing}
-    if importlib.util.find_spec("fastmeta._build_info") is None:
-        return {}
-    from fastmeta import _build_info
+    from fastmeta import _C, _build_info
 
-    return {**_build_info.build_info(), **{f"cpu {k}": v for k, v in _build_info.cpu_features().items()}}
+    return {**_build_info.build_info(), **{f"cpu {k}": v for k, v in _C.cpu_features().items()}}
 
 
 def _choices() -> str:

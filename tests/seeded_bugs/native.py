@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastmeta import _build_info
+from fastmeta import _C
 
 TORCH = Path(torch.__file__).parent
 ABI = "0x020b000000000000"
@@ -23,12 +23,13 @@ class Build:
 
     def __init__(self, tree: Path, objects: Path):
         self.tree, self.objects = tree, objects
-        self.isa = _build_info.cpu_features()["isa"]
-        self.x86 = "avx2" in _build_info.cpu_features()  # elsewhere there is but one table
+        self.isa = _C.cpu_features()["isa"]
+        self.x86 = "avx2" in _C.cpu_features()  # elsewhere there is but one table
         self.compiler = os.environ.get("CXX") or next(c for c in ("c++", "g++", "clang++") if shutil.which(c))
         csrc = tree / "csrc"
         left_out = {f"isa_{isa}.cpp" for isa in TABLES if self.x86 and isa != self.isa}
-        sources = [csrc / "fastmeta.cpp"] + [f for f in (csrc / "cpu").glob("*.cpp") if f.name not in left_out]
+        sources = [csrc / "fastmeta.cpp", csrc / "module.cpp"]
+        sources += [f for f in (csrc / "cpu").glob("*.cpp") if f.name not in left_out]
         self.right = self._compile(sources, "right")
         self._link(self.right)
         self.needs = {source: self._needs(self.right[source]) for source in sources}
