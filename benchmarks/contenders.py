@@ -97,6 +97,25 @@ def update_by_addcmul(params: list[Tensor], grads: list[Tensor], lrs: list[Tenso
     return [torch.addcmul(p, g, lr, value=-1) for p, g, lr in zip(params, grads, lrs, strict=True)]
 
 
+def adam_by_foreach(params, grads, means, squares, lr: float, betas: tuple[float, float], eps: float, step: int):
+    """As `torch.optim.Adam(foreach=True)`, out of place, so that autograd can follow it."""
+    correction, root = 1 - betas[0] ** step, (1 - betas[1] ** step) ** 0.5
+    means = torch._foreach_lerp(means, grads, 1 - betas[0])
+    squares = torch._foreach_addcmul(torch._foreach_mul(squares, betas[1]), grads, grads, 1 - betas[1])
+    below = torch._foreach_add(torch._foreach_div(torch._foreach_sqrt(squares), root), eps)
+    return torch._foreach_addcdiv(params, means, below, -lr / correction), means, squares
+
+
+def adam_by_torchopt(params, grads, means, squares, lr: float, betas: tuple[float, float], eps: float, step: int):
+    """TorchOpt's fused operator, one tensor after the other."""
+    from torchopt.accelerated_op import AdamOp
+
+    op = AdamOp(b1=betas[0], b2=betas[1], eps=eps, eps_root=0.0, inplace=False)
+    found = [op(m, v, g, step) for m, v, g in zip(means, squares, grads, strict=True)]
+    moved = [p - lr * update for p, (_, _, update) in zip(params, found, strict=True)]
+    return moved, [m for m, _, _ in found], [v for _, v, _ in found]
+
+
 def mlp_by_baddbmm(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         x = torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))

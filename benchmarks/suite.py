@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import fastmeta.nn
 from fastmeta import MAML, ProtoNet, TaskBatch, functional
 from fastmeta.dispatch.spec import REGISTRY, Make
+from fastmeta.functional.optimizer_steps import AdamState
 
 from . import contenders as peers
 from . import counts, curves, learners, whole
@@ -185,6 +186,35 @@ def updates(make: Make) -> Iterator[Case]:
     nbytes = workload.bytes + counts.nbytes([*cotangents, *grads, *flat_lrs])
     flops = 5 * workload.flops // 2  # a multiply-add forward, a product and a multiply-add backward
     yield Case(f"fast_weight_update fwd+bwd {workload.label}", rows, flops, nbytes, bars)
+
+
+def optimizer_steps(make: Make) -> Iterator[Case]:
+    """A step of Adam in the midst of others, and its gradient with respect to all that it was given."""
+    workload = _workload("adam_step", 0, make)
+    given, n = [t.clone() for tensors in workload.args[:4] for t in tensors], len(workload.args[0])
+    leaves, step = [t.requires_grad_() for t in given], 3
+    cotangents = [make.normal(*t.shape) for t in workload.args[0]]
+    options = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
+
+    def ours(params, grads, means, squares):
+        moved, state = functional.adam_step(params, grads, AdamState(step - 1, means, squares), **options)
+        return moved, state.exp_avg, state.exp_avg_sq
+
+    def with_gradient(adam):
+        def run():
+            moved, means, squares = adam(*(leaves[i * n : i * n + n] for i in range(4)))
+            return moved, means, squares, torch.autograd.grad(moved, leaves, cotangents)
+
+        return run
+
+    rows = {
+        "fastmeta": with_gradient(ours),
+        "foreach": with_gradient(lambda *tensors: peers.adam_by_foreach(*tensors, *options.values(), step)),
+        "TorchOpt": with_gradient(lambda *tensors: peers.adam_by_torchopt(*tensors, *options.values(), step)),
+    }
+    # forward four arrays in and three out; backward these four and the cotangents in, and four out
+    nbytes = 16 * counts.nbytes(workload.args[0])
+    yield Case(f"adam_step fwd+bwd {workload.label}", rows, 3 * workload.flops, nbytes, {"foreach": 2, "TorchOpt": 3})
 
 
 def mlps(make: Make) -> Iterator[Case]:
@@ -381,6 +411,7 @@ GROUPS: dict[str, Callable[[Make], Iterator[Case]]] = {
     "contrastive_loss": contrastive_losses,
     "pairwise_distance": distances,
     "fast_weight_update": updates,
+    "optimizer_step": optimizer_steps,
     "functional_mlp": mlps,
     "task_weights": task_weights,
     "task_conv2d": convolutional.convolutions,

@@ -9,6 +9,26 @@ STABLE_TORCH_LIBRARY(fastmeta_native, m) {
   m.def(
       "fast_weight_update_bwd(Tensor[] grad_outs, Tensor[] grads, Tensor[] lrs, float lr, int needs) "
       "-> (Tensor[], Tensor[])");
+  m.def(
+      "sgd_step(Tensor[] params, Tensor[] grads, Tensor[] buffers, Tensor[] rates, Tensor[] momenta, Tensor[] shares, "
+      "Tensor[] decays, float rate, float momentum, float share, float decay, bool nesterov, bool keeps) "
+      "-> (Tensor[], Tensor[])");
+  m.def(
+      "sgd_step_bwd(Tensor[] grad_0, Tensor[] grad_1, Tensor[] params, Tensor[] grads, Tensor[] buffers, "
+      "Tensor[] rates, Tensor[] momenta, Tensor[] shares, Tensor[] decays, float rate, float momentum, float share, "
+      "float decay, bool nesterov, bool keeps, int needs) "
+      "-> (Tensor[], Tensor[], Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])");
+  m.def(
+      "adam_step(Tensor[] params, Tensor[] grads, Tensor[] means, Tensor[] squares, Tensor[] maxima, Tensor[] rates, "
+      "Tensor[] shares1, Tensor[] shares2, Tensor[] epsilons, Tensor[] decays, float rate, float share1, "
+      "float share2, float eps, float decay, bool decoupled, bool amsgrad) "
+      "-> (Tensor[], Tensor[], Tensor[], Tensor[])");
+  m.def(
+      "adam_step_bwd(Tensor[] grad_0, Tensor[] grad_1, Tensor[] grad_2, Tensor[] grad_3, Tensor[] params, "
+      "Tensor[] grads, Tensor[] means, Tensor[] squares, Tensor[] maxima, Tensor[] rates, Tensor[] shares1, "
+      "Tensor[] shares2, Tensor[] epsilons, Tensor[] decays, float rate, float share1, float share2, float eps, "
+      "float decay, bool decoupled, bool amsgrad, int needs) -> (Tensor[], Tensor[], Tensor[], Tensor[], Tensor[], "
+      "Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])");
   m.def("class_prototypes(Tensor embeddings, Tensor labels, int num_classes) -> Tensor");
   m.def("class_prototypes_bwd(Tensor grad, Tensor labels) -> Tensor");
   m.def("pairwise_distance(Tensor query, Tensor prototypes, int metric) -> Tensor");

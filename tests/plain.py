@@ -135,6 +135,45 @@ def fast_weight_update_bwd(grad_outs, grads, lrs, lr, needs):
     return vjp(fast_weight_update, grad_outs, (params, grads, lrs, lr), (1, 2), needs)
 
 
+def for_each_parameter(step, lists, numbers):
+    """`step(*values)` of each parameter and task, where a value is a tensor of `lists` or what `numbers` has for it;
+    a list of tensors for each of its results."""
+    tasks = range(number_of_tasks([t for tensors in lists for t in tensors]))
+    found = []
+    for i, param in enumerate(lists[0]):
+        rows = [
+            step(*(of_task(of[i], t) if of else n for of, n in zip(lists, numbers, strict=True))) for t in tasks
+        ] or [step(*(of[i] if of else n for of, n in zip(lists, numbers, strict=True)))]
+        found.append([stack(list(of) if tasks else [], param, param.shape[1]) for of in zip(*rows, strict=True)])
+    return [list(of) for of in zip(*found, strict=True)]
+
+
+def sgd_step(*args):
+    lists, numbers, (nesterov, keeps) = args[:7], args[7:11], args[11:]
+
+    def step(p, g, buffer, lr, momentum, share, decay):
+        g = g + decay * p
+        buffer = momentum * buffer + share * g
+        return p - lr * (g + momentum * buffer if nesterov else buffer), buffer
+
+    moved, buffers = for_each_parameter(step, lists, (0, 0, 0, *numbers))
+    return moved, buffers if keeps else []
+
+
+def adam_step(*args):
+    lists, numbers, (decoupled, amsgrad) = args[:10], args[10:15], args[15:]
+
+    def step(p, g, mean, square, largest, lr, share1, share2, eps, decay):
+        g = g if decoupled else g + decay * p
+        mean = (1 - share1) * mean + share1 * g
+        square = (1 - share2) * square + share2 * g**2
+        largest = square.maximum(largest) if amsgrad and isinstance(largest, torch.Tensor) else square
+        return (p * (1 - decay) if decoupled else p) - lr * mean / (largest.sqrt() + eps), mean, square, largest
+
+    moved, means, squares, maxima = for_each_parameter(step, lists, (0, 0, 0, 0, 0, *numbers))
+    return moved, means, squares, maxima if amsgrad else []
+
+
 # inner loops -----------------------------------------------------------------------------------------
 
 
@@ -390,7 +429,7 @@ def gradient_of(function):
 
 _DERIVED = (
     pairwise_distance, prototypical_loss, contrastive_loss, functional_mlp, adapt_mlp, meta_loss_mlp, norm_act_pool,
-    gradient_of(norm_act_pool),
+    gradient_of(norm_act_pool), sgd_step, adam_step,
 )  # fmt: skip
 _WRITTEN = (
     class_prototypes, class_prototypes_bwd, fast_weight_update, fast_weight_update_bwd, task_conv2d,

@@ -143,6 +143,17 @@ def cases(value: str) -> list[Case]:
         Case("fast_weight_update", [params, grads, rates], lambda p, g, r: ([p], [g], [r], 0.0),
              lambda p, g, r: (p - r * g,), 1)
     )  # fmt: skip
+    squares = _draw(5)(3, 5).square() + 0.1
+    numbers = (0.1, 0.3, 0.2, 0.1, 0.0)
+
+    def adam(p, g, m):
+        mean, square = 0.7 * m + 0.3 * g, 0.8 * squares + 0.2 * g * g
+        return p - 0.1 * mean / (square.sqrt() + 0.1), mean, square
+
+    found.append(
+        Case("adam_step", [params, grads, rates],
+             lambda p, g, m: ([p], [g], [m], [squares.to(p)], [], [], [], [], [], [], *numbers, False, False), adam, 3)
+    )  # fmt: skip
     return found
 
 

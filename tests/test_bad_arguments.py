@@ -306,6 +306,7 @@ RULED = RULE | RATE | {"learn_inner_lr": flag()}
 # by name: how it is made, the module, and its other arguments
 LEARNERS = {
     "MAML": (net, INNER | TASK_CHUNK | RULED | {
+        "inner_optimizer": choice("sgd", "adam", "adamw"),
         "engine": choice("auto", "fused", "lowrank", "layerwise", "vmap", "loop")}),
     "ANIL": (net, INNER | TASK_CHUNK | RULED | {"adapts": choice("head", "body")}),
     "BOIL": (net, INNER | TASK_CHUNK | RULED),
@@ -408,6 +409,9 @@ for name in ("MAML", "CAVIA", "Reptile"):
     make, options = LEARNERS[name]
     examples = {key: widened(argument) for key, argument in X.items()} if name == "CAVIA" else X
     method_cases(f"{name} on values", learner_of(name, make, options, loss="mse"), examples, VALUES)
+BETAS = {"None": None, "number": 0.1, "one": (0.1,), "NaN": (0.1, float("nan")), "texts": ("0", "1"), "1": (0.5, 1.0)}
+case("MAML with Adam", algorithms.MAML, {"inner_optimizer": "adam"}, model=module(net), eps=number(1e-8, 0),
+     betas=Argument(lambda: (0.5, 0.6), BETAS, {"list": [0.5, 0.6]}), amsgrad=flag())  # fmt: skip
 case("BatchNormPerStep", algorithms.maml_plus_plus.BatchNormPerStep, num_features=count(3), steps=count(2),
      momentum=number(0.1, 0), eps=number(1e-5, 0), affine=flag(True), track_running_stats=flag(True))  # fmt: skip
 case("FiLM", algorithms.FiLM, condition=count(4), channels=count(3), hidden=count(3))

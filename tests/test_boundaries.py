@@ -13,8 +13,8 @@ prototypical_loss.cpp,        few tasks on several threads: ranges of queries, e
 pairwise_distance.cpp         gradient of the prototypes
 class_prototypes.cpp          few tasks on several threads: ranges of columns, at least 256
 contrastive_loss*             blocks of 48 rows; tiles of 240 columns, across which a maximum is carried
-fast_weight_update.cpp        blocks of 32768 numbers, of 4096 columns and 8 rows where operands repeat; partial sums by
-                              block row and column, added up 1024 columns at a time
+blocks.h (fast_weight_update, blocks of 32768 numbers, of 4096 columns and 8 rows where operands repeat; partial sums by
+optimizer_steps)              block row and column, added up 1024 columns at a time
 functional_mlp_kernel.h       blocks of rows, up to 96 and fewer where layers are wide; 256 inputs
 functional_mlp.cpp            ranges of rows and groups of tasks by thread: one partial gradient by item or by group,
                               added up 1024 numbers at a time; tasks that share all weights merged into one
@@ -56,6 +56,7 @@ from fastmeta.ops import (
     fast_weight_update,
     functional_mlp,
     norm_act_pool,
+    optimizer_steps,
     prototypical_loss,
     task_conv2d,
 )
@@ -93,6 +94,11 @@ def contrast(*sizes: int, threads: int = 1) -> Case:
 
 def update(shared: str, rates: str | None, threads: int = 1) -> Case:
     return Case("fast_weight_update", lambda m: fast_weight_update._inputs(m, 9, (4100, 3), shared, rates), threads)
+
+
+def optimizer(op: str, shared: str, hyper: dict, threads: int = 1) -> Case:
+    kind = op.removesuffix("_step")
+    return Case(op, lambda m: optimizer_steps._inputs(m, kind, 9, (4100, 3), shared, 1, hyper), threads)
 
 
 def mlp(activation: str, *sizes, shared: str = "", threads: int = 1) -> Case:
@@ -159,6 +165,12 @@ CASES = {
     "update-rate-of-elements": update("p", "element"),
     "update-rate-of-elements-shared-gradients": update("g", "element", 2),
     "update-rate-of-all-shared-gradients": update("g", "task element"),
+    # ---- steps of optimisers
+    "sgd-one-long-row": optimizer("sgd_step", "", {}, 2),
+    "sgd-shared-parameters": optimizer("sgd_step", "p", {0: "element", 1: "tensor", 2: "task"}),
+    "adam-one-long-row": optimizer("adam_step", "", {0: "tensor"}, 2),
+    "adam-shared-parameters": optimizer("adam_step", "p-", {0: "element", 3: "task element", 4: "task"}),
+    "adam-shared-states": optimizer("adam_step", "gs", {1: "element", 2: "task"}, 2),
     # ---- a net
     "mlp-97-rows": mlp("gelu", 2, 98, (3, 5, 2)),
     "mlp-513-inputs-257-hidden": mlp("relu", 2, 98, (515, 261, 3)),

@@ -3,6 +3,7 @@ of `torch.optim.SGD` and `clip_grad_norm_`, one task at a time, and differentiat
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -23,20 +24,41 @@ def check(found, right):
     torch.testing.assert_close(found, right, **CLOSE)
 
 
-def a_step(weights, gradients, moments, rate, *, momentum=0.0, weight_decay=0.0, clip_norm=None, clip_value=None):
-    """`torch.optim.SGD`'s, written so that it can be differentiated; by name."""
+def a_step(
+    weights, gradients, moments, rate, *, momentum=0.0, weight_decay=0.0, clip_norm=None, clip_value=None,
+    inner_optimizer="sgd", **adam,
+):  # fmt: skip
+    """`torch.optim.SGD`'s or Adam's, written so that it can be differentiated; by name."""
     if clip_value is not None:
         gradients = {n: g.clamp(-clip_value, clip_value) for n, g in gradients.items()}
     if clip_norm is not None:
         norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
         gradients = {n: g * (clip_norm / (norm + 1e-6)).clamp(max=1.0) for n, g in gradients.items()}
     for name, gradient in gradients.items():
+        if inner_optimizer != "sgd":
+            own, decoupled = moments.setdefault(name, {}), inner_optimizer == "adamw"
+            weights = weights | {
+                name: adam_step(weights[name], gradient, own, rate(name), weight_decay, decoupled, **adam)
+            }
+            continue
         direction = gradient + weight_decay * weights[name]
         if name in moments:
             direction = momentum * moments[name] + direction
         moments[name] = direction
         weights = weights | {name: weights[name] - rate(name) * direction}
     return weights
+
+
+def adam_step(w, g, own, lr, weight_decay, decoupled, betas=(0.9, 0.999), eps=1e-8, amsgrad=False):
+    """One parameter; `own` is what it remembers."""
+    g, start = (g, w - lr * weight_decay * w) if decoupled else (g + weight_decay * w, w)
+    own["step"] = own.get("step", 0) + 1
+    own["mean"] = betas[0] * own.get("mean", 0) + (1 - betas[0]) * g
+    own["square"] = betas[1] * own.get("square", 0) + (1 - betas[1]) * g**2
+    own["largest"] = torch.maximum(own["square"], own.get("largest", own["square"])) if amsgrad else own["square"]
+    below = own["largest"] / (1 - betas[1] ** own["step"])
+    root = torch.where(below > 0, torch.where(below > 0, below, 1).sqrt(), 0)  # its slope at 0 is infinite
+    return start - lr * own["mean"] / (1 - betas[0] ** own["step"]) / (root + eps)
 
 
 def adapted(net, x, y, *, rate, steps, first_order=False, adapts=lambda name: True, **options):
@@ -86,6 +108,8 @@ RULES = {
     "norm": {"clip_norm": 0.4},
     "value": {"clip_value": 0.1},
     "all": {"momentum": 0.8, "weight_decay": 0.2, "clip_norm": 0.3, "clip_value": 0.15},
+    "adam": {"inner_optimizer": "adam", "eps": 0.1, "weight_decay": 0.2},
+    "adamw": {"inner_optimizer": "adamw", "betas": (0.5, 0.7), "eps": 0.05, "amsgrad": True, "weight_decay": 0.2},
 }
 RATES = {
     "one": lambda steps, layer: 0.3,
@@ -124,7 +148,9 @@ def test_maml(kind, rule, rates):
                 out = maml(batch)
             except ValueError as refused:
                 assert engine in ("fused", "lowrank") and "cannot serve" in str(refused)
-                assert engine == "lowrank" or "clip" in options or rates == "bias" or "do not clip" in str(refused)
+                assert engine == "lowrank" or "clip" in options or rates == "bias" or re.search(
+                    "do not clip|steps of Adam were asked for", str(refused)
+                )
                 continue
             check(out.task_loss.detach(), truth[0])
             found = torch.autograd.grad(out.loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
@@ -140,13 +166,15 @@ def test_maml(kind, rule, rates):
 def test_adaptation_is_that_of_torch_optim(rule, kind):
     """A head that is not used neither moves nor decays; what is frozen does not count for the norm."""
     net, batch, options = make(kind), TaskBatch(*tasks(kind)), RULES[rule]
-    sgd = {name: options[name] for name in ("momentum", "weight_decay") if name in options}
+    given = {name: value for name, value in options.items() if not name.startswith(("clip", "inner_"))}
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    kind_of_steps = kinds.get(options.get("inner_optimizer"), torch.optim.SGD)
     for engine in ("auto", "vmap", "loop"):
         maml = MAML(net, inner_lr=0.3, inner_steps=3, engine=engine, **options)
         state = maml.adapt(batch.support_x, batch.support_y)
         for t in range(len(state)):
             own = copy.deepcopy(net)
-            optimizer = torch.optim.SGD(own.parameters(), lr=0.3, **sgd)
+            optimizer = kind_of_steps(own.parameters(), lr=0.3, **given)
             for _ in range(3):
                 optimizer.zero_grad()
                 F.cross_entropy(own(batch.support_x[t]), batch.support_y[t]).backward()
@@ -156,6 +184,28 @@ def test_adaptation_is_that_of_torch_optim(rule, kind):
                     clip_grad_norm_(own.parameters(), options["clip_norm"])
                 optimizer.step()
             check({n: w.detach() for n, w in state[t].items()}, {n: p.detach() for n, p in own.named_parameters()})
+
+
+@pytest.mark.parametrize(
+    "options, error, text",
+    [
+        ({"inner_optimizer": "rmsprop"}, ValueError, "inner_optimizer must be one of sgd, adam, adamw; got 'rmsprop'"),
+        ({"inner_optimizer": "adam", "betas": 0.9}, TypeError, "betas must be a pair of numbers, got 0.9"),
+        ({"inner_optimizer": "adam", "betas": (0.9, 1.0)}, ValueError, "betas[1] must be below 1.0, got 1.0"),
+        ({"inner_optimizer": "adam", "momentum": 0.9}, ValueError, "momentum is SGD's: with inner_optimizer='adam'"),
+        ({"inner_optimizer": "adam", "memory": "sweep"}, ValueError, "memory='sweep' goes back through steps of SGD"),
+        ({"amsgrad": True}, ValueError, "betas, eps and amsgrad are Adam's: with inner_optimizer='sgd'"),
+    ],
+)
+def test_wrong_optimizers(options, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        MAML(make("mlp"), **options)
+
+
+def test_engines_say_that_they_take_no_steps_of_adam():
+    text = MAML(make("mlp"), inner_optimizer="adam").explain(TaskBatch(*tasks("mlp")))
+    assert "fused: cannot serve: the kernels take steps of SGD, and steps of Adam were asked for" in text
+    assert "layerwise: picked" in text
 
 
 @pytest.mark.parametrize("rule", ["plain", "momentum", "all"])

@@ -21,6 +21,7 @@ from fastmeta.functional import (
     pairwise_distance,
     prototypical_loss,
 )
+from fastmeta.ops import optimizer_steps
 
 settings.register_profile(
     "fastmeta", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
@@ -112,6 +113,15 @@ def fast_weight_update_args(draw, make):
     return params, grads, lrs, draw(st.sampled_from([0.0, 0.1, 2.0]))
 
 
+@st.composite
+def optimizer_step_args(draw, make, kind):
+    sizes = draw(st.lists(size, min_size=1, max_size=4))
+    shared = draw(st.sampled_from(["", "p", "g", "ps", "p-", "pgs"]))
+    forms = st.sampled_from(["task", "tensor", "element", "task element"])
+    hyper = draw(st.dictionaries(st.integers(0, 4), forms))
+    return optimizer_steps._inputs(make, kind, draw(tasks), sizes, shared, draw(st.booleans()), hyper)
+
+
 ARGUMENTS = {
     "class_prototypes": class_prototypes_args,
     "pairwise_distance": pairwise_distance_args,
@@ -119,6 +129,8 @@ ARGUMENTS = {
     "contrastive_loss": contrastive_loss_args,
     "functional_mlp": functional_mlp_args,
     "fast_weight_update": fast_weight_update_args,
+    "sgd_step": lambda make: optimizer_step_args(make, "sgd"),
+    "adam_step": lambda make: optimizer_step_args(make, "adam"),
 }
 
 

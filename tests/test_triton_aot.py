@@ -21,7 +21,7 @@ TARGETS = (("float32", 80), ("float32", 90), ("float32", 100), ("bfloat16", 90))
 # constants that choose what a kernel does; the others are sizes
 BRANCHES = (
     "METRIC", "LOSS", "ACTIVATION", "HAS_BASE", "HAS_RATE", "HAS_BIAS", "SHARED_X", "TF32", "INDEX", "GIVEN",
-    "MOMENTUM", "BACK", "ONE_TAP", "POOL", "NORM", "HAS_OUTER", "BENT",
+    "MOMENTUM", "BACK", "ONE_TAP", "POOL", "NORM", "HAS_OUTER", "BENT", "GRADIENT",
 )  # fmt: skip
 # bytes that a block may have on the smallest GPU of compute capability 8 or later
 SHARED_MEMORY = 99 * 1024

@@ -14,7 +14,7 @@ from test_ops import require
 
 from fastmeta import testing, use_backend
 from fastmeta.dispatch.spec import REGISTRY, Make
-from fastmeta.ops import _inner_loop, contrastive_loss, norm_act_pool
+from fastmeta.ops import _inner_loop, contrastive_loss, norm_act_pool, optimizer_steps
 
 METRICS = ("sqeuclidean", "euclidean", "cosine", "dot", "manhattan")
 F32, F64 = (torch.float32,), (torch.float64,)
@@ -44,6 +44,12 @@ def _update(make, rate):
     sizes = (1025, 3, *(1,) * 15)
     lrs = {"float": [], "task": [make.normal(2, 1) for _ in sizes], "element": [make.normal(1, n) for n in sizes]}[rate]
     return [make.normal(1, n) for n in sizes], [make.normal(2, n) for n in sizes], lrs, 0.1
+
+
+def _step_of(make, op, shared):
+    """A block of 1024 elements and one more; 9 tensors, where a launch takes 8."""
+    hyper = {0: "task", 1: "element", 2: "tensor"}
+    return optimizer_steps._inputs(make, op.removesuffix("_step"), 2, (1025, 3, *(1,) * 7), shared, 1, hyper)
 
 
 def _inner(make, op, *sizes, form="dense", **departures):
@@ -99,6 +105,10 @@ CASES = {
     **{
         f"fast_weight_update-{rate}": Case("fast_weight_update", lambda m, rate=rate: _update(m, rate))
         for rate in ("float", "task", "element")
+    },
+    **{
+        f"{op}-{shared}": Case(op, lambda m, op=op, shared=shared: _step_of(m, op, shared))
+        for op, shared in (("sgd_step", "p-"), ("adam_step", "g"))
     },
     "meta_loss_mlp-cross_entropy": Case(
         "meta_loss_mlp",

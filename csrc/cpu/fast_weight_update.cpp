@@ -1,74 +1,16 @@
 // fast_weight_update on CPU tensors: all tensors cut into blocks of like size, one parallel loop over the blocks.
-#include "tensors.h"
-
-#include <cstring>
+#include "blocks.h"
 
 namespace fastmeta::cpu {
 namespace {
 
 constexpr const char* kOp = "fast_weight_update";
-constexpr int64_t kBlockElements = 1 << 15;
-constexpr int64_t kBlockColumns = 1 << 12;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t leading_size(std::initializer_list<const std::vector<Tensor>*> lists) {
-  int64_t tasks = 1;
-  for (const auto* list : lists)
-    for (const Tensor& t : *list) {
-      check_dims(kOp, t, 2);
-      if (t.size(0) != 1) tasks = t.size(0);
-    }
-  return tasks;
-}
-
-// What an operand is read as.
-struct Matrix {
-  int64_t rows, columns;
-  int64_t numel() const { return rows * columns; }
-};
-Matrix matrix(const Tensor& t) { return {t.size(0), t.size(1)}; }
-
-// How an operand repeats: row stride 0 for one row for all, `columns` false for one number for a whole row.
-struct Shape {
-  int64_t row = 0;
-  bool columns = false;
-};
-
-// One tensor of all tasks as rows by columns, in blocks. Where every operand is either whole or a single number, tasks
-// and columns are one long row.
-struct Grid {
-  int64_t rows, columns, row_block, column_block;
-  bool flat = true;
-
-  Grid(int64_t tasks, int64_t n, std::initializer_list<Matrix> operands) : rows(tasks), columns(n) {
-    for (const Matrix& t : operands) {
-      const bool whole = t.rows == tasks && t.columns == n, number = t.numel() == 1;
-      flat = flat && (whole || number);
-      STD_TORCH_CHECK((t.rows == tasks || t.rows == 1) && (t.columns == n || t.columns == 1), kOp, ": shape [", t.rows,
-                      ", ", t.columns, "] does not fit [", tasks, ", ", n, "]");
-    }
-    if (flat) {
-      rows = 1;
-      columns = tasks * n;
-    }
-    column_block = std::max<int64_t>(1, std::min(columns, rows == 1 ? kBlockElements : kBlockColumns));
-    row_block = std::max<int64_t>(1, kBlockElements / column_block);
-  }
-
-  Shape shape(const Matrix& t) const {
-    if (flat) return {columns, t.numel() == columns};
-    return {t.rows == 1 ? 0 : t.columns, t.columns == columns};
-  }
-  int64_t row_blocks() const { return columns ? divide_up(rows, row_block) : 0; }
-  int64_t column_blocks() const { return divide_up(columns, column_block); }
-};
 
 // The update of one tensor, cut into items.
 template <class T>
 void add_items(std::vector<UpdateItem<T>>& items, int64_t tasks, int64_t n, const T* param, Matrix p, const T* grad,
                Matrix g, const T* rates, Matrix l, double lr, T* to) {
-  const Grid grid(tasks, n, {p, g, l});
+  const Grid grid(kOp, tasks, n, {p, g, l});
   const Shape ps = grid.shape(p), gs = grid.shape(g), ls = rates ? grid.shape(l) : Shape{};
   for (int64_t r = 0; grid.columns && r < grid.rows; r += grid.row_block)
     for (int64_t c = 0; c < grid.columns; c += grid.column_block)
@@ -91,7 +33,7 @@ void check_lists(const std::vector<Tensor>& params, const std::vector<Tensor>& g
 std::vector<Tensor> fast_weight_update(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> lrs,
                                        double lr) {
   check_lists(params, grads, lrs);
-  const int64_t tasks = leading_size({&params, &grads, &lrs});
+  const int64_t tasks = leading_size(kOp, {&params, &grads, &lrs});
   std::vector<Tensor> out;
   out.reserve(params.size());
   if (params.empty()) return out;
@@ -144,58 +86,26 @@ std::vector<Tensor> fast_weight_update_shaped(std::vector<Tensor> params, std::v
   return out;
 }
 
-// Where a gradient goes: straight to its tensor, or, where several blocks share an element, to one partial sum per
-// block row or column, added up afterwards in order.
-template <class T>
-struct Target {
-  Tensor tensor, partials;
-  T* out = nullptr;
-  int64_t size = 0, parts = 1, column_blocks = 1;
-  Shape shape;
-  bool sum_rows = false;
-
-  Target() = default;
-  Target(const Tensor& like, const Grid& grid) : tensor(new_like(like, true)) {
-    size = like.numel();
-    shape = grid.shape(matrix(like));
-    sum_rows = !grid.flat && like.size(0) == 1;
-    column_blocks = shape.columns ? 1 : grid.column_blocks();
-    parts = (sum_rows ? grid.row_blocks() : 1) * column_blocks;
-    out = mutable_data<T>(tensor);
-    if (parts > 1) {
-      partials = new_tensor(like, {parts * size});
-      out = mutable_data<T>(partials);
-    } else if (grid.rows * grid.columns == 0 && size > 0) {
-      std::memset(out, 0, size_t(size) * sizeof(T));
-    }
-  }
-  T* at(const Grid& grid, int64_t r, int64_t c) const {
-    if (out == nullptr) return nullptr;
-    const int64_t part = (sum_rows ? r / grid.row_block * column_blocks : 0) + (shape.columns ? 0 : c / grid.column_block);
-    return out + (parts > 1 ? part * size : 0) + r * shape.row + (shape.columns ? c : 0);
-  }
-};
-
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> fast_weight_update_bwd(std::vector<Tensor> grad_outs,
                                                                             std::vector<Tensor> grads,
                                                                             std::vector<Tensor> lrs, double lr,
                                                                             int64_t needs) {
   STD_TORCH_CHECK(grad_outs.size() == grads.size() && (lrs.empty() || lrs.size() == grads.size()), kOp,
                   ": needs one gradient, and one rate or none, per output gradient");
-  const int64_t tasks = leading_size({&grad_outs, &grads, &lrs});
+  const int64_t tasks = leading_size(kOp, {&grad_outs, &grads, &lrs});
   std::vector<Tensor> d_grads, d_lrs;
   if (grads.empty()) return {d_grads, d_lrs};
   by_dtype(kOp, grads[0], [&](auto zero) {
     using T = decltype(zero);
     std::vector<UpdateGradientItem<T>> items;
-    std::vector<Target<T>> targets;
+    std::vector<Destination<T>> targets;
     for (size_t i = 0; i < grads.size(); ++i) {
       const int64_t n = grads[i].size(1);
       const Tensor& rate = lrs.empty() ? grads[i] : lrs[i];
-      const Grid grid(tasks, n, {matrix(grad_outs[i]), matrix(grads[i]), matrix(rate)});
+      const Grid grid(kOp, tasks, n, {matrix(grad_outs[i]), matrix(grads[i]), matrix(rate)});
       const Shape g = grid.shape(matrix(grads[i])), l = lrs.empty() ? Shape{} : grid.shape(matrix(rate));
-      const Target<T> d_grad = needs & 1 ? Target<T>(grads[i], grid) : Target<T>();
-      const Target<T> d_lr = (needs & 2) && !lrs.empty() ? Target<T>(rate, grid) : Target<T>();
+      const Destination<T> d_grad = needs & 1 ? Destination<T>(new_like(grads[i], true), grid) : Destination<T>();
+      const Destination<T> d_lr = (needs & 2) && !lrs.empty() ? Destination<T>(new_like(rate, true), grid) : Destination<T>();
       d_grads.push_back(needs & 1 ? d_grad.tensor : new_tensor(grads[i], {0}));
       if (!lrs.empty()) d_lrs.push_back(needs & 2 ? d_lr.tensor : new_tensor(rate, {0}));
       const T* out = data<T>(grad_outs[i]);
@@ -212,15 +122,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> fast_weight_update_bwd(std:
     }
     parallel(int64_t(items.size()), items.empty() ? 0 : items[0].rows * items[0].columns,
              [&](int64_t i) { kernels<T>().update_gradient(items[size_t(i)]); });
-    for (const Target<T>& target : targets) {
-      constexpr int64_t kColumns = 1024;
-      T* to = mutable_data<T>(target.tensor);
-      parallel(divide_up(target.size, kColumns), target.parts * kColumns, [&](int64_t i) {
-        const int64_t start = i * kColumns;
-        kernels<T>().sum_partials(target.out + start, target.parts, target.size, to + start,
-                                  std::min(kColumns, target.size - start));
-      });
-    }
+    add_partials(targets);
   });
   return {d_grads, d_lrs};
 }

@@ -10,6 +10,7 @@
 #include "conv/moments.h"
 #include "inner_loop/kernel.h"
 #include "norm_act_pool_kernel.h"
+#include "optimizer_steps_kernel.h"
 #include "pairwise_distance_kernel.h"
 #include "prototypical_loss_kernel.h"
 
@@ -32,6 +33,10 @@ template <class T>
 constexpr cpu::Kernels<T> table() {
   return {update<T>,
           update_gradient<T>,
+          optimizer_step<T, SgdRule>,
+          optimizer_step<T, SgdGradientRule>,
+          optimizer_step<T, AdamRule<T>>,
+          optimizer_step<T, AdamGradientRule<T>>,
           prototypes<T>,
           prototypes_gradient<T>,
           distances<T>,

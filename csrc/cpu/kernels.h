@@ -49,6 +49,25 @@ struct UpdateGradientItem {
   int64_t rows, columns;
 };
 
+// A block of one tensor in an optimiser's step: operands and results by number, as optimizer_steps_kernel.h has them.
+// A row stride of 0 repeats an operand, and sums a result over the rows of the block.
+template <class T>
+struct StepItem {
+  struct {
+    const T* data;
+    int64_t row;
+    bool columns;  // false: one number for a row
+  } operands[14];
+  struct {
+    T* data;  // null: not needed
+    int64_t row;
+    bool columns;  // false: summed over the columns
+  } results[10];
+  int64_t rows, columns;
+  bool first_flag, second_flag;  // as the op has them
+  bool decays;                   // false: there is no decay
+};
+
 // One task, or a range of its columns: x [support, width], row stride ld.
 template <class T>
 struct PrototypeItem {
@@ -169,6 +188,10 @@ template <class T>
 struct Kernels {
   void (*update)(const UpdateItem<T>&);
   void (*update_gradient)(const UpdateGradientItem<T>&);
+  void (*sgd_step)(const StepItem<T>&);
+  void (*sgd_step_gradient)(const StepItem<T>&);
+  void (*adam_step)(const StepItem<T>&);
+  void (*adam_step_gradient)(const StepItem<T>&);
   void (*prototypes)(const PrototypeItem<T>&);
   void (*prototypes_gradient)(const PrototypeItem<T>&);
   void (*distances)(const DistanceItem<T>&);

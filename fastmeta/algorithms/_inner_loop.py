@@ -280,6 +280,8 @@ class InnerLoopAlgorithm(nn.Module):
         what is trained."""
         if self.memory != "auto" or inner.sweep or inner.first_order or inner.steps < 2:  # a graph of one step, at most
             return False
+        if inner.rule.adam is not None:  # the sweep goes back through steps of SGD
+            return False
         if not isinstance(engine, VmapEngine) or not torch.is_grad_enabled() or self in _changing:
             return False
         support_x, tasks = first(batch[0]), 1 if engine.name == "loop" else len(first(batch[0]))

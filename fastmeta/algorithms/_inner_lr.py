@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastmeta import values
 from fastmeta.functional import checks
 
-from ..engines import Rates, Rule
+from ..engines import Adam, Rates, Rule
 
 InnerLR = float | Tensor | Mapping[str, float | Tensor]
 
@@ -78,12 +78,40 @@ def described(inner_lr: float | Tensor | nn.ParameterDict) -> str:
     return f"{list(inner_lr.shape)}" if isinstance(inner_lr, Tensor) else f"{inner_lr}"
 
 
-def as_rule(momentum: float, weight_decay: float, clip_norm: float | None, clip_value: float | None) -> Rule:
-    clips = (
+OPTIMIZERS = ("sgd", "adam", "adamw")
+
+
+def as_rule(
+    momentum: float,
+    weight_decay: float,
+    clip_norm: float | None,
+    clip_value: float | None,
+    optimizer: str = "sgd",
+    betas: tuple[float, float] = Adam().betas,
+    eps: float = Adam().eps,
+    amsgrad: bool = False,
+) -> Rule:
+    clips = [
         None if limit is None else values.number(name, limit, 0, open=True)
         for name, limit in (("clip_norm", clip_norm), ("clip_value", clip_value))
-    )
-    return Rule(values.number("momentum", momentum, 0), values.number("weight_decay", weight_decay, 0), *clips)
+    ]
+    rule = Rule(values.number("momentum", momentum, 0), values.number("weight_decay", weight_decay, 0), *clips)
+    values.choice("inner_optimizer", optimizer, OPTIMIZERS)
+    adam = Adam(_betas(betas), values.number("eps", eps, 0), values.flag("amsgrad", amsgrad), optimizer == "adamw")
+    if optimizer == "sgd":
+        if adam != Adam():
+            raise ValueError("betas, eps and amsgrad are Adam's: with inner_optimizer='sgd' they have no meaning")
+        return rule
+    if rule.momentum:
+        raise ValueError(f"momentum is SGD's: with inner_optimizer={optimizer!r} betas say what is remembered")
+    return rule._replace(adam=adam)
+
+
+def _betas(betas: tuple[float, float]) -> tuple[float, float]:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be a pair of numbers, got {values.shown(betas)}")
+    first, second = (values.number(f"betas[{i}]", beta, 0, below=1.0) for i, beta in enumerate(betas))
+    return first, second
 
 
 def _checked(name: str, rate: float | Tensor, steps: int) -> float | Tensor:

@@ -45,6 +45,10 @@ class MAML(InnerLoopAlgorithm):
             needs a rate.
         learn_inner_lr: whether these rates are trained, too: each is a parameter of the learner, and may become
             negative. False by default.
+        inner_optimizer: `"sgd"` (default), `"adam"` as `torch.optim.Adam`, or `"adamw"`, whose weights decay by
+            themselves. The meta-gradient goes through Adam's moments, with the limit of its derivative where no
+            gradient has come; see `functional.adam_step`. All engines but `fused` and `lowrank` take them.
+        betas, eps, amsgrad: Adam's; (0.9, 0.999), 1e-8 and False by default.
         momentum: `m <- momentum * m + gradient` in the inner steps, from 0, as in `torch.optim.SGD`; default 0.
         weight_decay: adds `weight_decay * w` to the inner gradient; default 0. Parameters that the loss does not depend
             on do not decay.
@@ -96,6 +100,10 @@ class MAML(InnerLoopAlgorithm):
         inner_lr: InnerLR = 0.01,
         inner_steps: int = 1,
         learn_inner_lr: bool = False,
+        inner_optimizer: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        amsgrad: bool = False,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
@@ -113,7 +121,11 @@ class MAML(InnerLoopAlgorithm):
             every=every,
         )  # fmt: skip
         self.inner_lr = as_inner_lr(model, inner_lr, learn_inner_lr, inner_steps)
-        self.rule = as_rule(momentum, weight_decay, clip_norm, clip_value)
+        self.rule = as_rule(momentum, weight_decay, clip_norm, clip_value, inner_optimizer, betas, eps, amsgrad)
+        if self.rule.adam is not None and memory == "sweep":
+            raise ValueError(
+                f"memory='sweep' goes back through steps of SGD: with inner_optimizer={inner_optimizer!r} take 'graph'"
+            )
         rates_of(self.inner_lr, self._adapting())  # raises for what has no rate
         self.engine = engine
         self._direct: DirectGradient | None = None  # the last one, for the next call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from fastmeta import values
 from fastmeta._trees import cat, first, split, tree_map
 
-from ..engines import InnerLoop, Loss
+from ..engines import PLAIN, Adam, InnerLoop, Loss, Rule, Steps
 from ..functional.known_gradients import with_gradients
 from ._arguments import check_count, check_number
 from ._gradients import gradient_of_tasks
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 OPTIMIZERS = ("sgd", "adam")
 ROWS = ("all", "support")
-_BETA2, _EPSILON = 0.999, 1e-8
+_ADAM = Rule(adam=Adam(betas=(0.0, 0.999)))
 
 
 class Reptile(InnerLoopAlgorithm):
@@ -193,26 +192,13 @@ class Reptile(InnerLoopAlgorithm):
         """Weights `[T, *shape]` after `inner_steps` steps from `start` `[*shape]`."""
         like = first(x)
         tasks = len(like)
-        names = list(start)
-        fast = [start[name].unsqueeze(0).repeat(tasks, *[1] * start[name].dim()) for name in names]
-        squares = [torch.zeros_like(w) for w in fast] if self.optimizer == "adam" else []
+        fast = {name: w.unsqueeze(0).repeat(tasks, *[1] * w.dim()) for name, w in start.items()}
         order = self._order(tasks, like.shape[1], like.device)
-        weights: Mapping[str, Tensor] = start
-        for step in range(self.inner_steps if names else 0):
+        steps, weights = Steps(self.inner_lr, _ADAM if self.optimizer == "adam" else PLAIN), start
+        for step in range(self.inner_steps if fast else 0):
             batch = (x, y) if order is None else (_take(x, order[step]), _take(y, order[step]))
-            gradients = gradient_of_tasks(self.model, loss, weights, *batch)
-            gradients = [gradients[name] for name in names]
-            if self.optimizer == "sgd":
-                torch._foreach_add_(fast, gradients, alpha=-self.inner_lr)
-            else:  # the first moment with beta1 = 0 is the gradient
-                torch._foreach_mul_(squares, _BETA2)
-                torch._foreach_addcmul_(squares, gradients, gradients, 1 - _BETA2)
-                deviation = torch._foreach_sqrt(squares)
-                torch._foreach_div_(deviation, math.sqrt(1 - _BETA2 ** (step + 1)))
-                torch._foreach_add_(deviation, _EPSILON)
-                torch._foreach_addcdiv_(fast, gradients, deviation, -self.inner_lr)
-            weights = dict(zip(names, fast, strict=True))
-        return dict(zip(names, fast, strict=True))
+            weights = fast = steps.take(fast, gradient_of_tasks(self.model, loss, weights, *batch))
+        return fast
 
     def _order(self, tasks: int, rows: int, device: torch.device) -> Tensor | None:
         """Which rows each step takes, `[K, T, batch_size]`; None for all."""

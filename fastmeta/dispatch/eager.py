@@ -26,8 +26,9 @@ def plain_function(spec: OpSpec) -> type[torch.autograd.Function]:
             ctx.structure, ctx.wanted = structure, wanted
             args = lifted(spec, args)
             found = None
-            if spec.with_gradient:
+            if spec.with_gradient or spec.lacks_gradients:
                 ctx.set_materialize_grads(False)
+            if spec.with_gradient:
                 ctx.scale = mean_gradient(tensors[0], weights)
                 found = backends.run_with_gradient(spec, args, _needs_of(wanted), wants_mean, ctx.scale)
             outputs, ctx.known = found or (backends.run(spec, args), None)

@@ -63,6 +63,7 @@ class OpSpec:
     # a native `<name>_with_gradient` gives outputs, and gradients of the mean of the first, plain or weighted, in one
     # pass; the first output is `[T]`, the first argument `[T, ...]`
     with_gradient: bool = False
+    lacks_gradients: bool = False  # its backward takes None in place of zeros for an output that nothing came back to
     per_task: bool = False  # tasks share nothing that has a gradient: each task's is a multiple of its loss's
     autocast: str = "float32"  # under autocast: "lower" as matmul, "float32" as a loss, "widest" as an addition
     source: str = ""

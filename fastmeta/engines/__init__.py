@@ -4,7 +4,7 @@ from ._as_loss import as_loss
 from ._base import Engine, InnerLoop
 from ._exact import gradients_per_task, twice_differentiable
 from ._losses import Loss, check_one_tensor, check_prediction, loss_of_task
-from ._steps import PLAIN, Rates, Rule, Steps
+from ._steps import PLAIN, Adam, Rates, Rule, Steps
 from .select import ENGINES, choose, explain, module_engine
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "InnerLoop",
     "Loss",
     "PLAIN",
+    "Adam",
     "Rates",
     "Rule",
     "Steps",

@@ -1,8 +1,9 @@
 """One inner step: what becomes of every task's weights and the gradient of its loss, whoever has found that.
 
 As in PyTorch: gradients are clipped (`clip_grad_value_`, then `clip_grad_norm_`, here of one task), then stepped along
-as `torch.optim.SGD` does: `g <- g + weight_decay * w`, `m <- momentum * m + g` (from 0), `w <- w - lr * m`. All of it
-is differentiable, clipping too. Where inner gradients count as constants, so do clipped ones, but the decay does not.
+as `torch.optim.SGD` does: `g <- g + weight_decay * w`, `m <- momentum * m + g` (from 0), `w <- w - lr * m`; or as
+`torch.optim.Adam` does. All of it is differentiable, clipping too. Where inner gradients count as constants, so do
+clipped ones, but the decay does not.
 """
 
 from __future__ import annotations
@@ -23,6 +24,15 @@ Rates = Mapping[str, Tensor]
 _EPSILON = 1e-6  # of `clip_grad_norm_`
 
 
+class Adam(NamedTuple):
+    """How a step of Adam is taken, as in `functional.adam_step`."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    amsgrad: bool = False
+    decoupled: bool = False
+
+
 class Rule(NamedTuple):
     """What is made of a gradient before the rate multiplies it."""
 
@@ -30,6 +40,7 @@ class Rule(NamedTuple):
     weight_decay: float = 0.0
     clip_norm: float | None = None  # of all parameters of one task that adapt
     clip_value: float | None = None  # of each number; before clip_norm, where both are given
+    adam: Adam | None = None  # in place of SGD
 
     @property
     def clips(self) -> bool:
@@ -45,12 +56,14 @@ class Steps:
     def __init__(self, lr: float | Rates, rule: Rule):
         self.lr, self.rule = lr, rule
         self.taken = 0
-        self.moments: dict[str, Tensor] = {}
+        self.moments: dict = {}
 
     def take(self, fast: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights `[T, *shape]` after one more step, from those, which the tasks may share, and their gradients."""
         momentum, weight_decay = self.rule.momentum, self.rule.weight_decay
         gradients = clipped(gradients, self.rule)
+        if self.rule.adam is not None:
+            return self._adam(self.rule.adam, fast, gradients)
         if weight_decay:
             gradients = {name: torch.add(g, fast[name], alpha=weight_decay) for name, g in gradients.items()}
         if momentum:
@@ -64,6 +77,22 @@ class Steps:
         if any(w.is_complex() for w in fast.values()) or len({(w.dtype, w.device) for w in fast.values()}) > 1:
             return {name: w - self.lr * gradients[name] for name, w in fast.items()}
         return functional.fast_weight_update(dict(fast), dict(gradients), self.lr)
+
+    def _adam(
+        self, adam: Adam, fast: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        kinds: dict[tuple, list[str]] = {}  # a model may have parts of several dtypes or on several devices
+        for name, w in fast.items():
+            kinds.setdefault((w.dtype, w.device), []).append(name)
+        moved, step, self.taken = dict(fast), self.taken, self.taken + 1
+        for kind, names in kinds.items():
+            rates = dict(zip(names, rates_at(self.lr, names, step), strict=True))
+            found, self.moments[kind] = functional.adam_step(
+                {name: fast[name] for name in names}, {name: gradients[name] for name in names},
+                self.moments.get(kind), lr=rates, weight_decay=self.rule.weight_decay, **adam._asdict(),
+            )  # fmt: skip
+            moved |= found
+        return moved
 
     def take_alone(self, fast: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same of one task, without a dimension of tasks."""

@@ -46,6 +46,8 @@ class FusedEngine(LayerFormulas):
             return "targets that require gradients have none in the kernels"
         if inner.rule.clips:
             return "the kernels do not clip gradients"
+        if inner.rule.adam is not None:
+            return "the kernels take steps of SGD, and steps of Adam were asked for"
         if isinstance(inner.lr, Mapping):
             of_layer = _rates_of_layers(spec, inner.lr)
             by_step = any(rate is not None and len(rate) != 1 for layer in of_layer for rate in layer)

@@ -45,7 +45,7 @@ class LowRankEngine:
         if isinstance(inner.lr, Mapping):
             return "its rows hold one rate, and rates of layers or steps were asked for"
         if inner.rule != PLAIN:
-            return "its rows hold plain gradient steps, without momentum, weight decay or clipping"
+            return "its rows hold plain gradient steps, without momentum, weight decay, clipping or Adam"
         return _form(model, support_x).why_not(model, inner, support_x)
 
     def why_slow(self, model: nn.Module, inner: InnerLoop, support_x: Tensor) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fastmeta import values
 from fastmeta.values import dtype_of
@@ -132,3 +133,10 @@ def mask(name: str, value, like: Tensor, like_name: str) -> None:
     if value.shape != like.shape[:2]:
         raise ValueError(f"{name} must have shape {list(like.shape[:2])}, got {list(value.shape)}")
     same_device(name, value, like_name, like)
+
+
+def names_of_parameters(params) -> list[str]:
+    """What messages call each parameter; the usual trees without pytree's paths, which take longer than the update."""
+    if isinstance(params, (list, tuple)) and all(isinstance(p, Tensor) for p in params):
+        return [f"params[{i}]" for i in range(len(params))]
+    return [f"params{pytree.keystr(path)}" for path, _ in pytree.tree_flatten_with_path(params)[0]]

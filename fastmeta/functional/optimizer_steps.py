@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,9 +11,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastmeta import values
+from fastmeta.ops import optimizer_steps as _ops
 
-from . import checks, update_rules
+from . import checks
 from .autocast import cast
+from .update_rules import Number, absent
 
 
 class AdamState(NamedTuple):
@@ -68,16 +71,18 @@ def sgd_step(
     momenta = step.hyper("momentum", momentum, 0.0)
     dampenings = step.hyper("dampening", dampening)
     decays = step.hyper("weight_decay", weight_decay, 0.0)
-    if nesterov and (any(map(update_rules.absent, momenta)) or not all(map(update_rules.absent, dampenings))):
+    if nesterov and (any(map(absent, momenta)) or not all(map(absent, dampenings))):
         raise ValueError("nesterov needs a momentum and no dampening")
-    olds = step.tree("buffers", buffers)
-    news, moved = [], []
-    for i, (p, g) in enumerate(step.pairs):
-        g = update_rules.decayed(g, p, decays[i])
-        along, buffer = update_rules.velocity(g, olds[i], momenta[i], dampenings[i], nesterov)
-        moved.append(step.masked(i, p - rates[i] * along, p))
-        news.append(buffer if buffer is None else step.masked(i, buffer, olds[i]))
-    return step.as_given(moved), None if all(new is None for new in news) else step.as_given(news)
+    old = step.tree("buffers", buffers)
+    if not step.pairs:
+        return step.as_given([]), None
+    keeps = not all(map(absent, momenta))
+    shares = [1.0 if old is None or absent(m) else 1 - d for m, d in zip(momenta, dampenings, strict=True)]
+    moved, news = step.call(_ops.SGD, [old], [rates, momenta, shares, decays], nesterov, keeps)
+    moved = step.as_given(step.masked(moved, [p for p, _ in step.pairs]))
+    if not keeps:
+        return moved, buffers
+    return moved, step.as_given(step.masked(step.of_gradients(news, decays, old, momenta, shares), old))
 
 
 def adam_step(
@@ -136,31 +141,56 @@ def adam_step(
         raise TypeError(f"state must be what adam_step has returned, or None, got {type(state).__name__}")
     state = state or AdamState(0, None, None)
     count = state.step + 1
-    means = step.tree("state.exp_avg", state.exp_avg)
-    squares = step.tree("state.exp_avg_sq", state.exp_avg_sq)
-    maxima = step.tree("state.max_exp_avg_sq", state.max_exp_avg_sq)
-    moved, new_means, new_squares, new_maxima = [], [], [], []
-    for i, (p, g) in enumerate(step.pairs):
-        start = p
-        if decoupled:
-            start = p if update_rules.absent(decays[i]) else p * (1 - rates[i] * decays[i])
-        else:
-            g = update_rules.decayed(g, p, decays[i])
-        zero = torch.zeros_like(g)
-        mean = update_rules.average(zero if means[i] is None else means[i], g, betas1[i])
-        square = update_rules.average(zero if squares[i] is None else squares[i], g * g, betas2[i])
-        below = square
-        if amsgrad:
-            below = update_rules.largest(maxima[i], square)
-            new_maxima.append(step.masked(i, below, maxima[i]))
-        corrections = 1 - betas1[i] ** count, 1 - betas2[i] ** count
-        moved.append(
-            step.masked(i, update_rules.adam(start, mean, below, rates[i], *corrections, epsilons[i]), p)
-        )
-        new_means.append(step.masked(i, mean, means[i]))
-        new_squares.append(step.masked(i, square, squares[i]))
-    trees = (new_means, new_squares, new_maxima if amsgrad else None)
-    return step.as_given(moved), AdamState(count, *(tree if tree is None else step.as_given(tree) for tree in trees))
+    old = [
+        step.tree("state.exp_avg", state.exp_avg),
+        step.tree("state.exp_avg_sq", state.exp_avg_sq),
+        step.tree("state.max_exp_avg_sq", state.max_exp_avg_sq) if amsgrad else None,
+    ]
+    corrections = [(1 - b1**count, _root(1 - b2**count)) for b1, b2 in zip(betas1, betas2, strict=True)]
+    if decoupled:
+        decays = [w if absent(w) else lr * w for lr, w in zip(rates, decays, strict=True)]
+    rates = [lr * root2 / c1 for lr, (c1, root2) in zip(rates, corrections, strict=True)]
+    epsilons = [eps * root2 for eps, (_, root2) in zip(epsilons, corrections, strict=True)]
+    shares = [[1 - beta for beta in betas] for betas in (betas1, betas2)]
+    if not step.pairs:
+        return step.as_given([]), AdamState(count, *(step.as_given([]) for _ in range(2 + amsgrad)))
+    moved, *news = step.call(_ops.ADAM, old, [rates, *shares, epsilons, decays], decoupled, amsgrad)
+    moved = step.masked(moved, [p for p, _ in step.pairs])
+    coupled = None if decoupled else decays
+    of_squares = (old[1], shares[1])
+    others = (old[0], shares[0]), of_squares, (old[2], *of_squares)
+    made = [
+        step.as_given(step.masked(step.of_gradients(new, coupled, *of), was))
+        for new, was, of in zip(news, old, others, strict=True)
+        if new
+    ]
+    return step.as_given(moved), AdamState(count, *made)
+
+
+def _root(value: Number) -> Number:
+    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
+
+
+def _layout(first: Tensor, *others: Number) -> tuple[torch.Size, bool]:
+    """The shape to which they broadcast, and whether one is repeated for that. Numbers do not count."""
+    shapes = [of.shape for of in others if isinstance(of, Tensor) and (of.dim() or not first.dim())]
+    if all(shape == first.shape for shape in shapes):
+        return first.shape, False
+    return torch.broadcast_shapes(first.shape, *shapes), True
+
+
+def _matrix(value: Tensor, whole: torch.Size, by_task: bool) -> Tensor:
+    """As `[T, n]`, or less where it is repeated; or if not `by_task` as `[1, n]`, of one element `[1, 1]`."""
+    rows, columns = (whole[0], whole[1:].numel()) if by_task else (1, whole.numel())
+    if value.shape == whole:
+        return value.reshape(rows, columns)
+    if value.dim() == 0:
+        return value.reshape(1, 1)
+    if value.shape == whole[1:]:
+        return value.reshape(1, columns)
+    if value.dim() == len(whole) and value.shape[0] == rows == value.numel():
+        return value.reshape(rows, 1)
+    return value.expand(whole).reshape(rows, columns)
 
 
 class _Step:
@@ -171,8 +201,7 @@ class _Step:
         flat_grads, grad_structure = pytree.tree_flatten(grads)
         if grad_structure != self.structure:
             raise ValueError(f"grads must have the structure of params, {self.structure}, got {grad_structure}")
-        paths = pytree.tree_flatten_with_path(params)[0]
-        self.names = [f"params{pytree.keystr(path)}" for path, _ in paths]
+        self.names = checks.names_of_parameters(params)
         for name, p, g in zip(self.names, flat, flat_grads, strict=True):
             grad_name = "grads" + name.removeprefix("params")
             checks.tensor_of_any_shape(name, p)
@@ -189,7 +218,7 @@ class _Step:
         self.shapes = [p.shape if p.dim() >= g.dim() else g.shape for p, g in self.pairs]
         self.masks = [True] * len(flat) if mask is None else self._leaves("mask", mask, self._checked_mask)
         self.pairs = [
-            (p, torch.where(m, g, 0) if isinstance(m, Tensor) else g)
+            (p, g if m is True else torch.where(m, g, 0) if isinstance(m, Tensor) else torch.zeros_like(g))
             for (p, g), m in zip(self.pairs, self.masks, strict=True)
         ]
 
@@ -204,10 +233,10 @@ class _Step:
 
         return self._leaves(name, value, checked)
 
-    def tree(self, name: str, value: Any) -> list:
+    def tree(self, name: str, value: Any) -> list[Tensor] | None:
         """What an earlier step remembers per parameter; None where there was none."""
         if value is None:
-            return [None] * len(self.pairs)
+            return None
         leaves, structure = pytree.tree_flatten(value)
         if structure != self.structure:
             raise ValueError(f"{name} must have the structure of params, {self.structure}, got {structure}")
@@ -215,13 +244,58 @@ class _Step:
             checks.tensor_of_any_shape(f"{name} of {of}", leaf)
             if leaf.shape not in (shape, shape[1:]) and leaf.shape[1:] != shape:
                 raise ValueError(f"{name} of {of} must have shape {list(shape)}, got {list(leaf.shape)}")
-        return leaves
+        return [leaf.to(p) for leaf, (p, _) in zip(leaves, self.pairs, strict=True)]
 
-    def masked(self, index: int, new: Tensor, old: Tensor | None) -> Tensor:
-        """`new` where the parameter adapts, else `old`, or 0 where there is none."""
-        mask = self.masks[index]
-        if mask is True:
-            return new
+    def call(self, op, states: list, hyper: list[list[Number]], *flags: bool) -> list[list[Tensor]]:
+        """The op's outputs, each in the shape to which all that the op is given for that parameter broadcasts."""
+        lists = [*map(list, zip(*self.pairs, strict=True)), *([] if of is None else of for of in states)]
+        layouts = [_layout(*of) for of in zip(*(of for of in (*lists, *hyper) if of), strict=True)]
+        tasks = next((whole[0] for whole, repeats in layouts if repeats), None)
+        by_task = [repeats or tasks is not None and whole[:1] == (tasks,) for whole, repeats in layouts]
+        found: list[list] = []
+        for which in (True, False):  # nearly always one launch: some tensors may have nothing to do with tasks
+            chosen = [i for i, of in enumerate(by_task) if of is which]
+            if not chosen:
+                continue
+            matrices = [[_matrix(of[i], layouts[i][0], which) for i in chosen] if of else [] for of in lists]
+            numbers = []
+            for values_of in ([of[i] for i in chosen] for of in hyper):
+                number = values_of[0]
+                same = all(not isinstance(value, Tensor) and value == number for value in values_of)
+                numbers.append(float(number) if same else 0.0)
+                matrices.append([] if same else [
+                    _matrix(v, layouts[i][0], which) if isinstance(v, Tensor) else matrices[0][0].new_full((1, 1), v)
+                    for i, v in zip(chosen, values_of, strict=True)
+                ])
+            outputs = op(*matrices, *numbers, *flags)
+            found = found or [[None] * len(layouts) if of else [] for of in outputs]
+            for of, made in zip(found, outputs, strict=True):
+                for i, out in zip(chosen, made, strict=False):  # an output that is not wanted is empty
+                    of[i] = out.reshape(layouts[i][0])
+        return found
+
+    def of_gradients(self, news: list[Tensor], decays: list[Number] | None, *others: list | None) -> list[Tensor]:
+        """Without a task dimension where neither the gradient nor `others` have one: it came of rates."""
+        found = []
+        for i, (new, (p, g)) in enumerate(zip(news, self.pairs, strict=True)):
+            given = [g, *(of[i] for of in others if of is not None)]
+            if decays is not None and not absent(decays[i]):
+                given += [p, decays[i]]
+            dims = max(t.dim() for t in given if isinstance(t, Tensor))
+            while new.dim() > dims:
+                new = new[:1].sum(0)  # not [0]: there may be no tasks
+            found.append(new)
+        return found
+
+    def masked(self, news: list[Tensor], olds: list[Tensor] | None) -> list[Tensor]:
+        """`news` where parameters adapt, else `olds`, or 0 where there are none."""
+        return [
+            new if mask is True else self._masked(mask, new, None if olds is None else olds[i])
+            for i, (new, mask) in enumerate(zip(news, self.masks, strict=True))
+        ]
+
+    @staticmethod
+    def _masked(mask: Any, new: Tensor, old: Tensor | None) -> Tensor:
         if mask is False:
             return torch.zeros_like(new) if old is None else old.clone()
         return torch.where(mask, new, 0 if old is None else old)

@@ -11,22 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+from fastmeta.ops.optimizer_steps import root
+
 Number = float | Tensor
-
-
-def root(value: Tensor) -> Tensor:
-    """The square root, all of whose derivatives are 0 where `value` is 0.
-
-    Optimisers divide by `root(v) + eps`, where v is an average of squared gradients: as a function of the gradient g
-    the root is |g|, times a constant, around g = 0. In `m / (root(v) + eps)` what it adds to the derivative there is 0,
-    since m is 0 too; autograd multiplies that 0 by the infinite derivative of the root, and gives NaN.
-
-    The root of the least normal number stands for that of 0: 1e-19 in float32, which no eps is near.
-    """
-    if value.dtype == torch.float16:  # whose least number is not small
-        zero = value == 0
-        return value.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
-    return value.clamp_min(torch.finfo(value.dtype).tiny).sqrt()
 
 
 def absent(value: Number) -> bool:
@@ -39,11 +26,6 @@ def average(old: Tensor, new: Tensor, decay: Number) -> Tensor:
     if isinstance(decay, Tensor):
         return decay * old + (1 - decay) * new
     return torch.lerp(new, old, decay)  # the same in one operation
-
-
-def decayed(grad: Tensor, param: Tensor, weight_decay: Number) -> Tensor:
-    """The gradient of the loss plus `weight_decay / 2 * |param|^2`."""
-    return grad if absent(weight_decay) else grad + weight_decay * param
 
 
 def velocity(

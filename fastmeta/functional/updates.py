@@ -65,7 +65,7 @@ def _planned_update(params: Any, grads: Any, lr: Any, key) -> Any:
     flat_grads, grad_structure = pytree.tree_flatten(grads)
     if grad_structure != structure:
         raise ValueError(f"grads must have the structure of params, {structure}, got {grad_structure}")
-    names = _names(params)
+    names = checks.names_of_parameters(params)
     for name, p, g in zip(names, flat_params, flat_grads, strict=True):
         checks.tensor_of_any_shape(name, p)
         checks.tensor_of_any_shape("grads" + name[6:], g)
@@ -135,13 +135,6 @@ def _as_they_are(given, p2, g2, r2, outs, from_kernel) -> tuple[int, list[int]] 
         if whole.shape != (out.shape if shape is None else shape):
             return None
     return tasks, columns
-
-
-def _names(params) -> list[str]:
-    """What messages call each parameter; the usual trees without pytree's paths, which take longer than the update."""
-    if isinstance(params, (list, tuple)) and all(isinstance(p, Tensor) for p in params):
-        return [f"params[{i}]" for i in range(len(params))]
-    return [f"params{pytree.keystr(path)}" for path, _ in pytree.tree_flatten_with_path(params)[0]]
 
 
 def _rates(lr, structure, params) -> list:

@@ -8,6 +8,7 @@ from fastmeta.ops import (  # noqa: F401  (importing an op registers it)
     functional_mlp,
     meta_loss_mlp,
     norm_act_pool,
+    optimizer_steps,
     pairwise_distance,
     prototypical_loss,
     task_conv2d,

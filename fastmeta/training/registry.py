@@ -249,7 +249,7 @@ _FEW_WAYS = {"train_ways": 5, "train_query_shots": 2, "task_batch": 8, "outer_lr
 ALGORITHMS: dict[str, Algorithm] = {
     "maml": Algorithm(
         _maml, "MAML, first or second order", _BOTH, fixed_ways=True, group="inner",
-        without_model=True, settings={"learn_inner_lr": False},
+        without_model=True, settings={"learn_inner_lr": False, "inner_optimizer": "sgd"},
     ),
     "metasgd": Algorithm(
         _inner_loop("MetaSGD", rate=False), "Meta-SGD: a learned rate per weight", _BOTH, fixed_ways=True,

@@ -16,8 +16,9 @@ from fastmeta.kernels.conv import images
 
 OPS = (
     "fast_weight_update", "class_prototypes", "pairwise_distance", "prototypical_loss", "functional_mlp",
-    "contrastive_loss", "adapt_mlp", "meta_loss_mlp", "task_conv2d", "norm_act_pool",
+    "contrastive_loss", "adapt_mlp", "meta_loss_mlp", "task_conv2d", "norm_act_pool", "optimizer_steps",
 )  # fmt: skip
+FILES = {"norm_moments": "norm_act_pool", "sgd_step": "optimizer_steps", "adam_step": "optimizer_steps"}  # of some ops
 INNER_LOOPS = ("adapt_mlp", "meta_loss_mlp")
 IMAGES = ("task_conv2d", "norm_act_pool")
 
@@ -32,7 +33,8 @@ def _tensors(args):
 
 def why_not(op_name: str, *args) -> str | None:
     """Why the kernels cannot serve the call `op_name(*args)`, as a sentence; None if they can."""
-    name = "norm_act_pool" if op_name == "norm_moments" else op_name.split("_bwd")[0]
+    name = op_name.split("_bwd")[0]
+    name = FILES.get(name, name)
     if name not in OPS:
         return f"there is no kernel for {op_name}"
     dtypes = INNER_LOOP_DTYPES if name in INNER_LOOPS else DTYPES
@@ -57,7 +59,7 @@ def _programs_at_most(op_name: str, args) -> int:
     """No grid is larger: a tile has sides of 8 at least, or covers its dimension."""
     tensors = list(_tensors(args))
     tasks = max((t.shape[0] for t in tensors), default=0)
-    if op_name.startswith("fast_weight_update"):
+    if op_name.startswith(("fast_weight_update", "sgd_step", "adam_step")):
         return max(tasks, *(tasks * t.shape[1] // 8 for t in tensors))
     matrices = [t for t in tensors if t.dim() == 3]
     rows = [t.shape[1] for t in matrices] + [arg for arg in args if isinstance(arg, int)]  # the number of classes

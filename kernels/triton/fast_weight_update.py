@@ -13,25 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmeta.kernels._common import accumulator, blocks, launch, leading_size, tile, triton_accumulator, warps
+from fastmeta.kernels._places import ONE, mode, place
 from fastmeta.kernels._sums import sum_over_tasks
 
 MOST = 16  # tensors in one launch: the code of the kernel grows with it
 BLOCK = 1024
-
-# where an operand of a [T, n] result has its elements: [T, n], [1, n], [T, 1], [1, 1]
-FULL, COLUMN, TASK, ONE = (tl.constexpr(i) for i in range(4))
-
-
-@triton.jit
-def _place(element, columns, MODE: tl.constexpr):
-    if MODE == FULL:
-        return element
-    elif MODE == COLUMN:
-        return element % columns
-    elif MODE == TASK:
-        return element // columns
-    else:
-        return element * 0
 
 
 @triton.jit
@@ -59,14 +45,14 @@ def update_kernel(
         if (block >= 0) & (block < tl.cdiv(lengths[i], BLOCK)):
             element = block.to(INDEX) * BLOCK + tl.arange(0, BLOCK)
             mask = element < lengths[i]
-            value = tl.load(others[i] + _place(element, columns[i], MODES[i][1]), mask=mask, other=0).to(ACC)
+            value = tl.load(others[i] + place(element, columns[i], MODES[i][1]), mask=mask, other=0).to(ACC)
             if HAS_RATE:
-                value *= tl.load(rates[i] + _place(element, columns[i], MODES[i][2]), mask=mask, other=0).to(ACC)
+                value *= tl.load(rates[i] + place(element, columns[i], MODES[i][2]), mask=mask, other=0).to(ACC)
             else:
                 # a float argument arrives in float32: its rest comes separately, for float64
                 value *= tl.cast(rate_high, ACC) + tl.cast(rate_low, ACC)
             if HAS_BASE:
-                base = tl.load(bases[i] + _place(element, columns[i], MODES[i][0]), mask=mask, other=0).to(ACC)
+                base = tl.load(bases[i] + place(element, columns[i], MODES[i][0]), mask=mask, other=0).to(ACC)
                 value = base - value
             else:
                 value = -value
@@ -87,12 +73,6 @@ def row_products_kernel(left, right, out, columns, right_stride, ACC: tl.constex
     tl.store(out + task, (-tl.sum(total, 0)).to(out.dtype.element_ty))
 
 
-def _mode(operand: Tensor, tasks: int, columns: int) -> int:
-    if operand.shape[1] == columns:
-        return (FULL if operand.shape[0] == tasks else COLUMN).value
-    return (TASK if operand.shape[0] == tasks else ONE).value
-
-
 def _update(bases, others, rates, lr: float, tasks: int, sizes: list[int], outs: list[Tensor]) -> None:
     """outs[i] = bases[i] - rates[i] * others[i]; bases or rates may be empty lists: 0, and `lr`."""
     high = ctypes.c_float(lr).value
@@ -106,7 +86,7 @@ def _update(bases, others, rates, lr: float, tasks: int, sizes: list[int], outs:
             firsts.append(programs)
             programs += blocks(length, BLOCK)
         modes = tuple(
-            tuple(_mode(group[i], tasks, sizes[i]) if group else ONE.value for group in (bases, others, rates))
+            tuple(mode(group[i], tasks, sizes[i]) if group else ONE.value for group in (bases, others, rates))
             for i in chosen
         )
         wide = max(lengths) > 2**31 - 1 - BLOCK

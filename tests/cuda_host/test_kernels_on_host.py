@@ -16,6 +16,8 @@ prototypical_loss   64 queries a block, 16 classes at once (129, 33); means of 1
 fast_weight_update  256 threads, 4 elements each; 32 tensors a launch; sums over rows by 32 columns and 8 rows (97),
                     over columns by 256 threads (257); 64 rows a sum (193), more from 16385 rows on; then 32 columns a
                     block, 8 sums at once
+optimizer_steps     256 threads, 2 elements each (513); 13 tensors a launch (27: the third); sums as above, over both in
+                    turn
 functional_mlp      in one kernel up to 8 layers and 64 KiB: 32 rows a block, 64 outputs at once, lanes of 32 inputs;
                     else, and going back, products of 64 by 64 tiles (129), 16 terms at once; sums over tasks in pieces
                     of 512 where rows lie one behind the other (1537: the fourth piece), task by task where they do not;
@@ -35,6 +37,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import build  # noqa: E402
 import special_values as special  # noqa: E402
+from plain import TRUTH  # noqa: E402
+
+from fastmeta.dispatch.spec import Make  # noqa: E402
+from fastmeta.ops import optimizer_steps  # noqa: E402
 
 DTYPES = (torch.float32, torch.float64)
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-11}
@@ -281,6 +287,45 @@ def test_fast_weight_update(ops, case, dtype):
         for i, (ours, reference) in enumerate(zip([*dg, *dr], derivatives, strict=True)):
             needed = needs & (1 if i < len(g) else 2)
             agree(ours, reference if needed else torch.empty(0, dtype=torch.float64), dtype)
+
+
+ALL = {0: "task", 1: "tensor", 2: "element", 3: "task element", 4: "task"}
+STEPS = {  # op, and what `optimizer_steps._inputs` takes: T, sizes, shared, flag, which hyper-parameters are tensors
+    "sgd-first": ("sgd_step", 3, (7, 129, 1), "p-", 0, {}),
+    "sgd-learned": ("sgd_step", 2, (5, 3), "g", 1, ALL),
+    "adam-27-tensors": ("adam_step", 2, (3,) * 27, "", 1, {0: "task"}),
+    "adam-four-blocks": ("adam_step", 3, (513, 1), "", 0, {}),
+    "adam-learned": ("adam_step", 3, (257, 2), "p", 1, ALL),
+    "adam-shared-states": ("adam_step", 9, (5, 1), "s", 1, {2: "tensor"}),
+    "adam-one-task": ("adam_step", 1, (5, 1), "", 1, ALL),
+    "adam-no-tasks": ("adam_step", 0, (5, 1), "p", 0, ALL),
+    "adam-no-columns": ("adam_step", 2, (0, 3), "p", 0, ALL),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", STEPS)
+def test_optimizer_steps(ops, case, dtype):
+    op, *sizes = STEPS[case]
+    args = optimizer_steps._inputs(Make(dtype), op.removesuffix("_step"), *sizes)
+    right = [[exact(t) for t in arg] if isinstance(arg, list) else arg for arg in args]
+    expected = TRUTH[op](*right)
+    outs = both_orders(lambda: getattr(ops, op)(*args))
+    for ours, reference in zip(special.flat(outs), special.flat(expected), strict=True):
+        agree(ours, reference, dtype)
+    grads = [[rand(*t.shape, dtype=dtype) for t in of] for of in expected]
+    leaves = [t for arg in right if isinstance(arg, list) for t in arg]
+    cotangents = [t.double() for t in special.flat(grads)]
+    derivatives = [torch.zeros_like(t) for t in leaves]  # without tasks there is nothing to differentiate
+    if any(t.requires_grad for t in special.flat(expected)):
+        derivatives = torch.autograd.grad(
+            special.flat(expected), leaves, cotangents, allow_unused=True, materialize_grads=True
+        )
+    bits = [bit for bit, arg in enumerate(a for a in args if isinstance(a, list)) for _ in arg]
+    for needs in (2, 2 ** (max(bits) + 1) - 1):
+        found = both_orders(lambda n=needs: getattr(ops, f"{op}_bwd")(*grads, *args, n))
+        for bit, ours, reference in zip(bits, special.flat(found), derivatives, strict=True):
+            agree(ours, reference if needs >> bit & 1 else torch.empty(0, dtype=torch.float64), dtype)
 
 
 # (tasks of x, of the weights of each layer, of the biases of each layer or None), rows, widths

@@ -211,17 +211,39 @@ BUGS = [
     ),
     Bug(
         "update-gradient-of-1025th-column-is-that-of-the-first",
-        "csrc/cpu/fast_weight_update.cpp",
+        "csrc/cpu/blocks.h",
         "sum_partials(target.out + start,",
         "sum_partials(target.out,",
         at("update-rate-of-elements"),
     ),
     Bug(
         "update-gradient-last-rows-left-out",
-        "csrc/cpu/fast_weight_update.cpp",
+        "csrc/cpu/blocks.h",
         "parts = (sum_rows ? grid.row_blocks() : 1) * column_blocks;",
         "parts = (sum_rows ? grid.rows / grid.row_block : 1) * column_blocks;",
         at("update-rate-of-all-shared-gradients"),
+    ),
+    # ---- steps of optimisers
+    Bug(
+        "step-second-rows-with-operands-of-first",
+        "csrc/cpu/optimizer_steps.cpp",
+        "r * item.operands[k].row + (item.operands[k].columns ? c : 0);",
+        "(item.operands[k].columns ? c : 0);",
+        at("adam-shared-parameters"),
+    ),
+    Bug(
+        "step-shared-gradient-of-last-row-of-a-block",
+        "csrc/cpu/optimizer_steps_kernel.h",
+        "if (result.row == 0 && r > 0) value += lanes == W ? load(to) : load_first(static_cast<const T*>(to), lanes);",
+        "",
+        at("adam-shared-states"),
+    ),
+    Bug(
+        "step-root-with-a-slope-at-0",
+        "csrc/cpu/optimizer_steps_kernel.h",
+        "step.largest < AdamStep<V, T>::kLeast ? V{} : broadcast(T(0.5)) / step.root;",
+        "broadcast(T(0.5)) / square_root(step.largest);",
+        ("tests/test_optimizer_steps.py::test_where_no_gradient_has_come",),
     ),
     # ---- functional_mlp
     Bug(

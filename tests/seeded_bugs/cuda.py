@@ -157,6 +157,21 @@ BUGS = [
         "const int64_t i = lane;",
         (f"{KERNELS}test_fast_weight_update[385-columns-float64]",),
     ),
+    # ---- steps of optimisers
+    Bug(
+        "step-of-first-13-tensors-dropped",
+        "csrc/cuda/optimizer_steps.cu",
+        "if (batch.count == kCapacity) flush();",
+        "if (batch.count == kCapacity) batch.count = 0;",
+        (f"{KERNELS}test_optimizer_steps[adam-27-tensors-float64]",),
+    ),
+    Bug(
+        "step-second-tensor-begins-late",
+        "csrc/cuda/optimizer_steps.cu",
+        "(block - batch.first_block[i]) * kBlock",
+        "block * kBlock",
+        (f"{KERNELS}test_optimizer_steps[adam-four-blocks-float64]",),
+    ),
     # ---- functional_mlp
     Bug(
         "gemm-every-second-task-of-65-dropped",

@@ -167,6 +167,31 @@ BUGS = [
         "total = a * b",
         at("fast_weight_update-task"),
     ),
+    # ---- steps of optimisers
+    Bug(
+        "step-of-elements-from-1025-on-not-written",
+        "kernels/triton/optimizer_steps.py",
+        """e = block.to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+            mask = e < lengths[i]
+            n = columns[i]
+            p = _value(operands[i * COUNT], highs[0], lows[0], e, n, mask, MODES[i][0], ACC)
+            g = _value(operands[i * COUNT + 1], highs[1], lows[1], e, n, mask, MODES[i][1], ACC)
+            old_mean""",
+        """e = tl.arange(0, BLOCK).to(INDEX)
+            mask = e < lengths[i]
+            n = columns[i]
+            p = _value(operands[i * COUNT], highs[0], lows[0], e, n, mask, MODES[i][0], ACC)
+            g = _value(operands[i * COUNT + 1], highs[1], lows[1], e, n, mask, MODES[i][1], ACC)
+            old_mean""",
+        at("adam_step-g"),
+    ),
+    Bug(
+        "step-of-the-9th-tensor-left-out",
+        "kernels/triton/optimizer_steps.py",
+        "for start in range(0, len(params), MOST):",
+        "for start in range(0, min(len(params), MOST), MOST):",
+        at("sgd_step-p-"),
+    ),
     # ---- inner loops
     Bug(
         "product-of-the-last-chunk-alone",

@@ -107,6 +107,27 @@ inline int64_t product_scratch(const Product& p) {
 }
 void launch_products(Dtype dtype, const Product* products, int64_t count, double number, void* scratch, void* stream);
 
+// Steps of optimisers and their gradients: results made of operands, all elementwise. Operands come in the order of the
+// op's lists, behind them for a gradient those of the outputs; results are the outputs, or the gradients of the lists.
+enum class Step : int { sgd, sgd_gradient, adam, adam_gradient };
+constexpr int kStepOperands = 14, kStepResults = 10;
+struct StepFlags {
+  bool first, second;  // as the op has them
+  bool decays;         // false: there is no decay
+};
+struct StepTensor {
+  const void* operands[kStepOperands];  // nullptr: the number of that place
+  void* results[kStepResults];          // [rows, columns]; nullptr: not wanted
+  int64_t rows, columns;
+  bool repeats_rows[kStepOperands], repeats_columns[kStepOperands];
+  bool raw[kStepResults];  // in the accumulation type, to be summed afterwards
+};
+void launch_step(Dtype dtype, Step step, const StepTensor* tensors, int64_t count, const double* numbers,
+                 StepFlags flags, void* stream);
+// A raw result [rows, columns] summed over what its operand repeats along. scratch: rows, in the accumulation type.
+void launch_step_sum(Dtype dtype, const void* raw, int64_t rows, int64_t columns, bool over_rows, bool over_columns,
+                     void* scratch, void* out, void* stream);
+
 // functional_mlp: arrays of `layers` (widths: layers + 1) elements on the host, of pointers to the device
 struct FunctionalMlp {
   int64_t tasks, rows, layers;
