@@ -36,6 +36,8 @@ std::vector<List> step(const char* op, const std::vector<Argument>& arguments, c
   std::vector<List> made(outcomes.size());
   if (params.empty()) return made;
   const int64_t tasks = leading_size(op, lists);
+  // a gradient reads parameters for the sake of their decay alone
+  const bool unread = outcomes[0].like && !flags.decays;
   by_dtype(op, params[0], [&](auto zero) {
     using T = decltype(zero);
     std::vector<T> numbers;
@@ -46,13 +48,15 @@ std::vector<List> step(const char* op, const std::vector<Argument>& arguments, c
       std::vector<Matrix> matrices;
       for (const Argument& a : arguments)
         matrices.push_back(a.tensors.empty() ? Matrix{1, 1} : matrix(a.tensors[i]));
+      if (unread && !outcomes[0].wanted) matrices[0] = {1, 1};
       const Grid grid(op, tasks, params[i].size(1), matrices);
       StepItem<T> item{};
       item.first_flag = flags.first, item.second_flag = flags.second, item.decays = flags.decays;
       for (size_t k = 0; k < arguments.size(); ++k) {
         const List& tensors = arguments[k].tensors;
-        const Shape shape = tensors.empty() ? Shape{} : grid.shape(matrices[k]);
-        item.operands[k] = {tensors.empty() ? &numbers[k] : data<T>(tensors[i]), shape.row, shape.columns};
+        const bool number = tensors.empty() || (k == 0 && unread);
+        const Shape shape = number ? Shape{} : grid.shape(matrices[k]);
+        item.operands[k] = {number ? &numbers[k] : data<T>(tensors[i]), shape.row, shape.columns};
       }
       std::vector<Destination<T>> targets;
       for (size_t k = 0; k < outcomes.size(); ++k) {

@@ -32,6 +32,8 @@ std::vector<List> step(const char* op, Step which, const std::vector<Argument>& 
       if (t.size(0) != 1) tasks = t.size(0);  // 0 too wins over 1
     }
   }
+  // a gradient reads parameters for the sake of their decay alone
+  const bool unread = outcomes[0].like && !flags.decays;
   double numbers[kStepOperands] = {};
   for (size_t k = 0; k < arguments.size(); ++k) numbers[k] = arguments[k].number;
   struct Sum {
@@ -46,7 +48,7 @@ std::vector<List> step(const char* op, Step which, const std::vector<Argument>& 
     t.rows = tasks;
     t.columns = columns;
     for (size_t k = 0; k < arguments.size(); ++k) {
-      if (arguments[k].tensors.empty()) continue;
+      if (arguments[k].tensors.empty() || (k == 0 && unread)) continue;
       const Tensor& from = arguments[k].tensors[i];
       STD_TORCH_CHECK((from.size(0) == tasks || from.size(0) == 1) && (from.size(1) == columns || from.size(1) == 1),
                       op, ": shape [", from.size(0), ", ", from.size(1), "] does not fit [", tasks, ", ", columns, "]");

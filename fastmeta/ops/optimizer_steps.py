@@ -110,6 +110,7 @@ def adam_fake(params, *rest):
 def _registered(name: str, outputs: int, tensors: str, numbers: str, flags: str, **parts) -> tuple[Op, Op]:
     """The op and its gradient; `tensors` are the names of its lists, `numbers` and `flags` those of the rest."""
     lists = tuple(tensors.split())
+    first_flag = len(lists) + len(numbers.split())  # behind the number of the decay
     arguments = [f"Tensor[] {of}" for of in lists]
     arguments += [f"float {number}" for number in numbers.split()] + [f"bool {flag}" for flag in flags.split()]
 
@@ -125,7 +126,12 @@ def _registered(name: str, outputs: int, tensors: str, numbers: str, flags: str,
             else [g for g in of if g is not None]
             for of in grads
         ]
-        return gradient(*known, *args, needs)
+        if args[len(lists) - 1] or args[first_flag - 1]:
+            return gradient(*known, *args, needs)
+        # what does not decay lets gradients pass as they are
+        passed = [g.sum_to_size(p.shape) for g, p in zip(known[0] or whole(args), args[0], strict=True)]
+        rest = needs & ~1
+        return passed, *(gradient(*known, *args, rest)[1:] if rest else [None] * (len(lists) - 1))
 
     def backward_reference(*args):
         """The list of an output for which no gradient has come is empty: it is 0."""
@@ -157,7 +163,6 @@ def _registered(name: str, outputs: int, tensors: str, numbers: str, flags: str,
         )
     )
     return spec, gradient
-
 
 
 # (T, sizes, what the tasks share among params p, grads g and state s, or "-" for no state, flags, hyper-parameters that

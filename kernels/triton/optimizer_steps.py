@@ -229,7 +229,8 @@ def _backward(kernel, grads, lists, numbers, needs: int, **flags) -> tuple[list[
             yield p.new_empty(tasks, p.shape[1], dtype=p.dtype if whole else accumulator(p.dtype))
 
     outs = [list(each(of)) if needs >> bit & 1 else [] for bit, of in enumerate(lists)]
-    _step(kernel, [*lists, *grads], [*numbers, *[0.0] * len(grads)], outs, params, GRADIENT=True, **flags)
+    read = params if flags["DECAYS"] else []  # for the sake of their decay alone
+    _step(kernel, [read, *lists[1:], *grads], [*numbers, *[0.0] * len(grads)], outs, params, GRADIENT=True, **flags)
     return tuple(
         [_summed(d, t) for d, t in zip(out, of, strict=True)] if needs >> bit & 1 else [t.new_empty(0) for t in of]
         for bit, (out, of) in enumerate(zip(outs, lists, strict=True))
