@@ -140,7 +140,7 @@ def _registered(name: str, outputs: int, tensors: str, numbers: str, flags: str,
         grads = [of or whole(rest) if last or i + 1 < outputs else [] for i, of in enumerate(grads)]
         return derived["reference"](*grads, *rest)
 
-    of_family = {"family": "optimizer_steps", "lacks_gradients": True, "backends": ("cpp", "triton", "reference")}
+    of_family = {"family": "optimizer_steps", "lacks_gradients": True}
     spec = register(
         Op(
             name=name,
@@ -173,7 +173,7 @@ _SIZES = (
     ("flagged", 2, (3, 5), "", 1, {}),
     ("decay", 3, (7, 33), "ps", 1, {4: "task"}),
     ("rates", 3, (7, 33), "", 1, {0: "task element"}),
-    ("learned", 3, (7, 33), "g", 1, {0: "task", 1: "tensor", 2: "element", 3: "task element", 4: "tensor"}),
+    ("learned", 3, (5, 3), "g", 1, {0: "task", 1: "tensor", 2: "element", 3: "task element", 4: "tensor"}),
     ("learned", 1, (1,), "", 0, {0: "task", 1: "tensor", 2: "element", 3: "task element", 4: "tensor"}),
     ("learned", 0, (3, 4), "p", 1, {0: "task", 1: "tensor", 2: "element", 3: "task element", 4: "tensor"}),
     ("later", 2, (0, 4), "", 1, {0: "element"}),
@@ -186,9 +186,12 @@ _RANGES["adam"] = ((0.01, 1), (0.1, 0.9), (0.1, 0.9), (0.1, 0.5), (0.1, 0.5))
 def _inputs(make: Make, kind: str, t, sizes, shared, flag, hyper):
     """Arguments of `sgd_step` or `adam_step`; hyper-parameter 4 is the decay, and SGD's fourth."""
     lists = [[make.normal(1 if of in shared else t, n) for n in sizes] for of in "pg"]
-    for rows in [1 if "s" in shared else t] * (1 if kind == "sgd" else 3):
-        first = kind == "sgd" or len(lists) == 2  # what may be negative
-        lists.append([make.normal(rows, n) if first else make.uniform(0.1, 1, rows, n) for n in sizes])
+    rows = 1 if "s" in shared else t
+    lists.append([make.normal(rows, n) for n in sizes])
+    if kind == "adam":
+        lists.append([make.uniform(0.1, 1, rows, n) for n in sizes])
+        # far from the squares, so that rounding does not decide which is larger
+        lists.append([100 * make.uniform(0, 1, rows, n).round() for n in sizes])
     if "-" in shared:
         lists[2:] = [[] for _ in lists[2:]]
     ranges = _RANGES[kind]
