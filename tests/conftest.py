@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -92,3 +93,14 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def double():
+    """float64 by default, and the same draws in every test."""
+    torch.manual_seed(0)
+    random.seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

@@ -1,7 +1,7 @@
 """Stands in for TorchOpt 0.7.3: `from fastmeta.compat import torchopt`.
 
 Differentiable optimisers that step a module in place of its parameters (`MetaSGD`, `MetaAdam`, `MetaAdamW`,
-`MetaRMSProp`), states out and back, optimisers as functions, and implicit gradients.
+`MetaRMSProp`), states out and back, optimisers as functions, implicit gradients, and estimates of gradients.
 
 Names, signatures, defaults, errors and numbers are those of TorchOpt. It differs in this:
  - Where an average of squared gradients is 0, derivatives through the root are the analytic limit. TorchOpt gives NaN
@@ -10,10 +10,10 @@ Names, signatures, defaults, errors and numbers are those of TorchOpt. It differ
  - `update(..., inplace=True)` leaves the gradients that it is given as they are, but for `nan_to_num`.
  - A rate or a weight decay may be a tensor, and is learned then.
  - A second derivative of an implicit gradient is refused; TorchOpt gives one that leaves terms out.
- - Zero-order gradients, `visual` and `distributed` are not here.
+ - The estimate "forward" of `diff.zero_order` is a difference divided by `sigma`; TorchOpt multiplies, and takes each
+   difference to the one before.
+ - Trees are those of torch.utils._pytree, so that optree is not needed.
 """
-
-from fastmeta.compat._absent import not_here
 
 from . import (
     accelerated_op,
@@ -22,6 +22,7 @@ from . import (
     clip,
     combine,
     diff,
+    distributed,
     hook,
     linalg,
     linear_solve,
@@ -33,6 +34,7 @@ from . import (
     typing,
     update,
     utils,
+    visual,
 )
 from .accelerated_op import is_available as accelerated_op_available
 from .alias import adadelta, adagrad, adam, adamax, adamw, radam, rmsprop, sgd
@@ -73,8 +75,8 @@ from .optim.meta import (
 from .transform import nan_to_num
 from .update import apply_updates
 from .utils import extract_state_dict, module_clone, module_detach_, recover_state_dict, stop_gradient
+from .version import __version__ as __version__
 
-__version__ = "0.7.3"
 __all__ = [
     "AdaDelta",
     "AdaGrad",
@@ -118,6 +120,7 @@ __all__ = [
     "clip_grad_norm",
     "combine",
     "diff",
+    "distributed",
     "extract_state_dict",
     "hook",
     "linalg",
@@ -139,5 +142,5 @@ __all__ = [
     "typing",
     "update",
     "utils",
+    "visual",
 ]
-__getattr__ = not_here(__name__, "TorchOpt 0.7.3", ("distributed", "visual"))

@@ -18,7 +18,7 @@ Solver = Callable[[linalg.Matvec, Any], Any]
 
 
 def _with_ridge(matvec: linalg.Matvec, ridge: float | None) -> linalg.Matvec:
-    return matvec if ridge is None else lambda x: pytree.tree_add_scaled(matvec(x), x, ridge)
+    return matvec if ridge is None else lambda x: pytree.tree_add_scalar_mul(matvec(x), x, ridge)
 
 
 def _solve_cg(matvec: linalg.Matvec, b: Any, ridge: float | None = None, init: Any = None, **kwargs: Any) -> Any:

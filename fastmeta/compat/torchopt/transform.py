@@ -146,6 +146,37 @@ def add_decayed_weights(
     return GradientTransformation(everywhere.init, update_fn)
 
 
+class MaskedState(NamedTuple):
+    """The state of what is masked."""
+
+    inner_state: Any
+
+
+class MaskedNode(NamedTuple):
+    """In place of a leaf that is left out: a tree without leaves."""
+
+
+def masked(
+    inner: GradientTransformation, mask: Any | Callable[[Any], Any] | None = None
+) -> GradientTransformation:
+    """`inner` where `mask`, a tree of bools or what makes one of the parameters, is True; the rest stays as it is."""
+
+    def chosen(tree: Any, among: Any) -> Any:
+        where = mask(among) if callable(mask) else mask
+        return tree_map(lambda leaf, m: leaf if m else MaskedNode(), tree, where)
+
+    def init_fn(params: Any) -> MaskedState:
+        return MaskedState(inner.init(chosen(params, params)))
+
+    def update_fn(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        given = None if params is None else chosen(params, updates)
+        new, inner_state = inner.update(chosen(updates, updates), state.inner_state, params=given, inplace=inplace)
+        merged = tree_map(lambda g, n: g if isinstance(n, MaskedNode) else n, updates, new)
+        return merged, MaskedState(inner_state)
+
+    return GradientTransformation(init_fn, update_fn)
+
+
 def scale(step_size: float) -> GradientTransformation:
     """`step_size * g`."""
     return stateless(lambda g: g * step_size)
@@ -341,5 +372,5 @@ def nan_to_num(nan: float = 0.0, posinf: float | None = None, neginf: float | No
 __getattr__ = not_here(
     __name__,
     "TorchOpt 0.7.3",
-    ("inc_count", "masked", "update_moment"),
+    ("inc_count", "update_moment"),
 )

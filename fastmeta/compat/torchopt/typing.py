@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +30,16 @@ ModuleTensorContainers = tuple[TensorContainer, ...]
 LinearSolver = Callable[[Callable[[TensorTree], TensorTree], TensorTree], TensorTree]
 Size = torch.Size
 SampleFunc = Callable[[Size], Tensor | Sequence[Numeric]]
+_SCALAR = Size()
+
+
+@runtime_checkable
+class Samplable(Protocol):
+    """What has `sample(sample_shape)`, as torch's distributions have."""
+
+    @abc.abstractmethod
+    def sample(self, sample_shape: Size = _SCALAR) -> Tensor | Sequence[Numeric]:
+        raise NotImplementedError
 
 __all__ = [
     "ChainedGradientTransformation",
@@ -48,6 +59,7 @@ __all__ = [
     "OptionalTensorTree",
     "Params",
     "PyTree",
+    "Samplable",
     "SampleFunc",
     "Scalar",
     "ScalarOrSchedule",

@@ -2,10 +2,10 @@
 so when they are called. `utils.data.ClassDataset` makes one of your own images."""
 
 from fastmeta.compat._absent import data_not_here
-from fastmeta.compat.torchmeta.datasets import helpers
+from fastmeta.compat.torchmeta.datasets import helpers, helpers_tabular
 from fastmeta.compat.torchmeta.datasets.omniglot import Omniglot
 
-__all__ = ["Omniglot", "helpers"]
+__all__ = ["Omniglot", "helpers", "helpers_tabular"]
 __getattr__ = data_not_here(
     __name__,
     "torchmeta 1.8.0",
@@ -24,7 +24,6 @@ __getattr__ = data_not_here(
         "TCGA",
         "TieredImagenet",
         "TripleMNIST",
-        "helpers_tabular",
     ],
     "Make a `utils.data.ClassDataset` of your files.",
 )

@@ -4,6 +4,7 @@ from fastmeta.compat._absent import not_here
 from fastmeta.compat.torchmeta.transforms.augmentations import HorizontalFlip, Rotation, VerticalFlip
 from fastmeta.compat.torchmeta.transforms.categorical import Categorical, FixedCategory
 from fastmeta.compat.torchmeta.transforms.splitters import ClassSplitter, Splitter, WeightedClassSplitter
+from fastmeta.compat.torchmeta.transforms.tabular_transforms import NumpyToTorch
 from fastmeta.compat.torchmeta.transforms.target_transforms import DefaultTargetTransform, TargetTransform
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "DefaultTargetTransform",
     "FixedCategory",
     "HorizontalFlip",
+    "NumpyToTorch",
     "Rotation",
     "Splitter",
     "TargetTransform",
@@ -21,6 +23,6 @@ __all__ = [
 __getattr__ = not_here(
     __name__,
     "torchmeta 1.8.0",
-    ["NumpyToTorch", "SegmentationPairTransform"],
-    "They belong to the tabular and the segmentation data sets, which are not here either.",
+    ["SegmentationPairTransform"],
+    "It belongs to the segmentation data set, which is not here either.",
 )

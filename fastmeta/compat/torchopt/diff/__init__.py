@@ -1,8 +1,7 @@
-"""`torchopt.diff`: derivatives of solutions."""
+"""`torchopt.diff`: derivatives of solutions, and of what can only be evaluated."""
 
-from fastmeta.compat._absent import not_here
+from . import implicit, zero_order
+from .implicit import ImplicitMetaGradientModule
+from .zero_order import ZeroOrderGradientModule
 
-from . import implicit
-
-__all__ = ["implicit"]
-__getattr__ = not_here(__name__, "TorchOpt 0.7.3", ("zero_order",))
+__all__ = ["ImplicitMetaGradientModule", "ZeroOrderGradientModule", "implicit", "zero_order"]

@@ -39,7 +39,7 @@ def cg(
     maxiter = 10 * sum(cat_shapes(b)) if maxiter is None else maxiter
     A, precondition = normalize_matvec(A), normalize_matvec(M) if M is not None else (lambda r: r)
     enough = max(rtol**2 * pytree.tree_vdot_real(b, b), atol**2)
-    r = pytree.tree_add_scaled(b, A(x), -1.0)
+    r = pytree.tree_add_scalar_mul(b, A(x), -1.0)
     p = z = precondition(r)
     gamma = pytree.tree_vdot_real(r, z)
     for _ in range(maxiter):
@@ -47,11 +47,11 @@ def cg(
             break
         along = A(p)
         alpha = gamma / pytree.tree_vdot_real(p, along)
-        x = pytree.tree_add_scaled(x, p, alpha)
-        r = pytree.tree_add_scaled(r, along, -alpha)
+        x = pytree.tree_add_scalar_mul(x, p, alpha)
+        r = pytree.tree_add_scalar_mul(r, along, -alpha)
         z = precondition(r)
         gamma, before = pytree.tree_vdot_real(r, z), gamma
-        p = pytree.tree_add_scaled(z, p, gamma / before)
+        p = pytree.tree_add_scalar_mul(z, p, gamma / before)
     return x
 
 
@@ -60,8 +60,8 @@ def ns(A: Any | Matvec, b: Any, maxiter: int | None = None, *, alpha: float | No
     A, step = normalize_matvec(A), 1.0 if alpha is None else alpha
     total = v = b
     for _ in range(10 if maxiter is None else maxiter):
-        v = pytree.tree_add_scaled(v, A(v), -step)
-        total = pytree.tree_add_scaled(total, v)
+        v = pytree.tree_add_scalar_mul(v, A(v), -step)
+        total = pytree.tree_add_scalar_mul(total, v)
     return pytree.tree_map(lambda t: step * t, total)
 
 

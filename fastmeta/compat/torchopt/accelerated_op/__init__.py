@@ -6,16 +6,20 @@ from collections.abc import Iterable
 
 import torch
 
-from fastmeta.compat._absent import not_here
+from . import adam_op
+from .adam_op import AdamOp
+
+__all__ = ["AdamOp", "adam_op", "is_available"]
 
 
 def is_available(devices: torch.device | str | int | Iterable | None = None) -> bool:
-    """True on the CPU, and on CUDA devices where there are some. Default: both."""
+    """True but for CUDA devices where there are none. Default: the CPU and CUDA."""
     if devices is None:
         devices = ["cuda", "cpu"]
     elif isinstance(devices, (torch.device, str, int)):
         devices = [devices]
-    return all(torch.device(d).type == "cpu" or torch.cuda.is_available() for d in devices)
+    return torch.cuda.is_available() or all(_type(d) != "cuda" for d in devices)
 
 
-__getattr__ = not_here(__name__, "TorchOpt 0.7.3", ("AdamOp", "adam_op"), "Use fastmeta.functional.adam_step.")
+def _type(device: torch.device | str | int) -> str:
+    return "cuda" if isinstance(device, int) else torch.device(device).type
