@@ -25,6 +25,7 @@ from fastmeta.compat.easyfsl.methods import (
 )
 from fastmeta.compat.easyfsl.methods.utils import compute_prototypes, entropy, k_nearest_neighbours, strip_prefix
 from fastmeta.compat.easyfsl.modules import MultiHeadAttention, feat_resnet12
+from fastmeta.compat.easyfsl.modules.build_from_checkpoint import feat_resnet12_from_checkpoint
 from fastmeta.compat.easyfsl.utils import (
     sliding_average,
 )
@@ -245,10 +246,14 @@ def test_feat_from_a_checkpoint(tmp_path):
     images = torch.randn(2, 3, 16, 16)
     close(model.backbone(images), backbone.eval()(images))
     close(model.attention_module.state_dict(), attention.state_dict())
+    close(feat_resnet12_from_checkpoint(tmp_path / "best.pth", "cpu").state_dict(), backbone.state_dict())
     del weights["slf_attn.fc.bias"]
     torch.save({"params": weights}, tmp_path / "worse.pth")
     with pytest.raises(ValueError, match="fc.bias"):
         FEAT.from_resnet12_checkpoint(tmp_path / "worse.pth", use_backbone=False)
+    torch.save({"params": attention.state_dict()}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="conv1"):
+        feat_resnet12_from_checkpoint(tmp_path / "other.pth", "cpu")
 
 
 def test_relation_networks():

@@ -328,6 +328,18 @@ def test_an_optimiser_of_ones_own():
     assert diffopt.step(weight.square(), params=[weight])[0].item() == 2.0 - 8.0
 
 
+def test_masked_gradients():
+    """Where the mask is, a root at 0 has no infinite gradient, nor one of the gradient."""
+    x = torch.tensor([0.0, 4.0], dtype=torch.float64, requires_grad=True)
+    higher.optim._maybe_mask(x, x == 0)
+    y = (x * 1.0).sqrt()
+    higher.optim._maybe_mask(torch.ones(2), x == 0)
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert first.tolist() == [0.0, 0.25]
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert second.tolist() == [0.0, -1 / 32]
+
+
 def test_sparse_gradients_are_refused():
     table = nn.Embedding(5, 2, sparse=True)
     with higher.innerloop_ctx(table, torch.optim.SGD(table.parameters(), lr=0.1)) as (fmodel, diffopt):

@@ -18,6 +18,8 @@ from fastmeta.functional.update_rules import adam, average, largest, root, veloc
 from .utils import _recursive_map, copied, flatten
 
 _GroupedGradsType = list[list[Tensor]]
+_StateType = list[dict[int, Any]]
+_GradClosureType = Callable[[Tensor], Tensor]
 _OverrideType = dict[str, list[Any]]
 _GradCallbackType = Callable[[list[Tensor]], list[Tensor]]
 
@@ -443,3 +445,19 @@ def _addcdiv(tensor: Tensor, a1: Any, a2: Tensor, a3: Tensor | None = None) -> T
 
 def _addcmul(tensor: Tensor, a1: Any, a2: Tensor, a3: Tensor | None = None) -> Tensor:
     return tensor + a1 * a2 if a3 is None else tensor + a1 * a2 * a3
+
+
+def _get_mask_closure(mask: Tensor) -> _GradClosureType:
+    """A hook for tensors that makes their gradients 0 where `mask` is True, and the gradients' own too."""
+
+    def closure(grad: Tensor) -> Tensor:
+        masked = torch.where(mask, torch.zeros_like(grad), grad)
+        _maybe_mask(masked, mask)
+        return masked
+
+    return closure
+
+
+def _maybe_mask(tensor: Tensor, mask: Tensor) -> None:
+    if tensor.requires_grad:
+        tensor.register_hook(_get_mask_closure(mask))

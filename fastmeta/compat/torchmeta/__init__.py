@@ -18,6 +18,6 @@ a `MetaModule` as any other module.
 """
 
 from fastmeta.compat.torchmeta import datasets, modules, toy, transforms, utils
+from fastmeta.compat.torchmeta.version import VERSION as __version__  # noqa: F401
 
-__version__ = "1.8.0"
 __all__ = ["datasets", "modules", "toy", "transforms", "utils"]

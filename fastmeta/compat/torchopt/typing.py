@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.futures import Future
 
 from .base import ChainedGradientTransformation, EmptyState, GradientTransformation, UninitializedState
 
+T = TypeVar("T")
 Device = torch.device | str | int
 Scalar = float | int | bool
 Numeric = Tensor | Scalar

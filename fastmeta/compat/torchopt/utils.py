@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import pytree
-from .optim.meta import MetaOptimizer, module_containers
+from .optim.meta import MetaOptimizer, extract_module_containers
 
 
 class ModuleState(NamedTuple):
@@ -80,7 +80,7 @@ def extract_state_dict(
             type(c)((name, function(t)) for name, t in c.items() if isinstance(t, Tensor)) for c in containers
         )
 
-    params, buffers = module_containers(target, with_buffers)
+    params, buffers = extract_module_containers(target, with_buffers)
     names = None
     if enable_visual:
         named = [(visual_prefix + name, p) for name, p in target.named_parameters()]
@@ -116,7 +116,7 @@ def recover_state_dict(target: nn.Module | MetaOptimizer, state: ModuleState | t
         return
     if not isinstance(target, nn.Module):
         raise RuntimeError(f"Unexpected class of {target}")
-    params, buffers = module_containers(target)
+    params, buffers = extract_module_containers(target)
     new_buffers = state.buffers
     if state.detach_buffers:
         new_buffers = pytree.tree_map(_replication("deepcopy", None), new_buffers)
@@ -136,7 +136,7 @@ def module_clone(
     replicate = _replication(by, device)
     if not isinstance(target, (nn.Module, MetaOptimizer)):
         return pytree.tree_map(replicate, target)
-    tensors = module_containers(target) if isinstance(target, nn.Module) else target.state_dict()
+    tensors = extract_module_containers(target) if isinstance(target, nn.Module) else target.state_dict()
     # what deepcopy finds here it does not copy
     memo = {id(t): t for t in pytree.tree_leaves(tensors)}
     clone = copy.deepcopy(target, memo)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from fastmeta.compat._absent import not_here
+
+__getattr__ = not_here(__name__, "torchmeta 1.8.0", ["download_file_from_google_drive"])
+
 
 def get_asset_path(*args: str) -> str:
     """Where the file would be."""

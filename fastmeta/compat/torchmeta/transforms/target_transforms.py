@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from fastmeta.compat._absent import not_here
+
+__getattr__ = not_here(__name__, "torchmeta 1.8.0", ["SegmentationPairTransform"])
+
 
 class TargetTransform:
     """Base of the transforms of targets."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import alias, pytree
 from ..base import GradientTransformation, UninitializedState
 from ..update import apply_updates
+from ._constructor import constructor
 
 
 class Optimizer:
@@ -75,108 +76,45 @@ class SGD(Optimizer):
 
 
 class Adam(Optimizer):
-    """`torchopt.adam`; `options` are its `eps_root`, `maximize` and `use_accelerated_op`."""
+    """`torchopt.adam`."""
 
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: alias.Rate = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        **options: Any,
-    ):
-        super().__init__(params, alias.adam(lr, betas, eps, weight_decay, **options))
+    __init__ = constructor(Optimizer, "params", alias.adam, ("moment_requires_grad",))
 
 
 class AdamW(Optimizer):
-    """`torchopt.adamw`; `options` are its `eps_root`, `mask`, `maximize` and `use_accelerated_op`."""
+    """`torchopt.adamw`."""
 
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: alias.Rate = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        **options: Any,
-    ):
-        super().__init__(params, alias.adamw(lr, betas, eps, weight_decay, **options))
+    __init__ = constructor(Optimizer, "params", alias.adamw, ("moment_requires_grad",))
 
 
 class RMSProp(Optimizer):
-    """`torchopt.rmsprop`; `options` are its `initial_scale`, `nesterov` and `maximize`."""
+    """`torchopt.rmsprop`."""
 
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: alias.Rate = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        momentum: float = 0.0,
-        centered: bool = False,
-        **options: Any,
-    ):
-        super().__init__(params, alias.rmsprop(lr, alpha, eps, weight_decay, momentum, centered, **options))
+    __init__ = constructor(Optimizer, "params", alias.rmsprop)
 
 
 class AdaDelta(Optimizer):
     """`torchopt.adadelta`."""
 
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: alias.Rate = 1.0,
-        rho: float = 0.9,
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-    ):
-        super().__init__(params, alias.adadelta(lr, rho, eps, weight_decay))
+    __init__ = constructor(Optimizer, "params", alias.adadelta, ("moment_requires_grad",), lr=1.0)
 
 
 class AdaGrad(Optimizer):
-    """`torchopt.adagrad`; `options` is its `maximize`."""
+    """`torchopt.adagrad`."""
 
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: alias.Rate = 1e-2,
-        lr_decay: float = 0.0,
-        weight_decay: float = 0.0,
-        initial_accumulator_value: float = 0.0,
-        eps: float = 1e-10,
-        **options: Any,
-    ):
-        super().__init__(params, alias.adagrad(lr, lr_decay, weight_decay, initial_accumulator_value, eps, **options))
+    __init__ = constructor(Optimizer, "params", alias.adagrad)
 
 
 class AdaMax(Optimizer):
     """`torchopt.adamax`."""
 
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: alias.Rate = 2e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ):
-        super().__init__(params, alias.adamax(lr, betas, eps, weight_decay))
+    __init__ = constructor(Optimizer, "params", alias.adamax, ("moment_requires_grad",), lr=2e-3, eps=1e-8)
 
 
 class RAdam(Optimizer):
     """`torchopt.radam`."""
 
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: alias.Rate = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ):
-        super().__init__(params, alias.radam(lr, betas, eps, weight_decay))
+    __init__ = constructor(Optimizer, "params", alias.radam, ("moment_requires_grad",), eps=1e-8)
 
 
 # as torch spells them

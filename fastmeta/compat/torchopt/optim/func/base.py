@@ -1,4 +1,4 @@
-"""`torchopt.optim.func`: an optimiser whose state is kept, and whose parameters come and go."""
+"""`torchopt.optim.func.base`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import GradientTransformation, UninitializedState
-from ..update import apply_updates
+from ...base import GradientTransformation, UninitializedState
+from ...update import apply_updates
 
 
 class FuncOptimizer:
