@@ -95,7 +95,9 @@ def test_a_flat_folder_one_picture_and_damaged_ones(tmp_path, run, photos):
     told = json.loads(run(*ask, flat)[0])
     assert [line["file"] for line in told["predictions"]] == ["w.png", "x.png"] and "accuracy" not in told
     one = json.loads(run(*ask, flat / "x.png")[0])
-    assert one["predictions"] == told["predictions"][1:] and one["out"] is None
+    (alone,), (_, beside) = one["predictions"], told["predictions"]
+    assert (alone["file"], alone["prediction"], one["out"]) == ("x.png", beside["prediction"], None)
+    assert alone["probabilities"] == pytest.approx(beside["probabilities"], abs=1e-6)  # convolutions of one row or two
     (flat / "v.png").write_bytes(b"no picture")
     _, stderr = run(*ask, flat, code=2)
     assert "v.png" in stderr and "on_error 'skip'" in stderr.replace("\n", " ")
