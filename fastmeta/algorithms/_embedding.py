@@ -16,6 +16,7 @@ from fastmeta.functional import checks
 from ..batch import TaskBatch
 from ._arguments import check_inputs, check_size, check_tasks, check_weights
 from ._blocks import call
+from ._chunks import ChunkedLearner
 from ._classes import Classes, classes_of, ordinary_ways
 from ._misfit import raise_misfit
 from ._rows import (
@@ -42,7 +43,7 @@ class TaskGroups(NamedTuple):
     classes: Classes | None
 
 
-class EmbeddingLearner(nn.Module):
+class EmbeddingLearner(ChunkedLearner):
     """An encoder, a state fitted to the support embeddings, predictions from the query embeddings.
 
     A subclass says what the state is in `_fit(features, targets, ways)` and what it predicts in
@@ -61,6 +62,10 @@ class EmbeddingLearner(nn.Module):
     The encoder runs once, over all support and query rows of all tasks together. So a batch norm in train mode uses
     the statistics of the whole task batch, and in eval mode its running statistics: evaluation is not transductive. It
     may take several tensors, as a model of `MAML` may, and returns one.
+
+    `task_chunk`, an attribute that is None, is as the argument of `MAML`, while gradients are on; there are no logits
+    then. A batch norm in train mode sees the rows of one chunk after the other: its statistics, and so the gradient,
+    are other ones.
     """
 
     _feature_maps = False  # whether the encoder may return [B, C, H, W]
@@ -132,10 +137,21 @@ class EmbeddingLearner(nn.Module):
         check_examples("query_x", batch[2])
         check_weights(weights, batch)
         try:
+            trained = [p for p in self.parameters() if p.requires_grad]
+            if torch.is_grad_enabled() and trained and self._in_chunks(batch, weights):
+                self._check_tasks(batch)  # where errors know a task's place in the batch
+                return self._chunked_loss(self._chunk, batch, weights, self.task_chunk, trained)
             return weighted(self._all_tasks(batch), weights)
         except Exception as error:
             raise_misfit(error, "encoder", self.encoder, {"support_x": batch[0], "query_x": batch[2]})
             raise
+
+    def _chunk(self, *parts: Tensor | None) -> MetaOutput:
+        *batch, weights = parts
+        return weighted(self._all_tasks(TaskBatch(*batch)), weights)._replace(logits=None, classes=None)
+
+    def _check_tasks(self, batch: TaskBatch) -> None:
+        self._classes(*(batch if self._check_batch(batch) else batch[:4]))
 
     def _all_tasks(self, batch: TaskBatch) -> MetaOutput:
         """`forward` from the examples on."""

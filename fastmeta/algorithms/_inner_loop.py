@@ -18,8 +18,8 @@ from ..engines import PLAIN, Engine, InnerLoop, Rates, Rule, _graph_size, as_los
 from ..engines.layerwise import has_formulas
 from ..engines.vmap import VmapEngine
 from ..functional.reverse_sweep import ChangedAgain
-from ._arguments import check_batch, check_count, check_pair, check_size, check_tasks, check_weights
-from ._chunks import chunked_loss
+from ._arguments import check_batch, check_count, check_pair, check_tasks, check_weights
+from ._chunks import ChunkedLearner
 from ._in_turn import in_turn
 from ._lazy import initialise, lazy_layer
 from ._misfit import raise_misfit
@@ -41,7 +41,7 @@ from .output import MetaOutput, judged, weighted
 _changing: WeakSet[InnerLoopAlgorithm] = WeakSet()  # whose support loss is another when it is called again
 
 
-class InnerLoopAlgorithm(nn.Module):
+class InnerLoopAlgorithm(ChunkedLearner):
     """`adapt`, `predict` and `forward` around an inner loop.
 
     A subclass says what the loop makes of support sets in `_adapted`, and in `_tasks` what comes of whole tasks.
@@ -58,15 +58,14 @@ class InnerLoopAlgorithm(nn.Module):
         inner_steps: int,
         loss: str | Callable[[Tensor, Tensor], Tensor],
         first_order: bool = False,
-        task_chunk: int | None = None,
+        task_chunk: int | str | None = None,
         memory: str = "auto",
         every: int = 1,
     ):
-        super().__init__()
+        super().__init__(task_chunk)
         values.module("model", model)
         self.inner_steps = check_count("inner_steps", inner_steps, 0)
         self.memory, self.every = values.choice("memory", memory, MEMORY), check_count("every", every, 1)
-        self.task_chunk = check_size("task_chunk", task_chunk, or_none=True)
         self.model = model
         self._lazy = lazy_layer(model) is not None  # until the first call
         self.first_order = values.flag("first_order", first_order)
@@ -158,7 +157,7 @@ class InnerLoopAlgorithm(nn.Module):
 
     def _whole(self, batch: Sequence[Tensor], weights: Tensor | None) -> MetaOutput:
         """`forward` of tasks without padding."""
-        if self._in_chunks(batch):
+        if self._in_chunks(batch, weights):
             return self._chunked(self.task_chunk, batch, weights)
         return self._tasks(*batch, weights)
 
@@ -177,7 +176,7 @@ class InnerLoopAlgorithm(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"inner_steps={self.inner_steps}, first_order={self.first_order}, loss={self.loss.name!r}, "
-            f"task_chunk={self.task_chunk}"
+            f"task_chunk={self.task_chunk!r}"
             + (f", memory={self.memory!r}, every={self.every}" if self.memory != "auto" else "")
             + (f", {self.rule}" if self.rule != PLAIN else "")
         )
@@ -295,8 +294,8 @@ class InnerLoopAlgorithm(nn.Module):
             return False
         return _graph_size.is_large(model, inner, split(batch[0], tasks)[0], split(batch[2], tasks)[0])
 
-    def _chunked(self, size: int, batch: Sequence[Tensor], weights: Tensor | None) -> MetaOutput:
-        return chunked_loss(self._tasks, batch, weights, size, self._trained())
+    def _chunked(self, size: int | str, batch: Sequence[Tensor], weights: Tensor | None) -> MetaOutput:
+        return self._chunked_loss(self._tasks, batch, weights, size, self._trained())
 
     def _in_turn(self, engine: Engine, *tensors: Tensor | None) -> bool:
         """Whether each task's part of the meta-gradient is taken as soon as it is run, with the memory of one task: in
@@ -305,9 +304,6 @@ class InnerLoopAlgorithm(nn.Module):
             return False
         wanted = any(t is not None and requires_grad(t) for t in tensors)
         return not (wanted or torch._C._are_functorch_transforms_active())
-
-    def _in_chunks(self, batch: Sequence[Tensor]) -> bool:
-        return self.task_chunk is not None and len(first(batch[0])) > self.task_chunk
 
 
 def _by_formulas(engine: Engine, model: nn.Module, inner: InnerLoop, x: Tensor) -> bool:

@@ -17,7 +17,6 @@ from fastmeta._trees import arguments, cat, first, named_leaves, split, tree_map
 from ..engines import PLAIN, InnerLoop, Steps, module_engine
 from ..engines.vmap import buffers_per_task
 from ._arguments import check_number
-from ._chunks import chunked_loss
 from ._classes import classes_of, ordinary_ways
 from ._embedding import both_masks, by_rows
 from ._inner_loop import InnerLoopAlgorithm, adapted_convolutions
@@ -86,7 +85,7 @@ class ConditionalCAML(InnerLoopAlgorithm):
         metric_weight: float = 0.0,
         first_order: bool = False,
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
-        task_chunk: int | None = None,
+        task_chunk: int | str | None = None,
     ):
         super().__init__(model, inner_steps=inner_steps, first_order=first_order, loss=loss, task_chunk=task_chunk)
         if not (adapts is None or callable(adapts)):
@@ -145,7 +144,7 @@ class ConditionalCAML(InnerLoopAlgorithm):
 
     def _embedded_tasks(self, batch: Sequence[Tensor], conditions: Tensor, weights: Tensor | None) -> MetaOutput:
         """`forward` of tasks without padding, whose conditions `[T, S + Q, D]` are known."""
-        if self._in_chunks(batch):
+        if self._in_chunks(batch, weights):
             return self._in_parts(self.task_chunk, batch, conditions, weights)
         support_x, support_y, _, query_y = batch
         rows = _beside(support_x, conditions[:, : first(support_x).shape[1]])
@@ -154,9 +153,9 @@ class ConditionalCAML(InnerLoopAlgorithm):
         return self._from_conditions(*batch, conditions, weights)
 
     def _in_parts(
-        self, size: int, batch: Sequence[Tensor], conditions: Tensor, weights: Tensor | None
+        self, size: int | str, batch: Sequence[Tensor], conditions: Tensor, weights: Tensor | None
     ) -> MetaOutput:
-        return chunked_loss(self._from_conditions, batch, weights, size, self._trained(), conditions)
+        return self._chunked_loss(self._from_conditions, batch, weights, size, self._trained(), conditions)
 
     def _from_conditions(
         self,

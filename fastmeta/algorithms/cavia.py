@@ -84,7 +84,7 @@ class CAVIA(InnerLoopAlgorithm):
         inner_steps: int = 1,
         first_order: bool = False,
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
-        task_chunk: int | None = None,
+        task_chunk: int | str | None = None,
     ):
         super().__init__(model, inner_steps=inner_steps, loss=loss, first_order=first_order, task_chunk=task_chunk)
         self.context_size = check_count("context_size", context_size, 1)

@@ -125,6 +125,10 @@ class Contrastive(EmbeddingLearner):
         views = self._project(self._encode(cat([first, second], 1)))
         return over_tasks(functional.contrastive_loss(*views.chunk(2, 1), self.temperature))
 
+    def _check_tasks(self, batch: TaskBatch) -> None:
+        if not self.training:
+            super()._check_tasks(batch)
+
     def extra_repr(self) -> str:
         return (
             f"temperature={self.temperature}, features={self.features!r}, head={self.head!r}, centre={self.centre!r}, "

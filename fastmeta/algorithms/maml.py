@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .._trees import requires_grad
 from ..batch import TaskBatch
 from ..dispatch.library import plain_call
 from ..engines import Engine, InnerLoop, choose, explain
@@ -14,6 +15,7 @@ from ..engines.fused import FusedEngine
 from ..engines.inspect import inspected
 from ..engines.select import check_name
 from ._arguments import check_weights
+from ._auto_chunk import AUTO
 from ._direct import DirectGradient, direct_gradient
 from ._inner_loop import InnerLoopAlgorithm
 from ._inner_lr import InnerLR, as_inner_lr, as_rule, described, rates_of
@@ -67,10 +69,13 @@ class MAML(InnerLoopAlgorithm):
             the model raises ValueError. `"auto"` tries what maps the model over tasks once against plain autograd;
             where they differ tasks run one after the other (`"loop"`), with a warning that names the layer.
         task_chunk: at most this many tasks at a time, to bound memory; None for all at once. The gradient is
-            the same. With gradients on, each chunk's gradient is then computed during `forward` and handed
-            out by `backward`, so only `loss` is differentiable, once, and only with respect to the
-            parameters; inputs may not require gradients. Tasks that run one after the other are such chunks, of one
-            task, unless inputs require gradients.
+            the same, but for rounding; it is added up in float32 at least. With gradients on, each chunk's gradient is
+            then computed during `forward` and handed out by `backward`, so only `loss` is differentiable, once, and
+            only with respect to the parameters; inputs may not require gradients. Tasks that run one after the other
+            are such chunks, of one task, unless inputs require gradients. Random numbers that the model draws, as in
+            dropout, are drawn chunk by chunk. `"auto"`: as many as half of the free memory has room for, found by
+            trying more and more in the first chunks; where memory runs out, half as many, and the same tasks again.
+            Where inputs require gradients it is None.
         memory: `"graph"` keeps a graph of all inner steps until `backward`. `"sweep"` keeps every step's weights alone:
             the gradient is found during `forward`, by going back through the steps with the graph of one at a time
             (`fastmeta/functional/reverse_sweep.py`). The same gradient, in more time and with the memory of one
@@ -111,7 +116,7 @@ class MAML(InnerLoopAlgorithm):
         first_order: bool = False,
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
         engine: str = "auto",
-        task_chunk: int | None = None,
+        task_chunk: int | str | None = None,
         memory: str = "auto",
         every: int = 1,
     ):
@@ -141,10 +146,38 @@ class MAML(InnerLoopAlgorithm):
             ValueError: as `forward`; with `task_chunk` inputs may not require gradients.
         """
         batch = TaskBatch.of(batch)
-        if self.task_chunk is not None:
+        if self.task_chunk is not None and len(batch) == 4 and plain_call(batch):
             self._check_batch(batch)
-        whole = len(batch) == 4 and not self._in_chunks(batch)
-        if whole and plain_call(batch) and not any(t.requires_grad for t in batch):
+            check_weights(weights, batch)
+            with torch.enable_grad():
+                chunks = self._in_chunks(batch, weights)
+            if chunks and not any(part is not None and requires_grad(part) for part in (*batch, weights)):
+                return self._gradients_in_chunks(batch, weights)
+        return self._gradients(batch, weights, self)
+
+    def _gradients_in_chunks(
+        self, batch: TaskBatch, weights: Tensor | None
+    ) -> tuple[MetaOutput, dict[str, Tensor]]:
+        wanted = {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+        def of_chunk(*parts: Tensor | None) -> tuple[MetaOutput, list[Tensor]]:
+            chunk, own = TaskBatch(*parts[:4]), parts[4]
+            output, found = self._gradients(chunk, own, lambda chunk, own: self._tasks(*chunk, own))
+            return output, [found[name] for name in wanted]
+
+        try:
+            with torch.enable_grad():
+                output, found = self._added_up(of_chunk, batch, weights, self.task_chunk, list(wanted.values()))
+        except Exception as error:
+            self._raise_misfit_of_batch(error, batch)
+            raise
+        return output, dict(zip(wanted, found, strict=True))
+
+    def _gradients(
+        self, batch: TaskBatch, weights: Tensor | None, run: Callable[..., MetaOutput]
+    ) -> tuple[MetaOutput, dict[str, Tensor]]:
+        """`gradients` without chunks; `run(batch, weights)` is `forward`."""
+        if len(batch) == 4 and plain_call(batch) and not any(t.requires_grad for t in batch):
             inner = self._inner(batch[1], batch[3])
             direct = self._direct  # another thread may leave its own there meanwhile
             if direct is None or not direct.holds(self.model, inner, batch):
@@ -160,7 +193,7 @@ class MAML(InnerLoopAlgorithm):
                 check_weights(weights, batch)
                 return direct.run(batch, weights)
         with torch.enable_grad():
-            output = self(batch, weights)
+            output = run(batch, weights)
         wanted = {name: p for name, p in self.named_parameters() if p.requires_grad}
         if not output.loss.requires_grad:  # it depends on none of them
             return output, {name: torch.zeros_like(p) for name, p in wanted.items()}
@@ -198,7 +231,8 @@ class MAML(InnerLoopAlgorithm):
         support_y, query_y = without_padding(batch.support_y, support_mask), without_padding(batch.query_y, query_mask)
         inner = self._inner(support_y, query_y)
         with inspected(self.model):
-            if self._in_chunks(batch) or not self._masks_in_kernels(inner, batch.support_x):
+            in_chunks = self.task_chunk != AUTO and self._in_chunks(batch, weights)  # kernels need little memory
+            if in_chunks or not self._masks_in_kernels(inner, batch.support_x):
                 return super()._masked(batch, weights)
             loop, slow = FusedEngine().loop(self.model, inner)
             support_x = without_padding(batch.support_x, support_mask)

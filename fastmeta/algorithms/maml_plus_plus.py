@@ -164,7 +164,7 @@ class MAMLPlusPlus(LearnedRates):
         adapt_norms: bool = False,
         first_order: bool = False,
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
-        task_chunk: int | None = None,
+        task_chunk: int | str | None = None,
     ):
         check_count("inner_steps", inner_steps, 1)
         first_rate = check_number("inner_lr", inner_lr, 0, open=True)  # the rates are multiples of it

@@ -59,7 +59,7 @@ class MetaSGD(LearnedRates):
         clip_value: float | None = None,
         first_order: bool = False,
         loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
-        task_chunk: int | None = None,
+        task_chunk: int | str | None = None,
         memory: str = "auto",
         every: int = 1,
     ):

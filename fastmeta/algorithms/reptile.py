@@ -110,6 +110,11 @@ class Reptile(InnerLoopAlgorithm):
                 "such as MAML"
             )
 
+    def _in_chunks(self, batch, weights: Tensor | None = None) -> bool:
+        if self.serial and isinstance(self.task_chunk, int):
+            raise ValueError("task_chunk: a serial Reptile takes one task after the other anyway, use task_chunk=None")
+        return not self.serial and super()._in_chunks(batch, weights)
+
     def _adapted(self, inner: InnerLoop, support_x: Tensor, support_y: Tensor) -> dict[str, Tensor]:
         slow, trained = detached_weights(self.model)
         return slow | self._train(inner.loss, trained, support_x, support_y)

@@ -108,6 +108,8 @@ def _typed(where: str, name: str, value: Any, kind: type) -> Any:
         raise ValueError(f"{where} must be a table, or a list of strings NAME=VALUE, got {_shown(value)}")
     if name == "hidden" and isinstance(value, list) and all(type(one) is int for one in value):
         return ",".join(map(str, value))
+    if name == "task-chunk" and type(value) is int:
+        return str(value)
     if kind is bool:
         fits, what = type(value) is bool, "true or false"
     elif kind is int:

@@ -95,6 +95,14 @@ def _read_config(ctx: typer.Context, value: Path | None) -> Path | None:
     return value
 
 
+def _number_or_auto(value: str | None) -> int | str | None:
+    if value is None or value == "auto":
+        return value
+    if not (value.isascii() and value.isdecimal() and int(value)):
+        raise typer.BadParameter(f"must be a whole number of at least 1, or auto, got {value!r}")
+    return int(value)
+
+
 def _after_the_file(ctx: typer.Context, param: typer.CallbackParam, value: list[str] | None) -> list[str]:
     """Of an option that may be given often: what `--config` says, then what the command line does."""
     return [*((ctx.default_map or {}).get(param.name) or ()), *(value or ())]
@@ -216,7 +224,10 @@ FirstOrder = _option(
     _INNER, bool, "--first-order/--second-order", "Drop second derivatives (first-order MAML).", "second order"
 )
 Engine = _option(_INNER, str, "--engine", "What runs the inner loops.", "auto: the fastest that serves")
-TaskChunk = _option(_INNER, int, "--task-chunk", "Tasks at a time, to bound memory; same gradient.", "all", min=1)
+TaskChunk = _option(
+    _INNER, str, "--task-chunk", "Tasks at a time, to bound memory, or auto: as memory has room for; same gradient.",
+    "all", metavar="N|auto", callback=_number_or_auto,
+)  # fmt: skip
 
 OuterLR = _option(_OUTER, float, "--outer-lr", "Adam's step size.", "0.001")
 Schedule = _option(

@@ -84,7 +84,7 @@ class RunConfig:
     clusters: int = 500
     cluster_partitions: int = 1
     engine: str = "auto"
-    task_chunk: int | None = None
+    task_chunk: int | str | None = None
     threads: int | None = None
     eval_every: int = 500
     eval_tasks: int = 600
@@ -105,7 +105,7 @@ class RunConfig:
         for name in (*counts, "eval_tasks", "clusters", "cluster_partitions"):
             values.count(name, getattr(self, name))
         for name in ("task_chunk", "threads", "iterations"):
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not None and (name, getattr(self, name)) != ("task_chunk", "auto"):
                 values.count(name, getattr(self, name))
         for name in ("inner_steps", "eval_inner_steps", "lr_halve_every", "eval_every", "save_every"):
             values.count(name, getattr(self, name), 0)

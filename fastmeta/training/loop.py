@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import values
+from ..algorithms._chunks import check_chunk
 from ..batch import TaskBatch
 from ..tasks.source import check_source, part_of
 from .checkpoint import Checkpoint, CheckpointFolder, pack_optimizer
@@ -57,6 +58,9 @@ class Reporter:
 
     def skipped(self, step: int, cause: str) -> None: ...
 
+    def chunked(self, step: int, tasks: int | None, why: str) -> None:
+        """From this step on so many tasks run at a time; None: all at once."""
+
     def saved(self, path: Path) -> None: ...
 
 
@@ -74,6 +78,8 @@ class Trainer:
             SIGINT, SIGTERM, SIGHUP or SIGUSR1. None saves nothing. `record` is stored in each.
         skip_non_finite: leave out a step whose loss or meta-gradient is not finite, in place of stopping; looking at
             each step waits for the device.
+        task_chunk: tasks that run at a time, or "auto", as in `~fastmeta.algorithms.MAML`: what the algorithm's own
+            attribute of this name is set to. None leaves that as it is.
         seed: of the task sampler. Model initialisation is the caller's.
         wrap: turns the algorithm into what is called for the loss, for instance
             `torch.nn.parallel.DistributedDataParallel` or `torch.compile`; checkpoints hold the algorithm
@@ -109,6 +115,7 @@ class Trainer:
         record: dict[str, Any] | None = None,
         seed: int = 0,
         skip_non_finite: bool = False,
+        task_chunk: int | str | None = None,
         wrap: Callable[[nn.Module], nn.Module] | None = None,
         reporters: tuple[Reporter, ...] = (),
     ):
@@ -140,6 +147,12 @@ class Trainer:
             raise ValueError("iterations or minutes must be given: one of them ends the run")
         named = [(name, p) for name, p in algorithm.named_parameters() if p.requires_grad]
         parameters = [p for _, p in named]
+        if task_chunk is not None:
+            if not hasattr(algorithm, "task_chunk"):
+                raise ValueError(f"task_chunk: {type(algorithm).__name__} takes no tasks in chunks, leave it out")
+            algorithm.task_chunk = check_chunk(task_chunk)
+        if hasattr(algorithm, "auto_chunk"):
+            algorithm.auto_chunk.heard = self._chunked
         if not parameters:
             raise ValueError("algorithm has no parameters that require gradients, there is nothing to train")
         self.ranks = ranks()
@@ -270,6 +283,10 @@ class Trainer:
         """The signal that ends the run, as all ranks know it."""
         return self._stop.received if self.ranks.alone else self._stop.agreed
 
+    def _chunked(self, tasks: int | None, why: str) -> None:
+        for reporter in self.reporters:
+            reporter.chunked(self.step + 1, tasks, why)
+
     def _skip(self, error: NonFiniteError, buffers: list[torch.Tensor]) -> None:
         """Leave this step out: weights and optimizer as they were, and what the forward pass did to batch norms."""
         with torch.no_grad():
@@ -359,6 +376,8 @@ class Trainer:
             "world_size": self.ranks.world,
             "optimizer": optimizer_rest,
         }
+        if getattr(self.algorithm, "task_chunk", None) == "auto":
+            record["task_chunks"] = self.algorithm.auto_chunk.as_json()
         path = self.checkpoints.save(self.step, tensors, record)
         self._unsaved = False
         for reporter in self.reporters:
@@ -377,6 +396,8 @@ class Trainer:
         self.skipped = expect(checkpoint, "skipped", int) if "skipped" in checkpoint.record else 0
         self.step, self.seconds, self.best_score = checkpoint.step, seconds, best_score
         self._agreed_seconds = seconds
+        if getattr(self.algorithm, "task_chunk", None) == "auto" and "task_chunks" in checkpoint.record:
+            self.algorithm.auto_chunk.restore(expect(checkpoint, "task_chunks", dict), self.device)
         self._set_rng_states(states)
         self._unsaved = False
         self._validated = self.step if self.history and self.history[-1]["step"] == self.step else -1

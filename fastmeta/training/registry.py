@@ -32,7 +32,7 @@ class Settings(Protocol):
     inner_steps: int
     first_order: bool
     engine: str
-    task_chunk: int | None
+    task_chunk: int | str | None
 
 
 @dataclass(frozen=True)

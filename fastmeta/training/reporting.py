@@ -76,6 +76,11 @@ class ConsoleReporter(Reporter):
         with terminal_may_be_lost():
             self._bar.update(self._task, completed=done, numbers=self._numbers, step=progress.step)
 
+    def chunked(self, step: int, tasks: int | None, why: str) -> None:
+        at_once = "all tasks" if tasks is None else f"{tasks:,} {'task' if tasks == 1 else 'tasks'}"
+        with terminal_may_be_lost():
+            self.console.print(f"step {step:>7,}  {at_once} at a time: {why}", highlight=False, soft_wrap=True)
+
     def validation(self, step: int, evaluation: Evaluation, best: bool) -> None:
         held_out = describe(evaluation, self.regression)
         with terminal_may_be_lost():

@@ -182,6 +182,7 @@ def build_trainer(
         | ({} if opened is None else {"classes": opened.digest()}),
         seed=config.seed,
         skip_non_finite=config.skip_non_finite,
+        task_chunk=config.task_chunk,
         reporters=reporters,
     )
     if resume is not None:
