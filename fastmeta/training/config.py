@@ -104,9 +104,11 @@ class RunConfig:
         counts = ("ways", "shots", "query_shots", "train_ways", "train_shots", "train_query_shots", "task_batch")
         for name in (*counts, "eval_tasks", "clusters", "cluster_partitions"):
             values.count(name, getattr(self, name))
-        for name in ("task_chunk", "threads", "iterations"):
-            if getattr(self, name) is not None and (name, getattr(self, name)) != ("task_chunk", "auto"):
+        for name in ("threads", "iterations"):
+            if getattr(self, name) is not None:
                 values.count(name, getattr(self, name))
+        if self.task_chunk is not None and not (isinstance(self.task_chunk, str) and self.task_chunk == "auto"):
+            values.count("task_chunk", self.task_chunk)
         for name in ("inner_steps", "eval_inner_steps", "lr_halve_every", "eval_every", "save_every"):
             values.count(name, getattr(self, name), 0)
         for name in ("inner_lr", "outer_lr", *(() if self.minutes is None else ("minutes",))):
