@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from fastmeta import memory
 from fastmeta.algorithms import (
     ANIL,
     CAVIA,
@@ -25,6 +24,7 @@ from fastmeta.algorithms import (
     _chunks,
 )
 from fastmeta.algorithms._auto_chunk import AutoChunk, Chunk
+from fastmeta.engines import _memory as memory
 from fastmeta.nn import mlp
 from fastmeta.tasks import TaskBatch
 from fastmeta.training import CheckpointFolder, Reporter, Trainer, run_config

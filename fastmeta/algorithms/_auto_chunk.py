@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import memory
+from ..engines import _memory as memory
 
 AUTO = "auto"
 GROWTH = 4
