@@ -3,18 +3,24 @@ that nobody disturbed, and with the same files.
 
 `python tests/kills.py --runs 30 --kills 5`; the suite does it once, see test_nothing_lost.py. A run is a process of its
 own that does what `fastmeta train` does; it is forked, so that it begins at once.
+
+With `--ranks 2` a run is an elastic agent, as torchrun is one, and processes of its own, of which one at random is
+killed; the agent starts them anew, nobody resumes.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
+from ranks import agent, command
 
 from fastmeta import cli
 from fastmeta.cli import config_file, options  # noqa: F401
@@ -26,11 +32,20 @@ NEW = ["train", "maml", "--data", "sinusoid", "--hidden", "8", "--task-batch", "
        "--threads", "1", "--eval-every", "15", "--save-every", "4"]  # fmt: skip
 
 
-def start(folder: Path, steps: int) -> int:
+def start(folder: Path, steps: int, ranks: int) -> int:
     """Begin or go on, in a new process; its id."""
     pid = os.fork()
     if pid:
         return pid
+    if ranks > 1:
+        words = [*NEW, "--no-report", "--out", folder, "--iterations", steps]
+        os.dup2(os.open(folder.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        try:
+            agent(ranks, command, folder.with_suffix(".txt"), *words, restarts=100)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
     os.dup2(os.open(folder.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     os.dup2(1, 2)
     goes_on = CheckpointFolder(folder).steps()
@@ -50,6 +65,20 @@ def ended(pid: int, folder: Path) -> None:
         raise SystemExit(f"ended with {status}: {folder.with_suffix('.txt').read_text()}")
 
 
+def kill(pid: int, ranks: int) -> bool:
+    """Kill the run, or one of the processes that its agent has started; whether there was one."""
+    if ranks == 1:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return True
+    started = [number for path in Path(f"/proc/{pid}/task").glob("*/children") for number in path.read_text().split()]
+    if started:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(random.choice(started)), signal.SIGKILL)
+            return True
+    return False
+
+
 def result(folder: Path) -> tuple:
     """What must not depend on kills: tensors, validations, names of files."""
     checkpoint, _ = CheckpointFolder(folder).newest()
@@ -66,6 +95,7 @@ def main() -> None:
     arguments.add_argument("--kills", type=int, default=5, help="of each run")
     arguments.add_argument("--steps", type=int, default=300, help="of each run")
     arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--ranks", type=int, default=1, help="processes that train together")
     given = arguments.parse_args()
     torch.set_num_threads(1)
     random.seed(given.seed)
@@ -73,23 +103,26 @@ def main() -> None:
         # what is imported and compiled once is here before the first fork
         build_trainer(run_config("maml", "sinusoid", iterations=1, task_batch=4, eval_tasks=8), f"{parent}/first").run()
         undisturbed, began = Path(parent) / "undisturbed", time.monotonic()
-        ended(start(undisturbed, given.steps), undisturbed)
+        ended(start(undisturbed, given.steps, given.ranks), undisturbed)
         print(f"undisturbed: {time.monotonic() - began:.2f} s")
         seconds, wanted = time.monotonic() - began, result(undisturbed)
         assert wanted[0] == given.steps
         kills, at = 0, []
         for number in range(given.runs):
             folder = Path(parent) / str(number)
+            pid = None
             for _ in range(given.kills):
-                pid = start(folder, given.steps)
+                pid = pid or start(folder, given.steps, given.ranks)
                 time.sleep(random.uniform(0, 1.5 * seconds / given.kills))
                 if os.waitpid(pid, os.WNOHANG)[0]:
+                    pid = None
                     break
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                kills += 1
-                at += CheckpointFolder(folder).steps()[-1:] or [0]
-            ended(start(folder, given.steps), folder)
+                if kill(pid, given.ranks):
+                    kills += 1
+                    at += CheckpointFolder(folder).steps()[-1:] or [0]
+                if given.ranks == 1:
+                    pid = None
+            ended(pid or start(folder, given.steps, given.ranks), folder)
             names = ("step", "tensors", "history", "log", "files")
             for what, found, expected in zip(names, result(folder), wanted, strict=True):
                 if found != expected:

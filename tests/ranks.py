@@ -54,8 +54,10 @@ def _joined(work, given):
 
 def command(text, *words):
     """A command of fastmeta in this process, which says what it says into a file."""
-    os.dup2(os.open(f"{text}.{os.environ.get('RANK', 0)}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+    os.dup2(os.open(f"{text}.{os.environ.get('RANK', 0)}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)  # as in a new process: the agent's own handlers came with the fork
     sys.argv = ["fastmeta", *map(str, words)]
     try:
         cli.main()
