@@ -7,6 +7,7 @@ One process imports everything; torch's elastic agent, which is torchrun's, fork
 import copy
 import json
 import os
+import runpy
 import signal
 import sys
 import tempfile
@@ -138,6 +139,17 @@ def check_ddp_gives_the_same(_folder):
     found = launch(2, trained, 2, DistributedDataParallel, "unlike")
     near(found[0], trained(2, which="unlike"))
     assert found[0] == found[1]
+
+
+def in_pieces():
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "fsdp_encoder.py"))
+    return example["main"](5, torch.float64)
+
+
+def check_an_encoder_in_pieces_trains_as_a_whole_one(_folder):
+    loss, held = in_pieces()
+    for found, part in launch(2, in_pieces):
+        assert part == held / 2 and abs(found - loss) < 1e-9
 
 
 # ----- buffers

@@ -46,6 +46,13 @@ def test_torchrun_trains(tmp_path):
     assert CheckpointFolder(tmp_path / "run").newest()[0].record["world_size"] == 2
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the agent's processes")
+def test_a_process_that_is_killed_is_started_anew_and_nothing_is_lost():
+    words = ["--ranks", "2", "--runs", "1", "--kills", "2", "--steps", "40"]
+    done = subprocess.run([sys.executable, HERE / "kills.py", *words], capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0 and "1 runs, " in done.stdout and " 0 kills" not in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(
     "tasks",
     [
