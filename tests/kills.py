@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 
 import torch
-from ranks import agent, command
+from ranks import agent, children, command
 
 from fastmeta import cli
 from fastmeta.cli import config_file, options  # noqa: F401
@@ -71,10 +71,9 @@ def kill(pid: int, ranks: int) -> bool:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         return True
-    started = [number for path in Path(f"/proc/{pid}/task").glob("*/children") for number in path.read_text().split()]
-    if started:
+    if started := children(pid):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(random.choice(started)), signal.SIGKILL)
+            os.kill(random.choice(started), signal.SIGKILL)
             return True
     return False
 

@@ -4,6 +4,7 @@ JSON, what went wrong in each check.
 One process imports everything; torch's elastic agent, which is torchrun's, forks the others from it.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -400,6 +401,27 @@ def check_an_error_on_one_rank_ends_all_and_names_it(folder):
     assert "rank 1 of 3: error: the disk with the tasks is gone" in said[1]
     for other in (said[0], said[2]):  # the agent may have ended them before they said anything
         assert "error: " not in other or "error: another process of this run has ended" in other
+
+
+def children(pid):
+    """The processes that an agent has started."""
+    return [int(one) for path in Path(f"/proc/{pid}/task").glob("*/children") for one in path.read_text().split()]
+
+
+def check_an_interrupted_agent_lets_the_run_save(folder):
+    pid = os.fork()
+    if not pid:
+        with contextlib.suppress(BaseException):
+            agent(2, command, folder / "a.txt", *NEW, "--iterations", 100000, "--out", folder / "a")
+        os._exit(0)
+    end = time.monotonic() + 120
+    while not CheckpointFolder(folder / "a").steps() and time.monotonic() < end:
+        time.sleep(0.1)
+    for one in (*children(pid), pid):  # as a terminal does; and then the agent does it once more
+        os.kill(one, signal.SIGINT)
+    os.waitpid(pid, 0)
+    said = (folder / "a.txt.0").read_text()
+    assert f"stopped by SIGINT at step {CheckpointFolder(folder / 'a').newest()[0].step:,}," in said, said
 
 
 def check_another_run_in_the_folder_is_refused(folder):

@@ -21,6 +21,8 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 @pytest.fixture(scope="module")
 def wrong():
     """Name of a check and what went wrong in it: one process does them all, see ranks.py."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
     done = subprocess.run(
         [sys.executable, HERE / "ranks.py"], capture_output=True, text=True, timeout=600, env=ONE_THREAD
     )

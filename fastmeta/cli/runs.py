@@ -82,11 +82,14 @@ def train_in(
 @contextlib.contextmanager
 def _interrupt_ends_at_once() -> Iterator[None]:
     """Inside, SIGINT is the system's, which ends the process wherever it is: what acts when a run has already been
-    asked to leave."""
+    asked to leave. Under torchrun it does nothing then: torchrun sends what a terminal has sent already, and ends what
+    does not leave."""
+    from ..training.distributed import launched
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if launched() else signal.SIG_DFL)
     try:
         yield
     finally:

@@ -212,7 +212,12 @@ def joined(device: str | None = None) -> Iterator[Ranks]:
     if gpus:
         torch.cuda.set_device(own_gpu())
     with _peers():
-        dist.init_process_group("nccl" if own_gpus else "gloo", timeout=_PATIENCE)
+        store, rank, world = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # The agent's store outlives the processes, and still has the addresses of those that it started before.
+            store = dist.PrefixStore(f"attempt {restarts()[0]}", store)
+        backend = "nccl" if own_gpus else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
     yield ranks()
     leave()  # not after an error: others may not come to it, and a process that ends has left
 
