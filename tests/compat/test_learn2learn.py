@@ -415,7 +415,7 @@ def test_names_that_are_not_here():
         _ = l2l.gym
     with pytest.raises(ImportError, match="has LightningMAML"):
         from fastmeta.compat.learn2learn.algorithms import LightningMAML  # noqa: F401
-    with pytest.raises(ImportError, match="has ResNet12"):
-        _ = l2l.vision.models.ResNet12
+    with pytest.raises(ImportError, match="has get_pretrained_backbone"):
+        _ = l2l.vision.models.get_pretrained_backbone
     with pytest.raises(AttributeError, match="no attribute 'mamel'"):
         _ = l2l.mamel

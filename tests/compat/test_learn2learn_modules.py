@@ -229,3 +229,49 @@ def test_metalayers():
     wrapped(x).sum().backward()
     assert all(p.grad is not None for p in wrapped.meta_parameters())
     assert wrapped.module()[0] is first
+
+
+def test_blocks_are_dropped_whole():
+    drop = l2l.vision.models.resnet12.DropBlock(2)
+    x = torch.rand(8, 4, 5, 6) + 1
+    torch.manual_seed(1)
+    out = drop(x, gamma=0.1)
+    torch.manual_seed(1)
+    begun = torch.bernoulli(torch.full((8, 4, 4, 5), 0.1))
+    kept = torch.ones_like(x)
+    for n, c, i, j in begun.nonzero().tolist():
+        kept[n, c, i : i + 2, j : j + 2] = 0
+    assert 0 < kept.mean() < 1
+    torch.testing.assert_close(out, x * kept / kept.mean())
+    assert drop.eval()(x, gamma=0.1) is x
+
+
+def test_residual_networks():
+    """The first block by hand; blocks are dropped, ever more of them, in the last two layers alone."""
+    torch.manual_seed(0)
+    model = l2l.vision.models.ResNet12(3, hidden_size=512, wider=False, dropblock_dropout=0.4, channels=1).eval()
+    block, x = model.features.layer1[0], torch.randn(1, 1, 84, 84)
+    h = x
+    for i in (1, 2, 3):
+        h = block._modules[f"bn{i}"](nn.functional.conv2d(h, block._modules[f"conv{i}"].weight, padding=1))
+        h = nn.functional.leaky_relu(h, 0.1) if i < 3 else h + block.downsample(x)
+    torch.testing.assert_close(block(x), nn.functional.max_pool2d(nn.functional.leaky_relu(h, 0.1), 2))
+    assert model(x).shape == (1, 3) and model.features.layer4[0].num_batches_tracked == 1
+    asked = []
+    for layer in (model.features.layer2, model.features.layer4):
+        layer[0].DropBlock.forward = lambda x, gamma: asked.append(gamma) or x
+        layer[0].num_batches_tracked = 20_000 - 1
+    model(x)
+    assert asked == [pytest.approx(0.2 / 25 * 25 / 1)]
+    clone = l2l.clone_module(model)
+    clone(x).sum().backward()
+    assert model.classifier.weight.grad is not None
+    wide = l2l.vision.models.wrn28.WideResNet(10, 1, 0.0).eval()
+    images = torch.randn(1, 3, 84, 84)
+    block, h = wide.layer2[0], wide.layer1(wide.conv1(images))
+    right = block.conv1(block.bn1(h).relu())
+    right = block.conv2(block.bn2(right).relu()) + block.shortcut(h)
+    torch.testing.assert_close(wide.layer2(h), right)
+    assert wide(images).shape == (1, 64)
+    last = wide.bn1(wide.layer3(right)).relu().mean((2, 3))
+    torch.testing.assert_close(wide(images), last)

@@ -2,8 +2,8 @@
 
     from fastmeta.compat import learn2learn as l2l
 
-What is here: `algorithms` (`MAML`, `MetaSGD`, `GBML`), `optim`, `nn`, `utils`, `data`, and of `vision` Omniglot, its
-networks of few layers, and the tasksets. The numbers are learn2learn's, for the same weights and the same seed of
+What is here: `algorithms` (`MAML`, `MetaSGD`, `GBML`), `optim`, `nn`, `utils`, `data`, and of `vision` Omniglot, the
+networks, and the tasksets. The numbers are learn2learn's, for the same weights and the same seed of
 Python's `random`. What is not: `gym`, `text`, the learners for Lightning, the data sets that are downloaded from
 elsewhere. Each module says where it differs.
 

@@ -4,33 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmeta.compat.torchmeta.toy.functions import FunctionDataset, FunctionTask
-from fastmeta.compat.torchmeta.toy.sinusoid import SinusoidTask
+from fastmeta.compat.torchmeta.toy.functions import FunctionTask
+from fastmeta.compat.torchmeta.toy.sinusoid import Sinusoid
 
 
-class SinusoidAndLine(FunctionDataset):
+class SinusoidAndLine(Sinusoid):
     """Half of the tasks sinusoids, as in `Sinusoid`, half lines, `intercept + slope * x`, both in [-3, 3] and uniform;
     see `functions.FunctionDataset`."""
-
-    def __init__(
-        self,
-        num_samples_per_task,
-        num_tasks=1000000,
-        noise_std=None,
-        transform=None,
-        target_transform=None,
-        dataset_transform=None,
-    ):
-        super().__init__(num_samples_per_task, num_tasks, noise_std, transform, target_transform, dataset_transform)
-        self._input_range = np.array([-5.0, 5.0])
-
-    @property
-    def amplitudes(self) -> np.ndarray:
-        return self._uniform("amplitudes", 0.1, 5.0)
-
-    @property
-    def phases(self) -> np.ndarray:
-        return self._uniform("phases", 0, np.pi)
 
     @property
     def slopes(self) -> np.ndarray:
@@ -51,7 +31,7 @@ class SinusoidAndLine(FunctionDataset):
 
     def _task(self, index):
         if self.is_sinusoid[index]:
-            return self._function(SinusoidTask, index, self.amplitudes[index], self.phases[index], self._input_range)
+            return super()._task(index)
         return self._function(LinearTask, index, self.slopes[index], self.intercepts[index], self._input_range)
 
 

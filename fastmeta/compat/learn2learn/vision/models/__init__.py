@@ -1,4 +1,4 @@
-"""Networks for images: those of few layers. `fastmeta.nn` has residual ones."""
+"""Networks for images."""
 
 from fastmeta.compat._absent import not_here
 
@@ -13,6 +13,8 @@ from .cnn4 import (
     fc_init_,
     maml_init_,
 )
+from .resnet12 import ResNet12, ResNet12Backbone
+from .wrn28 import WRN28, WRN28Backbone
 
 __all__ = [
     "CNN4",
@@ -22,12 +24,12 @@ __all__ = [
     "MiniImagenetCNN",
     "OmniglotCNN",
     "OmniglotFC",
+    "ResNet12",
+    "ResNet12Backbone",
+    "WRN28",
+    "WRN28Backbone",
     "fc_init_",
     "maml_init_",
 ]
 
-__getattr__ = not_here(
-    __name__,
-    "learn2learn 0.2.0",
-    ("ResNet12", "ResNet12Backbone", "WRN28", "WRN28Backbone", "get_pretrained_backbone"),
-)
+__getattr__ = not_here(__name__, "learn2learn 0.2.0", ("get_pretrained_backbone",))
