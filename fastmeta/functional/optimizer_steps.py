@@ -213,7 +213,8 @@ class _Step:
                 )
         tensors = cast("widest", *flat, *flat_grads) if flat else []
         for name, p, g in zip(self.names, tensors, tensors[len(flat) :], strict=False):
-            checks.same_kind(self.names[0], tensors[0], **{name: p, "grads" + name.removeprefix("params"): g})
+            if len({(t.dtype, t.device) for t in (tensors[0], p, g)}) > 1:
+                checks.same_kind(self.names[0], tensors[0], **{name: p, "grads" + name.removeprefix("params"): g})
         self.pairs = list(zip(tensors[: len(flat)], tensors[len(flat) :], strict=True))
         self.shapes = [p.shape if p.dim() >= g.dim() else g.shape for p, g in self.pairs]
         self.masks = [True] * len(flat) if mask is None else self._leaves("mask", mask, self._checked_mask)
@@ -306,6 +307,8 @@ class _Step:
     def _leaves(self, name: str, value: Any, checked: Callable[[str, Any], Any]) -> list:
         if not self.pairs:
             return []
+        if isinstance(value, float):  # as nearly always
+            return [checked(name, value)] * len(self.pairs)
         leaves, structure = pytree.tree_flatten(value)
         for_all = structure.is_leaf() and not (self.structure.is_leaf() and isinstance(value, Tensor))
         if for_all:

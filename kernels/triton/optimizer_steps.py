@@ -40,8 +40,8 @@ def _put(out, element, value, mask, WANTED: tl.constexpr):
 @triton.jit
 def sgd_kernel(
     operands, outs, firsts, lengths, columns, highs, lows, MODES: tl.constexpr, WANTED: tl.constexpr,
-    NESTEROV: tl.constexpr, DECAYS: tl.constexpr, GRADIENT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr, NESTEROV: tl.constexpr,
+    DECAYS: tl.constexpr,
 ):  # fmt: skip
     """operands: params, grads, buffers, rates, momenta, shares, decays; for the gradient, those of moved and buffers.
     outs: moved and buffers, or the gradients of the first seven."""
@@ -97,8 +97,8 @@ def sgd_kernel(
 @triton.jit
 def adam_kernel(
     operands, outs, firsts, lengths, columns, highs, lows, MODES: tl.constexpr, WANTED: tl.constexpr,
-    DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr, DECAYS: tl.constexpr, GRADIENT: tl.constexpr, ACC: tl.constexpr,
-    INDEX: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr, DECOUPLED: tl.constexpr,
+    AMSGRAD: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
     """operands: params, grads, means, squares, maxima, rates, shares1, shares2, epsilons, decays; for the gradient,
     those of moved, means, squares, maxima. outs: these four, or the gradients of the first ten."""
