@@ -17,6 +17,7 @@ from .problems import maml_batch, rows_and_gradients
 SINUSOID, IMAGES = ((1, 40, 40, 1), 10, 10), ((784, 64, 64, 5), 5, 75)  # widths, support rows, query rows
 MOST_VMAP = 10_000  # tasks: `torch.func` keeps hundreds of kilobytes for each
 MOST_LOOP = 100  # tasks: milliseconds each
+MOST_KEOPS = 1024  # rows on a CPU
 MOST_MATRIX = 8192  # rows: a matrix of scores of a quarter of a gigabyte, several times over
 
 
@@ -64,7 +65,10 @@ def curves(make: Make) -> Iterator[Case]:
             return run
 
         contenders, absent = {"fastmeta": with_gradient(REGISTRY["contrastive_loss"])}, {}
-        contenders["KeOps"] = with_gradient(peers.nt_xent_by_keops)
+        if rows <= MOST_KEOPS or make.device.type != "cpu":
+            contenders["KeOps"] = with_gradient(peers.nt_xent_by_keops)
+        else:
+            absent["KeOps"] = f"left out above {MOST_KEOPS:,} rows on a CPU: seconds a call at this width"
         if rows <= MOST_MATRIX:
             contenders["matrix"] = with_gradient(peers.nt_xent)
         else:

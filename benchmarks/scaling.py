@@ -1,8 +1,9 @@
 """`python -m benchmarks.scaling`: a model of a training step on many GPUs, and how well such a model foretells this
 machine's processes. Writes the tables of docs/scaling.md, which explains it.
 
-A step draws its rank's tasks, finds their meta-gradient, sums it over the ranks, moves the weights; now and then rank 0
-writes a checkpoint. Nothing overlaps: a meta-gradient is whole at its end, as those of the fused inner loops are.
+A step is that of `fastmeta.training`: every rank draws the whole batch and gathers its own tasks' rows, finds their
+meta-gradient, sums it over the ranks together with each task's loss and accuracy, and moves the weights; now and then
+rank 0 writes a checkpoint. Nothing overlaps with the sum: a meta-gradient is whole at its end.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastmeta.nn
-from fastmeta.dispatch.spec import Make
+from fastmeta.tasks import SinusoidTasks
+from fastmeta.training import Trainer
 
 from . import counts
 from .problems import maml_batch
@@ -62,7 +64,8 @@ class Work:
     name: str
     flops: float  # a task
     bytes: float  # that a task moves to and from memory
-    sampled: float  # bytes of a task's rows
+    rows: float  # bytes of a task's rows
+    drawn: float  # bytes moved to draw a task, on every rank
     parameters: int
     ops: int  # calls of a step, on the host
     reached: float  # of the arithmetic rate
@@ -72,20 +75,20 @@ class Work:
 
 
 def step(work: Work, tasks: int, ranks: int, cluster: Cluster) -> dict[str, float]:
-    """Seconds of a step's parts, with `tasks` on the busiest rank."""
-    device = tasks * max(
-        work.flops / (work.reached * cluster.flops), work.bytes / (cluster.reached_memory * cluster.memory)
-    )
-    # the slowest of many: the expected largest of as many normal numbers
-    waits = 1 + cluster.jitter * math.sqrt(2 * math.log(ranks)) if ranks > 1 else 1.0
-    gradient = 4 * work.parameters
+    """Seconds of a step's parts, with `tasks` on each rank; what the host does goes on beside what the device does."""
+    memory, whole = cluster.reached_memory * cluster.memory, tasks * ranks
+    gradient = tasks * max(work.flops / (work.reached * cluster.flops), work.bytes / memory)
+    sampling = (whole * work.drawn + 2 * tasks * work.rows) / memory
+    # the slowest of many: about the expected largest of as many normal numbers
+    waits = cluster.jitter * math.sqrt(2 * math.log(ranks))
     return {
-        "sampling": cluster.launch * 4 + 2 * tasks * work.sampled / (cluster.reached_memory * cluster.memory),
-        "gradient": max(device, work.ops * cluster.launch) * waits,
-        "all-reduce": all_reduce(gradient, ranks, cluster),
-        # Adam reads four numbers of a weight and writes three
-        "optimiser": cluster.launch * 4 + 7 * gradient / (cluster.reached_memory * cluster.memory),
-        "checkpoint": 3 * gradient / cluster.disk / work.steps_of_checkpoint,  # weights and two moments; all wait
+        "sampling": sampling,
+        "gradient": gradient,
+        "host": max(0.0, work.ops * cluster.launch - sampling - gradient),  # what the device waits for
+        "slowest": waits * max(sampling + gradient, work.ops * cluster.launch),
+        "all-reduce": all_reduce(4 * (work.parameters + 2 * whole), ranks, cluster),
+        "optimiser": 7 * 4 * work.parameters / memory,  # Adam reads four numbers of a weight and writes three
+        "checkpoint": 3 * 4 * work.parameters / cluster.disk / work.steps_of_checkpoint,  # two moments too; all wait
     }
 
 
@@ -116,11 +119,10 @@ def tree(nbytes: float, ranks: int, latency: float, rate: float) -> float:
 def works() -> Iterator[Work]:
     """A perceptron, Conv4 and ResNet-12, second order."""
     sizes, rows, queries = (1, 40, 40, 1), 10, 10
-    parameters = sum(i * o + o for i, o in zip(sizes[:-1], sizes[1:], strict=True))
-    moved = 4 * 2 * (rows + queries) + 4 * parameters
+    parameters, of_rows = sum(i * o + o for i, o in zip(sizes[:-1], sizes[1:], strict=True)), 4 * 2 * (rows + queries)
     yield Work(
-        "sinusoid MLP 1-40-40-1, K = 1", counts.maml(sizes, 1, rows, queries, 1), moved, 4 * 2 * (rows + queries),
-        parameters, 20, 0.05, weak=10_000, strong=100_000,
+        "sinusoid MLP 1-40-40-1, K = 1", counts.maml(sizes, 1, rows, queries, 1), of_rows + 4 * parameters, of_rows,
+        5 * of_rows, parameters, 40, 0.05, weak=10_000, strong=100_000,
     )  # fmt: skip
     conv4 = fastmeta.nn.conv4(1, 64, num_classes=5, image_size=28, track_running_stats=False)
     yield _of_images("Conv4-64, 28x28, 5-way 1-shot, K = 5", conv4, (1, 28, 28), 5, weak=16, strong=1024)
@@ -142,24 +144,27 @@ def _of_images(name: str, model: nn.Module, shape: tuple[int, ...], steps: int, 
     passes = 9 * steps * 5 + 3 * 75
     return Work(
         name, passes * counter.get_total_flops() / 2, passes * 4 * sum(moved) / 2, 80 * 5 * math.prod(shape),
-        sum(p.numel() for p in model.parameters()), 12 * len(leaves) * (steps + 1), 0.3, weak, strong,
+        # places, eight bytes each, compared with those drawn before: 16 of each of five classes
+        5 * 8 * (16 * 16 / 2 + 4 * 16), sum(p.numel() for p in model.parameters()),
+        12 * len(leaves) * (steps + 1) + 6 * (5 + 16) + 20, 0.3, weak, strong,
     )  # fmt: skip
 
 
-def seconds_of(work: Work, tasks: int, ranks: int, cluster: Cluster) -> float:
-    return sum(step(work, tasks, ranks, cluster).values())
+def scaled(work: Work, ranks: int, strong: bool, cluster: Cluster) -> tuple[dict[str, float], float]:
+    """Parts of a step, and its efficiency: time alone over time, by as many ranks where they share the tasks."""
+    tasks = math.ceil(work.strong / ranks) if strong else work.weak
+    parts = step(work, tasks, ranks, cluster)
+    alone = sum(step(work, work.strong if strong else work.weak, 1, cluster).values())
+    return parts, alone / sum(parts.values()) / (ranks if strong else 1)
 
 
-def bend(work: Work, cluster: Cluster, efficiency: float = 0.5) -> int:
-    """The number of ranks from which on sharing the tasks of one step has less than this efficiency."""
-    alone, ranks = seconds_of(work, work.strong, 1, cluster), 2
-    while alone / (ranks * seconds_of(work, math.ceil(work.strong / ranks), ranks, cluster)) >= efficiency:
-        ranks += 1
-    return ranks
+def bend(work: Work, strong: bool, cluster: Cluster, up_to: int = 4096) -> int | None:
+    """The number of ranks from which on less than half of each is used; None if that is beyond `up_to`."""
+    return next((n for n in range(2, up_to + 1) if scaled(work, n, strong, cluster)[1] < 0.5), None)
 
 
 def of_model(cluster: Cluster) -> list[str]:
-    """The tables of the page: parts of a step, weak and strong scaling, and where it bends."""
+    """The tables of the page: for each workload weak and strong scaling, parts of a step, and where it bends."""
     lines: list[str] = []
     for work in works():
         lines += [
@@ -167,74 +172,56 @@ def of_model(cluster: Cluster) -> list[str]:
             f"parameters, {work.reached:.0%} of the arithmetic rate, {work.ops} calls a step.",
             "",
         ]
-        heads = ("GPUs", f"weak: {work.weak:,} tasks each, ms", "efficiency", f"strong: {work.strong:,} tasks, ms",
-                 "speed-up", "gradient ms", "all-reduce ms", "the rest ms")  # fmt: skip
-        rows = []
-        for ranks in RANKS:
-            weak, strong = (seconds_of(work, n, ranks, cluster) for n in (work.weak, math.ceil(work.strong / ranks)))
-            first_weak, first_strong = (seconds_of(work, n, 1, cluster) for n in (work.weak, work.strong))
-            parts = step(work, math.ceil(work.strong / ranks), ranks, cluster)
-            rest = sum(parts.values()) - parts["gradient"] - parts["all-reduce"]
-            figures = (parts["gradient"], parts["all-reduce"], rest)
-            rows.append(
-                (
-                    f"{ranks:,}", f"{weak * 1e3:.3g}", f"{first_weak / weak:.0%}", f"{strong * 1e3:.3g}",
-                    f"{first_strong / strong:.3g}", *(f"{part * 1e3:.3g}" for part in figures),
-                )
-            )  # fmt: skip
-        lines += table(heads, rows)
-        at = bend(work, cluster)
-        lines += ["", f"It bends: sharing {work.strong:,} tasks is less than half efficient from {at:,} GPUs on.", ""]
-    return lines
+        for strong in (False, True):
+            title = f"sharing {work.strong:,} tasks" if strong else f"{work.weak:,} tasks each"
+            shown = ("sampling", "gradient", "host", "slowest", "all-reduce")
+            rows = []
+            for ranks in RANKS:
+                parts, efficiency = scaled(work, ranks, strong, cluster)
+                cells = (sum(parts.values()), *(parts[part] for part in shown))
+                rows.append((f"{ranks:,}", f"{efficiency:.0%}", *(f"{cell * 1e3:.3g}" for cell in cells)))
+            lines += table((f"GPUs, {title}", "efficiency", "step ms", *shown), rows)
+            at = bend(work, strong, cluster)
+            where = f"from {at:,} GPUs on" if at else "nowhere up to 4,096"
+            lines += ["", f"Less than half of each is used {where}.", ""]
+    return lines[:-1]
 
 
 # processes of this machine -------------------------------------------------------------------------------------------
-TASKS = 4000  # of sinusoids, on a process
+TASKS = 4000  # of sinusoids, for each process
+PARAMETERS = 1761
 REPEATS = 20
 
 
 def _process(rank: int, ranks: int, store: str) -> None:
     """A process of `measure`: prints what it measured, as JSON, if it is the first."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
 
     def median(run) -> float:
         times = []
         for _ in range(REPEATS + 3):
-            dist.barrier()
+            if ranks > 1:
+                dist.barrier()
             began = time.perf_counter()
             run()
             times.append(time.perf_counter() - began)
         return statistics.median(times[3:])
 
-    model, _, batch, maml = maml_batch((1, 40, 40, 1), TASKS, 10, 10, 1, Make(torch.float32, seed=rank))
-    optimizer = torch.optim.Adam(model.parameters())
-    parameters = list(model.parameters())
-    flat = torch.zeros(sum(p.numel() for p in parameters))
-    large = torch.zeros(4_000_000)
-
-    def gradient(of=batch):
-        return list(maml.gradients(of)[1].values())
-
-    def whole() -> None:
-        found = gradient()
-        torch.cat([g.flatten() for g in found], out=flat)
-        dist.all_reduce(flat)
-        flat.div_(ranks)
-        for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = g.view_as(p)
-        optimizer.step()
-
-    found = {
-        "gradient": median(gradient),
-        "small": median(lambda: dist.all_reduce(flat)) if ranks > 1 else 0.0,
-        "large": median(lambda: dist.all_reduce(large)) if ranks > 1 else 0.0,
-        "step": median(whole),
-    }
+    model, _, batch, maml = maml_batch((1, 40, 40, 1), TASKS, 10, 10, 1)
+    source = SinusoidTasks()
+    trainer = Trainer(maml, source, task_batch=ranks * TASKS, iterations=10**6, eval_every=0, save_every=0)
+    small, large = torch.zeros(PARAMETERS), torch.zeros(4_000_000)
+    found = {"gradient": median(lambda: maml.gradients(batch)), "sampling": median(lambda: source.sample(TASKS))}
+    for name, tensor in (("small", small), ("large", large)):
+        found[name] = median(lambda tensor=tensor: dist.all_reduce(tensor)) if ranks > 1 else 0.0
+    found["step"] = median(trainer.train_step)
     if rank == 0:
         print(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def measure() -> list[dict]:
@@ -254,18 +241,21 @@ def measure() -> list[dict]:
 
 
 def foretold(found: dict[int, dict[str, float]], cores: int) -> list[dict]:
-    """The model with this machine's figures: a gradient of one process, latency and rate of wires from all-reduces of
-    7 kB and 16 MB between two. More processes than cores take turns."""
+    """The model with this machine's figures: a gradient and a draw of one process, latency and rate of wires from
+    all-reduces of 7 kB and 16 MB between two. More processes than cores take turns."""
     one, two = found[1], found[2]
-    small = 4 * 1761
+    small = 4 * PARAMETERS
     per_byte = max(two["large"] - two["small"], 1e-9) / (4 * 4_000_000 - small)
-    rate, latency = 1 / per_byte, max(two["small"] / 2 - small / 2 * per_byte, 1e-9)
-    rest = one["step"] - one["gradient"]  # optimiser and copies
+    latency = max(two["small"] / 2 - small / 2 * per_byte, 1e-9)
+    rest = max(0.0, one["step"] - one["gradient"] - one["sampling"])  # optimiser, checks
     rows = []
     for ranks, measured in found.items():
         turns = max(1.0, ranks / cores)
-        model = turns * (one["gradient"] + rest) + (ring(small, ranks, latency, rate) * turns if ranks > 1 else 0.0)
-        rows.append({"processes": ranks, "model": model, "measured": measured["step"], "tasks": ranks * TASKS})
+        alone = one["gradient"] + ranks * one["sampling"] + rest  # every process draws the whole batch
+        summed = ring(small + 8 * ranks * TASKS, ranks, latency, 1 / per_byte)
+        rows.append({
+            "processes": ranks, "tasks": ranks * TASKS, "model": turns * (alone + summed), "measured": measured["step"],
+        })  # fmt: skip
     return rows
 
 
