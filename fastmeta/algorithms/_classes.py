@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from fastmeta import functional
 from fastmeta.dispatch.labels import all_levels, readable
@@ -74,6 +75,8 @@ def ordinary_ways(support_y: Tensor, query_y: Tensor | None, ways: int | None) -
     """
     every_y, every_query_y = all_levels(support_y), None if query_y is None else all_levels(query_y)
     if not readable(every_y):
+        if ways is None and torch.compiler.is_exporting():
+            raise ValueError("torch.export cannot look at labels for the number of classes: give the learner ways=N")
         if ways is None and torch.compiler.is_compiling():
             return _outside_the_graph(every_y, every_query_y, ways)
         return int(support_y.max()) + 1 if ways is None else ways
@@ -103,8 +106,9 @@ def _ordinary_ways(support_y: Tensor, query_y: Tensor | None, ways: int | None) 
     return found
 
 
-# A number of classes that the labels tell breaks a graph anyway; so the labels are looked at there.
-_outside_the_graph = torch.compiler.disable(_ordinary_ways)
+# A number of classes that the labels tell breaks a graph anyway; so the labels are looked at there. Not
+# torch.compiler.disable, which imports all of dynamo at once: two seconds of every `import fastmeta`.
+_outside_the_graph = _disable_dynamo(_ordinary_ways)
 
 
 def _count(labels: Tensor) -> int:

@@ -280,7 +280,7 @@ def check_examples(name: str, x: Tensor, mask: Tensor | None = None, mask_name: 
     if x.dim() < 2 or (whole and x.dim() == 2 and x.is_floating_point()):
         raise ValueError(f"{name} must have shape [T, B, ...], got {list(x.shape)}")
     checks.mask(mask_name, mask, x, name)
-    return mask if len(x) else None
+    return mask if x.shape[0] else None
 
 
 def _alike(classes: Classes | None, rows: Sequence[tuple[Tensor, Tensor | None]]) -> list[Group]:

@@ -117,14 +117,14 @@ class InnerLoopAlgorithm(ChunkedLearner):
         return with_padding(parts, groups, query_mask)
 
     def _num_tasks(self, state: FastWeights) -> int:
-        return len(state)
+        return state.num_tasks  # a number of torch.export where it is of any size
 
     def _state(self, support_x: Tensor, support_y: Tensor) -> FastWeights:
         """`adapt` of tasks without padding."""
         slow = dict(self.model.named_parameters())
         weights = slow | self._adapted(self._inner(support_y), support_x, support_y)
         shared = frozenset(name for name, w in weights.items() if w.dim() == slow[name].dim())
-        return FastWeights(weights, shared, len(first(support_x)))
+        return FastWeights(weights, shared, first(support_x).shape[0])
 
     def _predictions(self, state: FastWeights, query_x: Tensor) -> Tensor:
         """`predict` without padding."""

@@ -14,6 +14,7 @@ from ..engines.inspect import mlp_spec
 from ..engines.layer_formulas import why_no_formulas
 from ..engines.vmap import buffers_per_task
 from ..functional.known_gradients import with_gradients
+from ..functional.second_order import differentiate
 from ._arguments import check_count, check_number
 from ._gradients import gradient_of_tasks, mlp_gradients
 from ._inner_loop import InnerLoopAlgorithm, detached_weights
@@ -159,7 +160,7 @@ class ImplicitMAML(InnerLoopAlgorithm):
             wanted = list(fast.values())
             if not losses.requires_grad:
                 return [torch.zeros_like(w) for w in wanted]
-            return list(torch.autograd.grad(losses.sum(), wanted, create_graph=True, materialize_grads=True))
+            return list(differentiate(losses.sum(), wanted, create_graph=True, materialize_grads=True))
 
 
 @torch.no_grad()

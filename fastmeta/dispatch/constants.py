@@ -13,7 +13,8 @@ _MOST_NUMBERS = {"cpu": 4096, "cuda": 65536}  # by device: launching takes longe
 
 def filled(like: Tensor, shape: tuple[int, ...], value: float) -> Tensor:
     """A tensor full of `value`, not to be written into, with the dtype and device of `like`."""
-    if prod(shape) <= _MOST_NUMBERS.get(like.device.type, 0) and _plain(like):
+    # in this order: sizes of what is traced would be held to the answer
+    if _plain(like) and prod(shape) <= _MOST_NUMBERS.get(like.device.type, 0):
         # a CUDA graph must own what it reads at every replay
         if like.is_cpu or not torch.cuda.is_current_stream_capturing():
             return _kept(tuple(shape), value, like.dtype, like.device)

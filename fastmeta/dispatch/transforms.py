@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastmeta.dispatch.arguments import as_list, is_list, save, saved
+from fastmeta.dispatch.arguments import as_list, is_list, save
 from fastmeta.dispatch.spec import Args, OpSpec
 
 
@@ -139,7 +139,9 @@ def _by_argument(args: Args, flags) -> list:
 
 def _flat_gradients(ctx, spec: OpSpec, grads, needs_input_grad) -> list:
     """What an `autograd.Function` of an op returns: a gradient, or None, for each of its tensors."""
-    args = saved(ctx)
+    # what torch.func.vjp returns is called when its transform is over: of the wrappers that are left from it autograd
+    # would find no gradient, without a word
+    args = ctx.structure.join(map(torch._C._functorch.unwrap_if_dead, ctx.saved_tensors))
     needed = _by_argument(args, needs_input_grad)
     found = dict(gradients_of(spec, args, ctx.output_structure.nest(grads), needed))
     flat: list = []

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmeta._trees import flatten, unbind, unflatten
 
+from ..functional.second_order import differentiate
 from ._captured import captured
 from ._exact import gradients_per_task, outside_inference_mode
 from ._losses import Loss
@@ -106,4 +107,4 @@ def _plain_gradient(losses: Callable[[Tensor, Tensor], Tensor], prediction: Tens
     with torch.enable_grad():
         at = prediction if second_order and prediction.requires_grad else prediction.detach().requires_grad_()
         total = losses(at, target).sum()
-        return torch.autograd.grad(total, at, create_graph=second_order, materialize_grads=True)[0]
+        return differentiate(total, at, create_graph=second_order, materialize_grads=True)[0]

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fastmeta._trees import arguments, flatten, tree_map, unflatten
 
+from ..functional.second_order import differentiate
 from . import _layer_rules  # noqa: F401  (registers the rules)
 from ._base import InnerLoop, Parameters, is_shared
 from ._exact import outside_inference_mode
@@ -152,7 +153,5 @@ def _gradients(losses: Callable, own: dict[str, Tensor], second_order: bool, *da
         total = losses(leaves, *data).sum()
         if not (total.requires_grad and leaves):
             return {name: torch.zeros_like(w) for name, w in own.items()}
-        found = torch.autograd.grad(
-            total, list(leaves.values()), create_graph=second_order, materialize_grads=True
-        )
+        found = differentiate(total, list(leaves.values()), create_graph=second_order, materialize_grads=True)
     return dict(zip(leaves, found, strict=True))

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from fastmeta._trees import Outputs, arguments, first, unbind
 
 from ..functional.run_again import call_again
-from ..functional.second_order import twice_differentiable
+from ..functional.second_order import differentiate, twice_differentiable
 from ._base import InnerLoop, Parameters, is_shared
 from ._exact import dense_gradients, outside_inference_mode
 from ._losses import loss_of_task
@@ -156,7 +156,7 @@ def _gradient(function: Callable, args: list, second_order: bool):
     with torch.enable_grad(), exact:
         loss = function(leaves[0] if names is None else dict(zip(names, leaves, strict=True)), *rest)
         if loss.requires_grad and leaves:
-            found = torch.autograd.grad(loss, leaves, create_graph=second_order, materialize_grads=True)
+            found = differentiate(loss, leaves, create_graph=second_order, materialize_grads=True)
         else:
             found = [torch.zeros_like(leaf) for leaf in leaves]
     return found[0] if names is None else dict(zip(names, found, strict=True))

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from fastmeta._trees import Outputs
 
 from ..functional.run_again import call_with
+from ..functional.second_order import differentiate
 from ._base import InnerLoop, Parameters
 from ._exact import mappable, outside_inference_mode, twice_differentiable
 from ._linears import Answer, LowRank, Mapped
@@ -206,7 +207,7 @@ def _gradient(function: Callable, leaves, second_order: bool):
             value, auxiliary = function(pytree.tree_unflatten(flat, spec))
             gradients = [torch.zeros_like(leaf) for leaf in flat]
             if value.requires_grad and flat:
-                gradients = torch.autograd.grad(value, flat, create_graph=second_order, materialize_grads=True)
+                gradients = differentiate(value, flat, create_graph=second_order, materialize_grads=True)
         gradients = pytree.tree_unflatten(gradients, spec)
     if not second_order:
         auxiliary = pytree.tree_map(Tensor.detach, auxiliary)

@@ -15,6 +15,7 @@ from fastmeta.ops import optimizer_steps as _ops
 
 from . import checks
 from .autocast import cast
+from .second_order import refuse_compiled
 from .update_rules import Number, absent
 
 
@@ -197,6 +198,7 @@ class _Step:
     """The arguments that all steps share, checked and flat."""
 
     def __init__(self, params: Any, grads: Any, mask: Any):
+        refuse_compiled(grads, params)
         flat, self.structure = pytree.tree_flatten(params)
         flat_grads, grad_structure = pytree.tree_flatten(grads)
         if grad_structure != self.structure:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .run_again import RefuseStaleWeights
-from .second_order import twice_differentiable
+from .second_order import differentiate, twice_differentiable
 
 Weights = list[Tensor]
 
@@ -156,7 +156,7 @@ class InnerLoop:
         inputs = [*weights, *also]
         found: Sequence[Tensor | None] = (None,) * len(inputs)
         if loss.requires_grad and inputs:
-            found = torch.autograd.grad(loss, inputs, allow_unused=True, **options)
+            found = differentiate(loss, inputs, allow_unused=True, **options)
         if not self.allow_unused and all(gradient is None for gradient in found[: len(weights)]):
             raise ValueError(
                 f"{name} does not depend on the parameters that it is given: it must use these, and not the model's "

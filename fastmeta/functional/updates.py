@@ -16,6 +16,7 @@ from fastmeta.ops import fast_weight_update as _fast_weight_update
 
 from . import checks
 from .autocast import cast
+from .second_order import refuse_compiled
 
 
 def fast_weight_update(params: Any, grads: Any, lr: Any) -> Any:
@@ -36,7 +37,9 @@ def fast_weight_update(params: Any, grads: Any, lr: Any) -> Any:
     Raises:
         TypeError: a dtype that is not allowed or differs.
         ValueError: structures, shapes or devices that do not fit together.
+        RuntimeError: gradients of a compiled loss, taken with a graph: their own gradients would be wrong.
     """
+    refuse_compiled(grads, params)
     plain = type(params) in (list, tuple) and type(params) is type(grads)
     key = checks.key("fast_weight_update", params, grads, lr) if plain else None
     plan = _plans.get(key) if key is not None else None

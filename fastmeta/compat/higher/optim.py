@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmeta.functional.second_order import differentiate
 from fastmeta.functional.update_rules import adam, average, largest, root, velocity
 
 from .utils import _recursive_map, copied, flatten
@@ -107,7 +108,7 @@ class DifferentiableOptimizer(abc.ABC):
         params = list(params)
         # what is frozen has no gradient: its place is taken by a tensor that the loss does not know
         targets = [p if p.requires_grad else torch.empty(0, requires_grad=True) for p in params]
-        grads = torch.autograd.grad(loss, targets, create_graph=self._track_higher_grads, allow_unused=True)
+        grads = differentiate(loss, targets, create_graph=self._track_higher_grads, allow_unused=True)
         grad_callback = self._grad_callback if grad_callback is None else grad_callback
         if grad_callback is not None:
             grads = grad_callback(grads)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 
+from fastmeta.functional.second_order import differentiate
+
 _HINT = "learn2learn: Maybe try with allow_nograd=True and/or allow_unused=True ?"
-_COMPILED = (
-    "the loss comes out of torch.compile, which cannot be differentiated twice: the meta-gradient would lack its "
-    "second derivatives, silently in torch.autograd.grad. Do not compile it, or adapt with first_order=True"
-)
 
 
 def gradients_of(
@@ -29,13 +26,11 @@ def gradients_of(
     Raises:
         RuntimeError: one of these and not allowed; a graph wanted of a compiled loss; or what else autograd refuses.
     """
-    if create_graph and type(loss.grad_fn).__name__ == "CompiledFunctionBackward":
-        raise RuntimeError(_COMPILED)
     parameters = list(parameters)
     wanted = [p for p in parameters if p.requires_grad] if allow_nograd else parameters
     retain_graph = create_graph if retain_graph is None else retain_graph
     try:
-        found = torch.autograd.grad(
+        found = differentiate(
             loss, wanted, create_graph=create_graph, retain_graph=retain_graph, allow_unused=allow_unused
         )
     except RuntimeError as error:

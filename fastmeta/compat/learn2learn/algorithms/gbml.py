@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+
+from fastmeta.functional.second_order import differentiate
 
 from .._attention import called
 from ..optim.parameter_update import ParameterUpdate
@@ -85,7 +86,7 @@ class GBML(nn.Module):
         second_order = not (self.first_order if first_order is None else first_order)
         allow_unused = self.allow_unused if allow_unused is None else allow_unused
         if self.adapt_transform and self._params_updated:
-            gradients = torch.autograd.grad(
+            gradients = differentiate(
                 loss,
                 list(self.compute_update.parameters()),
                 create_graph=second_order,

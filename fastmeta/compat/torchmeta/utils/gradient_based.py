@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from fastmeta.compat.torchmeta.modules import MetaModule
+from fastmeta.functional.second_order import differentiate
 
 __all__ = ["gradient_update_parameters", "task_parameters"]
 
@@ -39,7 +39,7 @@ def gradient_update_parameters(
     _check(model)
     if params is None:
         params = OrderedDict(model.meta_named_parameters())
-    gradients = torch.autograd.grad(loss, tuple(params.values()), create_graph=not first_order)
+    gradients = differentiate(loss, tuple(params.values()), create_graph=not first_order)
     by_name = isinstance(step_size, Mapping)
     return OrderedDict(
         (name, value - (step_size[name] if by_name else step_size) * gradient)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from fastmeta.functional.second_order import differentiate
 
 from ...base import GradientTransformation, UninitializedState
 from ...update import apply_updates
@@ -27,7 +28,7 @@ class FuncOptimizer:
         if isinstance(self.optim_state, UninitializedState):
             self.optim_state = self.impl.init(params)
         inplace = self.inplace if inplace is None else inplace
-        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        grads = differentiate(loss, params, create_graph=True, allow_unused=True)
         updates, self.optim_state = self.impl.update(grads, self.optim_state, params=params, inplace=inplace)
         return apply_updates(params, updates, inplace=inplace)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from fastmeta.functional.second_order import differentiate
 
 from ...base import GradientTransformation, UninitializedState
 from ...update import apply_updates
@@ -43,7 +44,7 @@ class MetaOptimizer:
             params = tuple(c[name] for c, name in places)
             if isinstance(state, UninitializedState):
                 state = self.impl.init(params)
-            grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+            grads = differentiate(loss, params, create_graph=True, allow_unused=True)
             updates, self.state_groups[i] = self.impl.update(grads, state, params=params, inplace=False)
             for (container, name), p in zip(places, apply_updates(params, updates, inplace=False), strict=True):
                 container[name] = p
