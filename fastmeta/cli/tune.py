@@ -27,9 +27,10 @@ def tune(*, seconds: float, out: Console, err: Console) -> None:
     for one in found:
         sizes = "\n".join(f"{size:,.4g}" for size in one.times)
         first, second = ("\n".join(f"{ways[i] * 1e3:.2f}" for ways in one.times.values()) for i in (0, 1))
-        name = f"{one.name}: {tuned.CHOICES[one.name]}"
-        table.add_row(name, sizes, first, second, f"{one.built_in:,.4g}", f"[bold]{one.number:,.4g}[/bold]")
+        table.add_row(one.name, sizes, first, second, f"{one.built_in:,.4g}", f"[bold]{one.number:,.4g}[/bold]")
     out.print(table)
+    for one in found:
+        out.print(f"{one.name}: {tuned.CHOICES[one.name]}", markup=False, highlight=False, soft_wrap=True)
     threads = {**tuned.stored(), str(torch.get_num_threads()): {one.name: one.number for one in found}}
     path = tuned.path()
     path.parent.mkdir(parents=True, exist_ok=True)
