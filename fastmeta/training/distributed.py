@@ -112,10 +112,9 @@ class Ranks:
         for tensor in shared:
             dtype = torch.promote_types(dtype, tensor.dtype)
         there = output.loss.new_tensor([p.grad is not None for p in parameters], dtype=dtype)
-        by_task = output.loss.new_zeros(2, count, dtype=dtype)
-        by_task[0, self.own(count)] = output.task_loss.detach().to(dtype)
-        if output.accuracy is not None:
-            by_task[1, self.own(count)] = output.accuracy.to(dtype)
+        judged = [field for field in (output.task_loss, output.accuracy) if field is not None]
+        by_task = output.loss.new_zeros(len(judged), count, dtype=dtype)
+        by_task[:, self.own(count)] = torch.stack([field.detach().to(dtype) for field in judged])
         on_host = output.loss.device.type == "cpu"
         told = torch.tensor(votes, dtype=dtype if on_host else torch.float32)
         flat = torch.cat([t.detach().flatten().to(dtype) for t in shared])
@@ -133,7 +132,7 @@ class Ranks:
                     parameter.grad = shared[i].view(parameter.shape).to(parameter.dtype)
             for buffer, old, change in zip(buffers, before, shared[len(parameters) : -1], strict=True):
                 buffer.copy_(old + change.view(old.shape))
-        by_task = by_task.view(2, count).to(output.task_loss.dtype)
+        by_task = by_task.view(len(judged), count).to(output.task_loss.dtype)
         accuracy = None if output.accuracy is None else by_task[1].to(output.accuracy.dtype)
         loss = shared[-1].view(()).to(output.loss.dtype)
         return MetaOutput(loss, by_task[0], accuracy), (rest if on_host else told).tolist()
