@@ -63,7 +63,7 @@ class AutoChunk:
     ) -> bool:
         """Whether it was done; if not, memory ran out and the next chunk has half as many tasks."""
         probe = None if chunk.final or tasks < chunk.tasks else memory.Probe(device)
-        before = _State(module, device)
+        before = State(module, device)
         try:
             work()
         except (RuntimeError, MemoryError) as error:
@@ -112,7 +112,7 @@ class AutoChunk:
         self._whole = set(self.known)
 
 
-class _State:
+class State:
     """What a chunk that fails may have changed: random states and buffers, such as those of batch norms."""
 
     def __init__(self, module: nn.Module, device: torch.device):

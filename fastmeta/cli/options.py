@@ -56,6 +56,10 @@ class PartitionName(str, Enum):
     c1200 = "1200"
 
 
+class AutocastName(str, Enum):
+    bf16 = "bf16"
+
+
 class OnErrorName(str, Enum):
     refuse = "refuse"
     skip = "skip"
@@ -224,6 +228,9 @@ FirstOrder = _option(
     _INNER, bool, "--first-order/--second-order", "Drop second derivatives (first-order MAML).", "second order"
 )
 Engine = _option(_INNER, str, "--engine", "What runs the inner loops.", "auto: the fastest that serves")
+Autocast = _option(_INNER, AutocastName, "--autocast", "Compute the meta-gradient in this precision.", "as weights are")
+Compile = _option(_INNER, bool, "--compile/--no-compile", "Call the algorithm through torch.compile.", "no")
+Capture = _option(_INNER, bool, "--capture/--no-capture", "Replay a step's gradient as one CUDA graph.", "no")
 TaskChunk = _option(
     _INNER, str, "--task-chunk", "Tasks at a time, to bound memory, or auto: as memory has room for; same gradient.",
     "all", metavar="N|auto", callback=_number_or_auto,

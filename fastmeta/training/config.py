@@ -21,6 +21,7 @@ from .registry import ALGORITHMS
 from .schedule import SCHEDULES
 
 MODELS = ("mlp", "conv4", "none")
+AUTOCAST = ("bf16",)
 LABELS = ("true", "augment", "cluster")
 # beyond these PyTorch ends in an overflow, and OpenMP without a word
 _LARGEST, _MOST_THREADS = 2**31 - 1, 1024
@@ -85,6 +86,9 @@ class RunConfig:
     cluster_partitions: int = 1
     engine: str = "auto"
     task_chunk: int | str | None = None
+    autocast: str | None = None
+    compile: bool = False
+    capture: bool = False
     threads: int | None = None
     eval_every: int = 500
     eval_tasks: int = 600
@@ -107,13 +111,16 @@ class RunConfig:
         for name in ("threads", "iterations"):
             if getattr(self, name) is not None:
                 values.count(name, getattr(self, name))
+        if self.autocast is not None:
+            values.choice("autocast", self.autocast, AUTOCAST)
         if self.task_chunk is not None and not (isinstance(self.task_chunk, str) and self.task_chunk == "auto"):
             values.count("task_chunk", self.task_chunk)
         for name in ("inner_steps", "eval_inner_steps", "lr_halve_every", "eval_every", "save_every"):
             values.count(name, getattr(self, name), 0)
         for name in ("inner_lr", "outer_lr", *(() if self.minutes is None else ("minutes",))):
             values.number(name, getattr(self, name), 0, open=True)
-        for name in ("first_order", "augment_support", "freeze_encoder", "rotations", "skip_non_finite"):
+        of_the_way = ("skip_non_finite", "compile", "capture")
+        for name in ("first_order", "augment_support", "freeze_encoder", "rotations", *of_the_way):
             values.flag(name, getattr(self, name))
         for name in ("data_root", "cluster_checkpoint", "encoder"):
             values.path(name, getattr(self, name), or_none=True)

@@ -29,7 +29,8 @@ class LogReporter(Reporter):
     `outer_lr`, `loss` and, in classification, `accuracy`, means since the line before; `validation`, what
     `Evaluation.as_json` gives, and `best`; `test`, the same of the best checkpoint; `started`, the time, with `machine`
     and `versions`; `left_out`, why this step was; `task_chunk`, how many tasks run at a time from this step on, or
-    "all", and `why`. `skipped` counts those so far, where there are any.
+    "all", and `why`; `note`, what is not used though it was asked for. `skipped` counts
+    those so far, where there are any.
 
     Args: step, seconds: where the run begins or goes on. Lines of later steps, and what a crash left half written, are
         cut: they will be written again. device: what the run is on.
@@ -56,6 +57,9 @@ class LogReporter(Reporter):
 
     def chunked(self, step: int, tasks: int | None, why: str) -> None:
         self._write(step, task_chunk="all" if tasks is None else tasks, why=why)
+
+    def left_out(self, step: int, what: str) -> None:
+        self._write(step, note=what)
 
     def validation(self, step: int, evaluation: Evaluation, best: bool) -> None:
         self._write(step, validation=evaluation.as_json(), best=best)

@@ -17,6 +17,7 @@ from ..tasks.source import check_source, part_of
 from .checkpoint import Checkpoint, CheckpointFolder, pack_optimizer
 from .distributed import launched, ranks
 from .finite import FiniteGuard, NonFiniteError, some
+from .gradient import AUTOCAST, MetaGradient
 from .metrics import RunningMean, finite_or_none
 from .optimizer import Adam
 from .restore import expect, history, load_model, load_optimizer, random_states
@@ -61,6 +62,9 @@ class Reporter:
     def chunked(self, step: int, tasks: int | None, why: str) -> None:
         """From this step on so many tasks run at a time; None: all at once."""
 
+    def left_out(self, step: int, what: str) -> None:
+        """Something that was asked for cannot be used; `what` is a sentence."""
+
     def saved(self, path: Path) -> None: ...
 
 
@@ -80,6 +84,9 @@ class Trainer:
             each step waits for the device.
         task_chunk: tasks that run at a time, or "auto", as in `~fastmeta.algorithms.MAML`: what the algorithm's own
             attribute of this name is set to. None leaves that as it is.
+        autocast: "bf16" computes the meta-gradient under `torch.autocast` in bfloat16; weights, gradients and Adam stay
+            as they are. compile: call the algorithm through `torch.compile`. capture: replay its forward and backward
+            as one CUDA graph. What cannot be used is left out, and reporters hear why, once.
         seed: of the task sampler. Model initialisation is the caller's.
         wrap: turns the algorithm into what is called for the loss, for instance
             `torch.nn.parallel.DistributedDataParallel` or `torch.compile`; checkpoints hold the algorithm
@@ -116,6 +123,9 @@ class Trainer:
         seed: int = 0,
         skip_non_finite: bool = False,
         task_chunk: int | str | None = None,
+        autocast: str | None = None,
+        compile: bool = False,
+        capture: bool = False,
         wrap: Callable[[nn.Module], nn.Module] | None = None,
         reporters: tuple[Reporter, ...] = (),
     ):
@@ -137,7 +147,10 @@ class Trainer:
         values.function("validate", validate, or_none=True)
         values.function("wrap", wrap, or_none=True)
         values.seed("seed", seed)
-        values.flag("skip_non_finite", skip_non_finite)
+        for name, value in (("skip_non_finite", skip_non_finite), ("compile", compile), ("capture", capture)):
+            values.flag(name, value)
+        if autocast is not None:
+            values.choice("autocast", autocast, tuple(AUTOCAST))
         for name, value, kind in (("checkpoints", checkpoints, CheckpointFolder), ("record", record, dict)):
             if not (value is None or isinstance(value, kind)):
                 raise TypeError(f"{name} must be a {kind.__name__} or None, got {type(value).__name__}")
@@ -178,8 +191,11 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.best_score: float | None = None
         self._rate = dict(base=outer_lr, schedule=lr_schedule, halve_every=lr_halve_every, total=iterations)
-        self._named, self._trained = named, parameters
         self._guard = FiniteGuard(algorithm)
+        self._meta_gradient = MetaGradient(
+            algorithm, self.module, lambda output: self.ranks.loss(self.module, output, self.task_batch),
+            autocast=autocast, compile=compile, capture=capture,
+        )  # fmt: skip
         self._loss, self._accuracy = RunningMean(), RunningMean()
         self._stop = StopSignals()
         self._seed, self._agreed_seconds = seed, 0.0
@@ -334,15 +350,10 @@ class Trainer:
                 module.eval()
 
     def _differentiate(self, batch: TaskBatch) -> MetaOutput:
-        for parameter in self._trained:  # at once: no step needs the memory of the last one's gradients
-            parameter.grad = None
-        if self.module is not self.algorithm or not hasattr(self.algorithm, "gradients"):
-            output = self.module(batch)
-            self.ranks.loss(self.module, output, self.task_batch).backward()
-            return output
-        output, gradients = self.algorithm.gradients(batch)  # without a graph, where a kernel finds them
-        for name, parameter in self._named:
-            parameter.grad = gradients.get(name)
+        output = self._meta_gradient(batch)
+        for what in self._meta_gradient.told_now():
+            for reporter in self.reporters:
+                reporter.left_out(self.step + 1, what)
         return output
 
     def finished(self) -> bool:

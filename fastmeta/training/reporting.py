@@ -81,6 +81,10 @@ class ConsoleReporter(Reporter):
         with terminal_may_be_lost():
             self.console.print(f"step {step:>7,}  {at_once} at a time: {why}", highlight=False, soft_wrap=True)
 
+    def left_out(self, step: int, what: str) -> None:
+        with terminal_may_be_lost():
+            self.console.print(f"step {step:>7,}  {what}", highlight=False, markup=False, soft_wrap=True)
+
     def validation(self, step: int, evaluation: Evaluation, best: bool) -> None:
         held_out = describe(evaluation, self.regression)
         with terminal_may_be_lost():

@@ -45,6 +45,8 @@ MAY_CHANGE = (
     "threads",
     "engine",
     "task_chunk",
+    "compile",
+    "capture",
     "eval_every",
     "eval_tasks",
     "save_every",
@@ -183,6 +185,9 @@ def build_trainer(
         seed=config.seed,
         skip_non_finite=config.skip_non_finite,
         task_chunk=config.task_chunk,
+        autocast=config.autocast,
+        compile=config.compile,
+        capture=config.capture,
         reporters=reporters,
     )
     if resume is not None:
