@@ -128,7 +128,8 @@ def adam_kernel(
             largest = square
             if AMSGRAD:
                 maximum = _value(operands[i * COUNT + 4], highs[4], lows[4], e, n, mask, MODES[i][4], ACC)
-                largest = tl.where((maximum > square) | (maximum != maximum), maximum, square)  # NaN stays
+                largest = tl.where(maximum <= square, square, maximum)
+                largest = tl.where(square != square, square, largest)  # NaN stays, of either
             root = tl.sqrt(tl.where(largest < LEAST, LEAST, largest))
             if GRADIENT:
                 d_moved = _value(operands[i * COUNT + 10], highs[10], lows[10], e, n, mask, MODES[i][10], ACC)
