@@ -14,6 +14,7 @@ from benchmarks import memory as memory_command
 from benchmarks import modules as modules_command
 from benchmarks import report as report_command
 from benchmarks import sampler as sampler_command
+from benchmarks import sampling as sampling_command
 from benchmarks import scaling as scaling_command
 from benchmarks.conv import __main__ as conv_command
 from fastmeta import tasks
@@ -63,6 +64,7 @@ MODULES = {
     "benchmarks.modules": single(modules_command.main),
     "benchmarks.report": single(report_command.main),
     "benchmarks.sampler": single(sampler_command.main),
+    "benchmarks.sampling": single(sampling_command.main),
     "benchmarks.scaling": single(scaling_command.main),
 }
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
