@@ -80,3 +80,5 @@ def test_parts_are_of_the_whole(tasks):
             for mine, of_all in zip(part, batch, strict=True):
                 assert (mine is None) if of_all is None else torch.equal(mine, of_all[rank::3])
     assert not drawn(slice(5, 5, 7))[0][0].num_tasks
+    if isinstance(tasks, Prefetched):  # pytest holds the parameter until the end
+        tasks.close()
