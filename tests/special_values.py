@@ -99,6 +99,14 @@ def adapted(x, y, weights, biases, loss, activation, lr, steps):
     return slow[:layers], slow[layers:]
 
 
+def convolution(x, weight, bias):
+    """Images `[T, B, H, W, C]`, one task at a time."""
+    return torch.stack([
+        F.conv2d(images.permute(0, 3, 1, 2), w, b, padding=1).permute(0, 2, 3, 1)
+        for images, w, b in zip(x, weight, bias, strict=True)
+    ])  # fmt: skip
+
+
 def _draw(seed=0):
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -154,6 +162,15 @@ def cases(value: str) -> list[Case]:
         Case("adam_step", [params, grads, rates],
              lambda p, g, m: ([p], [g], [m], [squares.to(p)], [], [], [], [], [], [], *numbers, False, False), adam, 3)
     )  # fmt: skip
+    for channels in (3, 16):  # few, and enough for tiles
+        draw = _draw(6)
+        x, w, b = draw(3, 5, 7 * 6 * channels), draw(3, 17, channels, 3, 3) / 9, draw(3, 17)
+        images = lambda x, c=channels: x.view(3, 5, 7, 6, c)  # noqa: E731
+        found.append(
+            Case(f"task_conv2d-{channels}", [spoiled(x, value), w, b],
+                 lambda x, w, b, images=images: (images(x), w, [b], 1, 1, 1, 1, 1, 1, 1),
+                 lambda x, w, b, images=images: (convolution(images(x), w, b),), 1)
+        )  # fmt: skip
     return found
 
 

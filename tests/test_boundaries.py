@@ -23,7 +23,8 @@ lanes.h                       tiles of 6 or 10 rows and of two columns; fewer ro
                               cache; 8 columns of a bias at once
 conv/strips.h                 blocks of about 320 pixels, 1 MB: of some whole images, or of rows of one; phases
 conv/addressed.h, weights.h   depth in blocks of 20 KB of a panel (160 to 640 numbers); panels, their tails; groups
-task_conv2d.cpp               ranges of rows of a task's images, each with its own gradient of the weights; tasks that
+conv/tiles.h                  in float32 blocks of 48 to 96 tiles of 2x2 outputs, over lines and images; odd borders
+task_conv2d.cpp               ranges of lines of a task's images, each with its own gradient of the weights; tasks that
                               share weights and bias merged into one
 norm_act_pool.cpp             blocks of about 512 pixels, whole lines of outputs; tasks or images side by side, or a
                               unit's blocks where threads would have unlike shares; groups of channels
@@ -189,6 +190,9 @@ CASES = {
     "conv-strips-of-groups": conv(1, 1, 21, 21, 6, 9, 3, 3, geometry=(1, 1, 2, 2, 2, 2, 3)),
     "conv-blocks-of-images": conv(2, 8, 7, 7, 75, 21, 3, 3),
     "conv-wide-rows": conv(1, 2, 6, 20, 2400, 3, 1, 1, geometry=task_conv2d.PLAIN),
+    "conv-tiles": conv(2, 3, 15, 17, 16, 24, 3, 3),
+    "conv-tiles-without-borders": conv(1, 2, 22, 13, 21, 35, 3, 3, geometry=task_conv2d.PLAIN),
+    "conv-tiles-deep": conv(1, 2, 8, 14, 261, 17, 3, 3, shared="b"),
     "conv-ranges-of-rows": conv(1, 5, 19, 19, 16, 24, 3, 3, threads=2),
     "conv-tasks-in-ranges": conv(3, 5, 19, 19, 16, 24, 3, 3, shared="x", threads=2),
     "conv-tasks-merged": conv(3, 2, 19, 19, 16, 24, 3, 3, shared="wb", threads=2),

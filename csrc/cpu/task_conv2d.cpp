@@ -1,5 +1,5 @@
 // task_conv2d and its two gradients on CPU tensors. Tasks that share weights and bias are one task with the images of
-// all; otherwise split over tasks, and over ranges of rows of images where tasks are few.
+// all; otherwise split over tasks, and over ranges of lines of images where tasks are few.
 #include "tensors.h"
 
 #include <algorithm>
@@ -99,13 +99,14 @@ struct Options {
 
 // How the work is split, never by the number of threads: a gradient that is a sum over parts has the same bits on any.
 struct Split {
-  int64_t tasks, rows, parts, cost;  // rows: of the images of one task
+  int64_t tasks, lines, parts, cost;  // lines: of the images of one task
 
-  Split(const ConvGeometry& g, int64_t tasks, int64_t images) : tasks(tasks), rows(images * g.rows()) {
+  Split(const ConvGeometry& g, size_t number_size, int64_t tasks, int64_t images)
+      : tasks(tasks), lines(images * g.lines(int64_t(number_size))) {
     // so much work that what is done once for a part, such as packing the weights, does not count
     constexpr int64_t kLeastPixels = 512, kLeastProducts = 2000000;
-    const int64_t pixels = rows * g.columns(), row = g.out_c * g.kernel * g.source_channels();
-    const int64_t most = std::min({pixels / kLeastPixels, pixels * row / kLeastProducts, rows});
+    const int64_t pixels = images * g.rows() * g.columns(), row = g.out_c * g.kernel * g.source_channels();
+    const int64_t most = std::min({pixels / kLeastPixels, pixels * row / kLeastProducts, lines});
     parts = std::max<int64_t>(1, std::min(most, (kItems + tasks - 1) / std::max<int64_t>(1, tasks)));
     cost = pixels * row / parts;
   }
@@ -134,14 +135,14 @@ Tensor convolve(const Geometry& geometry, int64_t images, const Tensor& source, 
     images *= tasks;
     tasks = 1;
   }
-  const Split split(g, tasks, images);
   by_dtype(kOp, source, [&](auto zero) {
     using T = decltype(zero);
+    const Split split(g, sizeof(T), tasks, images);
     T* to = mutable_data<T>(out);
     const int64_t size = out.numel() / tasks;
     parallel(split.items(), split.cost, [&](int64_t i) {
       const int64_t task = i / split.parts;
-      const Range range = part(split.rows, split.parts, i % split.parts);
+      const Range range = part(split.lines, split.parts, i % split.parts);
       kernels<T>().conv({&g, of_task<T>(source, tasks == 1 ? 0 : task), of_task<T>(weight, task),
                          bias.empty() ? nullptr : of_task<T>(bias[0], task), to + task * size, range.begin, range.end});
     });
@@ -199,15 +200,15 @@ Tensor task_conv2d_bwd_weight(Tensor grad, Tensor x, int64_t kernel_h, int64_t k
   if (out.numel() == 0) return out;
   Geometry geometry;
   options.describe(x.size(2), x.size(3), x.size(4), grad.size(4), geometry);
-  const Split split(geometry.plain, tasks, x.size(1));
   by_dtype(kOp, x, [&](auto zero) {
     using T = decltype(zero);
+    const Split split(geometry.plain, sizeof(T), tasks, x.size(1));
     const int64_t size = out.numel() / tasks;
     const Tensor partials = split.parts > 1 ? new_tensor(x, {split.items(), size}) : out;
     T* to = mutable_data<T>(partials);
     parallel(split.items(), split.cost, [&](int64_t i) {
       const int64_t task = i / split.parts;
-      const Range range = part(split.rows, split.parts, i % split.parts);
+      const Range range = part(split.lines, split.parts, i % split.parts);
       kernels<T>().conv_weight({&geometry.plain, of_task<T>(x, task), of_task<T>(grad, task), to + i * size,
                                 range.begin, range.end});
     });

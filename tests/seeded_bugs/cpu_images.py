@@ -2,6 +2,8 @@
 
 from .bug import Bug, at
 
+SPREADS = ("tests/test_special_values.py::test_as_in_plain_pytorch[task_conv2d-16-cpp-inf]",)
+
 IMAGES = [
     # ---- task_conv2d
     Bug(
@@ -45,6 +47,41 @@ IMAGES = [
         "      phase_start += padded<T>(columns) * phase.tap_count * channels;\n",
         "",
         at("conv-strips-of-phases"),
+    ),
+    Bug(
+        "conv-second-block-of-tiles-reads-the-first",
+        "csrc/cpu/conv/tiles.h",
+        "source_tiles(g, walk, tiles, item.source, s);",
+        "source_tiles(g, TileWalk(g, item.begin), tiles, item.source, s);",
+        at("conv-tiles"),
+    ),
+    Bug(
+        "conv-tiles-go-on-in-the-same-image",
+        "csrc/cpu/conv/tiles.h",
+        "i = 0, ++image;",
+        "i = 0;",
+        at("conv-tiles", "conv-tiles-without-borders"),
+    ),
+    Bug(
+        "conv-weight-gradient-of-last-block-of-tiles",
+        "csrc/cpu/conv/tiles.h",
+        "add.add = true;",
+        "add.add = false;",
+        at("conv-tiles"),
+    ),
+    Bug(
+        "conv-not-finite-spreads-over-its-tile",
+        "csrc/cpu/conv/kernel.h",
+        "if (!conv_by_tiles(item)) conv_lost_images(item);",
+        "conv_by_tiles(item);",
+        SPREADS,
+    ),
+    Bug(
+        "conv-lost-images-sought-in-the-first",
+        "csrc/cpu/conv/kernel.h",
+        "item.begin = image * g.out_h + line % lines * 2;",
+        "item.begin = line % lines * 2;",
+        SPREADS,
     ),
     Bug(
         "conv-weight-gradient-of-first-range",

@@ -43,12 +43,24 @@ struct ConvGeometry {
   // of the source, what `count` rows or all columns of a phase read
   FM_CONV_INLINE int64_t source_rows(int64_t count) const { return (count - 1) * source_step_h + high_h - low_h + 1; }
   FM_CONV_INLINE int64_t source_columns() const { return (columns() - 1) * source_step_w + high_w - low_w + 1; }
+  // Whether tiles of 2 x 2 outputs serve (tiles.h), in `number_size` bytes a number; never by how many images there
+  // are: the same image has the same bits in any company. Float64 is there for the last digits. The sums that make
+  // and read tiles cost a third of what the products do with few channels.
+  FM_CONV_INLINE bool tiled(int64_t number_size) const {
+    const bool plain = groups == 1 && phase_count == 1 && source_step_h == 1 && source_step_w == 1 && out_step_h == 1 &&
+                       out_step_w == 1;
+    const bool nine = kernel == 9 && high_h - low_h == 2 && high_w - low_w == 2;
+    const int64_t products = 16 * ((out_h + 1) / 2) * ((out_w + 1) / 2);
+    return number_size == 4 && plain && nine && source_c >= 16 && out_c >= 16 && 7 * products <= 5 * 9 * out_h * out_w;
+  }
+  // What a task's images are split into: rows, or lines of tiles.
+  FM_CONV_INLINE int64_t lines(int64_t number_size) const { return tiled(number_size) ? (out_h + 1) / 2 : rows(); }
   FM_CONV_INLINE bool reads_beyond_borders() const {
     return low_h < 0 || low_w < 0 || low_h + source_rows(rows()) > source_h || low_w + source_columns() > source_w;
   }
 };
 
-// Rows [begin, end) of the images of one task, rows counted on from image to image as `ConvGeometry::rows` has them.
+// Lines [begin, end) of the images of one task, counted on from image to image as `ConvGeometry::lines` has them.
 template <class T>
 struct ConvItem {
   const ConvGeometry* geometry;
@@ -59,7 +71,7 @@ struct ConvItem {
   int64_t begin, end;
 };
 
-// The gradient of the weight, of these rows.
+// The gradient of the weight, of these lines.
 template <class T>
 struct ConvWeightItem {
   const ConvGeometry* geometry;  // of the convolution

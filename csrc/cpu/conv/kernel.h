@@ -5,6 +5,7 @@
 #include "addressed.h"
 #include "depthwise.h"
 #include "strips.h"
+#include "tiles.h"
 #include "weights.h"
 
 namespace fastmeta::FASTMETA_ISA {
@@ -32,10 +33,10 @@ struct ConvSpace {
   }
 };
 
+// Rows [begin, end) of the images.
 template <class T>
-void conv(const cpu::ConvItem<T>& item) {
+void conv_rows(const cpu::ConvItem<T>& item) {
   const cpu::ConvGeometry& g = *item.geometry;
-  if (is_depthwise(g)) return depthwise(item);
   ConvSpace<T> space(g);
   Strips<T>& strips = space.strips;
   const int64_t channels = g.source_channels(), columns = g.out_channels(), width = padded<T>(columns);
@@ -65,6 +66,37 @@ void conv(const cpu::ConvItem<T>& item) {
       steps_before += depth;
     }
   }
+}
+
+template <class T>
+bool finite_numbers(const T* x, int64_t n) {
+  constexpr int W = kWidth<T>;
+  Vec<T> lost = {};
+  for (int64_t i = 0; i < n; i += W) lost += load_first(x + i, smaller(W, n - i)) * T(0);
+  return all_finite<T>(lost);
+}
+
+// Image by image what tiles left with a number that is not finite.
+template <class T>
+void conv_lost_images(cpu::ConvItem<T> item) {
+  const cpu::ConvGeometry& g = *item.geometry;
+  const int64_t lines = g.lines(sizeof(T)), last = item.end;
+  for (int64_t line = item.begin, image, end; line < last; line = end) {
+    image = line / lines;
+    end = smaller(last, (image + 1) * lines);
+    item.begin = image * g.out_h + line % lines * 2;
+    item.end = image * g.out_h + smaller(g.out_h, (end - image * lines) * 2);
+    const int64_t row = g.out_w * g.out_c;
+    if (!finite_numbers(item.out + item.begin * row, (item.end - item.begin) * row)) conv_rows(item);
+  }
+}
+
+template <class T>
+void conv(const cpu::ConvItem<T>& item) {
+  const cpu::ConvGeometry& g = *item.geometry;
+  if (is_depthwise(g)) return depthwise(item);
+  if (!g.tiled(sizeof(T))) return conv_rows(item);
+  if (!conv_by_tiles(item)) conv_lost_images(item);
 }
 
 template <class T>
@@ -112,9 +144,8 @@ void pack_rows(int64_t rows, int64_t columns, const T* from, int64_t ld, T* to) 
 }
 
 template <class T>
-void conv_weight(const cpu::ConvWeightItem<T>& item) {
+void conv_weight_rows(const cpu::ConvWeightItem<T>& item) {
   const cpu::ConvGeometry& g = *item.geometry;
-  if (is_depthwise(g)) return depthwise_weight(item);
   ConvWeightSpace<T> space(g);
   Strips<T>& strips = space.strips;
   const int64_t channels = g.source_channels(), columns = g.out_channels(), width = padded<T>(columns);
@@ -137,6 +168,21 @@ void conv_weight(const cpu::ConvWeightItem<T>& item) {
   }
   for (int64_t group = 0; group < g.groups; ++group)
     unpack_weights(g, group, space.sums + group * width * steps, space.weight_row, item.d_weight);
+}
+
+template <class T>
+void conv_weight(const cpu::ConvWeightItem<T>& item) {
+  const cpu::ConvGeometry& g = *item.geometry;
+  if (is_depthwise(g)) return depthwise_weight(item);
+  if (g.tiled(sizeof(T))) {
+    if (conv_weight_by_tiles(item)) return;
+    const int64_t lines = g.lines(sizeof(T));
+    const auto row = [&](int64_t line) { return line / lines * g.out_h + line % lines * 2; };
+    cpu::ConvWeightItem<T> rows = item;
+    rows.begin = row(item.begin), rows.end = row(item.end);
+    return conv_weight_rows(rows);
+  }
+  conv_weight_rows(item);
 }
 
 }  // namespace fastmeta::FASTMETA_ISA
