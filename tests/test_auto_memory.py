@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:tasks run one after the other:Us
 @pytest.fixture
 def sweeps(monkeypatch):
     """How many inner loops have been swept; all graphs count as large."""
+    monkeypatch.setattr(_graph_size, "OF_STEPS", 1)
     monkeypatch.setattr(_graph_size, "LARGE", 1)
     monkeypatch.setattr(_graph_size, "OF_QUERIES", 0)
     count = []
@@ -201,9 +202,9 @@ def test_large_graphs_are_not_kept(monkeypatch):
     assert 0.8 * 5 * at_most < size <= 5 * at_most
     graph, _ = held(inner_steps=5, memory="graph")
     assert graph > 2 * size  # the second derivatives' part
-    monkeypatch.setattr(_graph_size, "LARGE", size + 1)
+    monkeypatch.setattr(_graph_size, "OF_STEPS", size + 1)
     assert held(inner_steps=5)[0] == graph and "memory" not in MAML(net, inner_steps=5, engine="loop").explain(batch)
-    monkeypatch.setattr(_graph_size, "LARGE", size)
+    monkeypatch.setattr(_graph_size, "OF_STEPS", size)
     after, most = held(inner_steps=5)
     assert after < 0.1 * graph and most < 0.4 * graph
     assert most < 1.1 * held(inner_steps=10)[1] < 1.2 * most

@@ -85,7 +85,7 @@ class MAML(InnerLoopAlgorithm):
             over (asked for by name, ValueError). What `adapt` returns has its graph as ever. Query rows whose
             activations are more than 64 MB (on a GPU 1 GB) go through the model for some tasks after the other.
             `"auto"`, the default, sweeps where the engine runs the module itself, in second order, and the activations
-            in a graph over two steps or more would take 64 MB (on a GPU 1 GB) and more than those of the query rows
+            in a graph over two steps or more would take 512 MB (on a GPU 1 GB) and more than those of the query rows
             (`explain` says so), which one run of the model on a task's support rows tells, once for a size; unless the
             batch or `weights` require gradients, under transforms of `torch.func`, and with a model that does not do
             the same twice. What comes of it can be differentiated as with a graph: for more than the gradients of

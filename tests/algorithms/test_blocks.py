@@ -130,6 +130,32 @@ def test_small_ones_go_to_torch(monkeypatch):
     assert sum(n for (op, _), n in (calls - before).items() if op == "norm_act_pool") == 2
 
 
+def test_convolutions_that_the_op_computes_faster(monkeypatch):
+    """3x3 taps of many channels, or of a picture's few; the others are torch's."""
+    monkeypatch.setattr(_blocks, "_LEAST_OF_CONVOLUTION", 0)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),  # the op
+        nn.Conv2d(32, 33, 3, padding="same", bias=False), nn.BatchNorm2d(33), nn.ReLU(),  # the op
+        nn.Conv2d(33, 32, 3), nn.Conv2d(32, 32, 3, padding=1, stride=2), nn.Conv2d(32, 8, 3, padding=1),
+        nn.Conv2d(8, 32, 3, padding=1), nn.Conv2d(32, 32, 1), nn.Flatten(),
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+    x = torch.randn(4, 3, 17, 19).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def results(model, run):
+        y = run(model)
+        return [y, *torch.autograd.grad(y.square().mean(), [x, *model.parameters()])]
+
+    exact = copy.deepcopy(model).double()
+    expected = results(exact, lambda model: model(x.double()))
+    before = calls.copy()
+    found = results(model, lambda model: _blocks.call(model, (x,), {}))
+    assert sum(n for (op, _), n in (calls - before).items() if op == "task_conv2d") == 2
+    for ours, right in zip(found, expected, strict=True):
+        at_most = 1e-5 * float(right.detach().abs().max()) + 1e-9  # the bias before a norm has the gradient 0
+        torch.testing.assert_close(ours.double(), right.double(), rtol=1e-4, atol=at_most)
+
+
 def test_a_learner_uses_it():
     model = net("conv4")
     x = images(12).view(2, 6, 1, 18, 19)

@@ -77,10 +77,10 @@ IMAGES = [
         SPREADS,
     ),
     Bug(
-        "conv-lost-images-sought-in-the-first",
+        "conv-of-lost-images-the-first-alone",
         "csrc/cpu/conv/kernel.h",
-        "item.begin = image * g.out_h + line % lines * 2;",
-        "item.begin = line % lines * 2;",
+        "end = smaller(last, (image + 1) * lines);",
+        "end = last;",
         SPREADS,
     ),
     Bug(
