@@ -101,3 +101,10 @@ def test_what_waits_for_the_device_is_not_recorded(gpu):
     found, heard, _ = trained("maml++", capture=True)
     assert heard == [(1, "capture is left out: MAMLPlusPlus counts its steps, which a replay does not")]
     torch.testing.assert_close(found, trained("maml++")[0], rtol=0, atol=0)
+
+
+def test_tasks_drawn_ahead_are_the_same():
+    ahead, _, trainer = trained(prefetch=True)
+    assert trainer.tasks._thread is not None  # it drew
+    trainer.tasks.close()
+    torch.testing.assert_close(ahead, trained()[0], rtol=0, atol=0)

@@ -230,6 +230,10 @@ FirstOrder = _option(
 Engine = _option(_INNER, str, "--engine", "What runs the inner loops.", "auto: the fastest that serves")
 Autocast = _option(_INNER, AutocastName, "--autocast", "Compute the meta-gradient in this precision.", "as weights are")
 Compile = _option(_INNER, bool, "--compile/--no-compile", "Call the algorithm through torch.compile.", "no")
+Prefetch = _option(
+    _INNER, bool, "--prefetch/--no-prefetch", "Draw the next tasks while these are trained on.",
+    "where rows are not on the device",
+)  # fmt: skip
 Capture = _option(_INNER, bool, "--capture/--no-capture", "Replay a step's gradient as one CUDA graph.", "no")
 TaskChunk = _option(
     _INNER, str, "--task-chunk", "Tasks at a time, to bound memory, or auto: as memory has room for; same gradient.",

@@ -89,6 +89,7 @@ class RunConfig:
     autocast: str | None = None
     compile: bool = False
     capture: bool = False
+    prefetch: bool = False
     threads: int | None = None
     eval_every: int = 500
     eval_tasks: int = 600
@@ -119,7 +120,7 @@ class RunConfig:
             values.count(name, getattr(self, name), 0)
         for name in ("inner_lr", "outer_lr", *(() if self.minutes is None else ("minutes",))):
             values.number(name, getattr(self, name), 0, open=True)
-        of_the_way = ("skip_non_finite", "compile", "capture")
+        of_the_way = ("skip_non_finite", "compile", "capture", "prefetch")
         for name in ("first_order", "augment_support", "freeze_encoder", "rotations", *of_the_way):
             values.flag(name, getattr(self, name))
         for name in ("data_root", "cluster_checkpoint", "encoder"):

@@ -17,6 +17,7 @@ from ..tasks import (
     ClusterTasks,
     Data,
     Inputs,
+    Prefetched,
     TaskSource,
     embed_images,
     kmeans_partitions,
@@ -47,6 +48,7 @@ MAY_CHANGE = (
     "task_chunk",
     "compile",
     "capture",
+    "prefetch",
     "eval_every",
     "eval_tasks",
     "save_every",
@@ -166,6 +168,8 @@ def build_trainer(
     algorithm = build_algorithm(config, tasks, device)
     if config.encoder is not None and resume is None:  # from then on the checkpoints have its weights
         load_encoder(algorithm, config.encoder)
+    if config.prefetch and not isinstance(tasks, Prefetched):
+        tasks = Prefetched(tasks)
     torch.manual_seed(config.seed)  # for what draws from the global generators while training, such as dropout
     trainer = Trainer(
         algorithm,
