@@ -1,12 +1,14 @@
 #include "pool.h"
 
 #if defined(__linux__)
-#include <sys/mman.h>
+#include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <deque>
+#include <fstream>
 #include <map>
 #include <mutex>
 #include <new>
@@ -24,19 +26,23 @@ size_t rounded(size_t bytes) {
   return (bytes + step - 1) / step * step;
 }
 
-// What is fresh arrives page by page as it is first written: for large blocks in pages of 2 MB where the system has them.
-void ask_for_huge_pages([[maybe_unused]] void* block, [[maybe_unused]] size_t size) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
-  if (size < 2 * kHuge) return;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(block), begin = (start + kHuge - 1) / kHuge * kHuge;
-  madvise(reinterpret_cast<void*>(begin), (start + size) / kHuge * kHuge - begin, MADV_HUGEPAGE);  // or as it is
+// Of the machine, or what the process's control group (version 2, 1) leaves it; 0 where nothing says.
+size_t memory_of_machine() {
+  size_t most = 0;
+#if defined(__linux__)
+  most = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
 #endif
+  for (const char* file : {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
+    size_t limit = 0;
+    if (std::ifstream(file) >> limit) most = std::min(most, limit);  // "max" is no number
+  }
+  return most;
 }
 
 size_t most_idle() {
   const char* given = std::getenv("FASTMETA_KEEP_MB");
-  const long long megabytes = given && *given ? std::atoll(given) : 1024;
+  if (!given || !*given) return std::max(size_t(1) << 30, memory_of_machine() / 4);
+  const long long megabytes = std::atoll(given);
   return size_t(megabytes > 0 ? megabytes : 0) << 20;
 }
 
@@ -59,7 +65,6 @@ class Pool {
         block = std::aligned_alloc(kAlignment, size);
       }
       if (block == nullptr) throw std::bad_alloc();
-      ask_for_huge_pages(block, size);
     }
     sizes_[block] = size;
     return block;
