@@ -15,6 +15,7 @@ namespace fastmeta::FASTMETA_ISA {
 constexpr int kFrequencies = 16;
 constexpr int64_t kTileBytes = 1 << 19;  // of a block: a second-level cache
 constexpr int64_t kLeastTiles = 48, kMostTiles = 96;  // fewer would wait for the weights, of which each block reads all
+constexpr int64_t kMostOfWide = 192;  // of many channels, so that this is not more than what the block has of its own
 
 // ---- the sums of one vector of channels, along both axes
 
@@ -158,6 +159,7 @@ struct TileSpace {
     source_width = padded<T>(g.source_c), out_width = padded<T>(g.out_c);
     most = kTileBytes / (kFrequencies * (source_width + out_width) * int64_t(sizeof(T)));
     most = smaller(kMostTiles, larger(kLeastTiles, most / 6 * 6));
+    most = larger(most, smaller(kMostOfWide, source_width * out_width / (source_width + out_width)) / 6 * 6);
     source_step = most * source_width + 16, out_step = most * out_width + 16;
     panel_step = g.source_c * out_width + 16;
     Carver carver{nullptr};
