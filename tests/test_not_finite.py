@@ -50,6 +50,22 @@ class Tasks:
         return TaskBatch(x, x, x, x)
 
 
+def test_a_loss_that_overflows_while_those_of_the_tasks_do_not_ends_the_run():
+    class Sum(Net):
+        def forward(self, batch):
+            output = super().forward(batch)
+            return output._replace(loss=output.task_loss.sum())
+
+    trainer = Trainer(Sum(), Tasks(1.0), task_batch=6, iterations=4)
+    with torch.no_grad():
+        trainer.algorithm.w.fill_(8e37)  # 1.6e38 a task
+    for late in (False, True):  # as on a GPU
+        trainer._check_every_step = not late
+        with pytest.raises(NonFiniteError, match="the loss is inf, while the largest query loss is 1.6e[+]38"):
+            trainer.train_step()
+            trainer._guard.check()
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(math.nan, "the query loss is NaN in tasks 2, 5 of 6"), (0.0, "not finite in parameter w.*comes from tasks 2, 5")],

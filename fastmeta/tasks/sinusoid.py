@@ -41,5 +41,6 @@ class SinusoidTasks:
         amplitude, phase = uniform(*self.amplitude, num_tasks, 1, 1), uniform(*self.phase, num_tasks, 1, 1)
         x = uniform(*self.x_range, num_tasks, self.shots + self.query_shots, 1)
         y = (x - phase).sin_().mul_(amplitude)
-        (support_x, query_x), (support_y, query_y) = (t.split([self.shots, self.query_shots], 1) for t in (x, y))
+        sizes = (self.shots, self.query_shots)
+        (support_x, query_x), (support_y, query_y) = (t.split_with_sizes(sizes, 1) for t in (x, y))
         return TaskBatch(support_x, support_y, query_x, query_y)

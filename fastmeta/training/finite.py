@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..algorithms import MetaOutput
 
 
 class NonFiniteError(RuntimeError):
@@ -34,42 +38,43 @@ class FiniteGuard:
         self._parameters = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self._bad_step: Tensor | None = None
 
-    def watch(self, step: int, task_loss: Tensor) -> None:
-        """Called between `backward` and the optimizer's step. `task_loss` `[T]` are the query losses of this
-        step."""
-        task_loss = task_loss.detach()
-        norms = self._gradient_norms(task_loss)
-        finite = task_loss.sum().isfinite() & norms.sum().isfinite()
+    def watch(self, step: int, output: MetaOutput) -> None:
+        """Called between `backward` and the optimizer's step with what that step's losses are."""
+        task_loss, found = output.task_loss.detach(), torch.stack(self._found(output)).detach()
         if self._bad_step is None:
             self._bad_step = torch.full((), -1, dtype=torch.int64, device=task_loss.device)
-            self._losses, self._norms = task_loss.clone(), norms
-        first = (self._bad_step < 0) & ~finite
+            self._losses, self._kept = task_loss.clone(), found
+        first = (self._bad_step < 0) & ~found.isfinite().all()
         self._bad_step = torch.where(first, step, self._bad_step)
         if self._losses.shape == task_loss.shape:
             # Kept from the first bad step on; before that, overwritten every time.
             self._losses = torch.where(first | (self._bad_step < 0), task_loss, self._losses)
-            self._norms = torch.where(first | (self._bad_step < 0), norms, self._norms)
+            self._kept = torch.where(first | (self._bad_step < 0), found, self._kept)
 
     def check(self) -> None:
         """Wait for the device and raise if any step that was watched was bad."""
         if self._bad_step is not None and (step := int(self._bad_step)) >= 0:
-            self._raise(step, self._losses, self._norms)
+            self._raise(step, self._losses, self._kept.tolist())
 
-    def check_now(self, step: int, task_loss: Tensor) -> None:
-        """`watch` and `check` of this step alone: wait for the device, and keep nothing."""
-        task_loss = task_loss.detach()
-        norms = self._gradient_norms(task_loss)
-        if not (math.isfinite(task_loss.sum().item()) and math.isfinite(norms.sum().item())):
-            self._raise(step, task_loss, norms)
+    def check_now(self, step: int, output: MetaOutput) -> float:
+        """`watch` and `check` of this step alone: wait for the device, and keep nothing. Returns the loss."""
+        found = self._found(output)
+        # a device is waited for once; on the CPU it takes longer to join them than to read each
+        found = [one.item() for one in found] if output.loss.is_cpu else torch.stack(found).tolist()
+        if not all(map(math.isfinite, found)):
+            self._raise(step, output.task_loss.detach(), found)
+        return found[0]
 
-    def _gradient_norms(self, like: Tensor) -> Tensor:
+    def _found(self, output: MetaOutput) -> list[Tensor]:
+        """The loss, and the norms of the gradients that there are. Norms, since squares that overflow would stay in
+        Adam's second moments."""
         gradients = [p.grad for _, p in self._parameters if p.grad is not None]
-        return torch.stack(torch._foreach_norm(gradients)) if gradients else like.new_zeros(0)
+        return [output.loss, *(torch._foreach_norm(gradients) if gradients else ())]
 
-    def _raise(self, step: int, losses: Tensor, norms: Tensor) -> None:
+    def _raise(self, step: int, losses: Tensor, found: Sequence[float]) -> None:
         losses = losses.cpu()
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        raise NonFiniteError(step, self._cause(losses, bad, norms.cpu()), bad)
+        raise NonFiniteError(step, self._cause(losses, bad, found), bad)
 
     def finite_gradients(self) -> bool:
         """Whether the gradients that the parameters have are finite; waits for the device."""
@@ -81,16 +86,16 @@ class FiniteGuard:
         if bad:
             raise NonFiniteError(step, f"the weights are not finite in {some(bad, 'parameter')}")
 
-    def _cause(self, losses: Tensor, bad: list[int], norms: Tensor) -> str:
+    def _cause(self, losses: Tensor, bad: list[int], found: Sequence[float]) -> str:
         if bad:
             value = float(losses[bad[0]])
             return f"the query loss is {_value(value)} in {some(bad, 'task')} of {losses.numel()}"
-        if not math.isfinite(float(losses.sum())):
-            return f"the sum of the query losses overflows (the largest is {float(losses.max()):.3g})"
+        if not math.isfinite(found[0]):
+            return f"the loss is {_value(found[0])}, while the largest query loss is {float(losses.max()):.3g}"
         with_gradient = [name for name, p in self._parameters if p.grad is not None]
-        names = [name for name, norm in zip(with_gradient, norms.tolist(), strict=True) if not math.isfinite(norm)]
-        what = some(names, "parameter") if names else "the sum over all parameters"
-        return f"the meta-gradient is not finite in {what}, while the query loss is still {float(losses.mean()):.4g}"
+        names = [name for name, norm in zip(with_gradient, found[1:], strict=True) if not math.isfinite(norm)]
+        still = f"while the query loss is still {found[0]:.4g}"
+        return f"the meta-gradient is not finite in {some(names, 'parameter')}, {still}"
 
 
 def _value(value: float) -> str:

@@ -271,10 +271,11 @@ class Trainer:
         if not self.ranks.alone:
             output = self._of_all_ranks(output, before)
         if not self._check_every_step:
-            self._guard.watch(self.step + 1, output.task_loss)
+            self._guard.watch(self.step + 1, output)
+            loss = output.loss
         else:
             try:
-                self._guard.check_now(self.step + 1, output.task_loss)
+                loss = self._guard.check_now(self.step + 1, output)
             except NonFiniteError as error:
                 if not self.skip_non_finite:
                     raise self._traced(error, batch) from None
@@ -284,7 +285,7 @@ class Trainer:
         self.step += 1
         self._unsaved = self._between_steps = True
         self._skipped_in_a_row = 0
-        self._loss.add(output.loss)
+        self._loss.add(loss)
         if output.accuracy is not None:
             self._accuracy.add(output.accuracy.mean())
 

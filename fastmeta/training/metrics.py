@@ -46,23 +46,22 @@ class Estimate(NamedTuple):
 
 
 class RunningMean:
-    """The mean of scalars that are added on the device; reading it is the only wait."""
+    """The mean of numbers, and of scalars that are added on their device; reading it is the only wait."""
 
     def __init__(self) -> None:
-        self._sum: Tensor | None = None
+        self._sum: Tensor | float = 0.0
         self._count = 0
 
-    def add(self, value: Tensor) -> None:
-        value = value.detach()
-        self._sum = value.clone() if self._sum is None else self._sum.add_(value)
+    def add(self, value: Tensor | float) -> None:
+        self._sum = self._sum + (value.detach() if isinstance(value, Tensor) else value)
         self._count += 1
 
     def read(self) -> float | None:
         """The mean since the last read, None if nothing was added."""
-        if self._sum is None:
+        if not self._count:
             return None
         mean = float(self._sum) / self._count
-        self._sum, self._count = None, 0
+        self._sum, self._count = 0.0, 0
         return mean
 
 
