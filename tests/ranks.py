@@ -380,16 +380,16 @@ def refused(launch, *given, **more):
 
 
 def failing(text, *words):
-    sample = SinusoidTasks.sample
+    sample_part = SinusoidTasks.sample_part
 
-    def fails(self, num_tasks, **given):
+    def fails(self, num_tasks, part, **given):
         fails.drawn += 1
         if fails.drawn == 4 and ranks().rank == 1:
             raise ValueError("the disk with the tasks is gone")
-        return sample(self, num_tasks, **given)
+        return sample_part(self, num_tasks, part, **given)
 
     fails.drawn = 0
-    SinusoidTasks.sample = fails
+    SinusoidTasks.sample_part = fails
     command(text, *words)
 
 

@@ -10,7 +10,16 @@ import pytest
 import torch
 from ranks import check_names, images
 
-from fastmeta.tasks import MixedTasks, Prefetched, SinusoidTasks
+from fastmeta.tasks import (
+    ClusterTasks,
+    MixedTasks,
+    PersonTasks,
+    Prefetched,
+    RegressionTasks,
+    SinusoidTasks,
+    TaskBatch,
+    TaskRows,
+)
 from fastmeta.tasks.source import sample_part
 from fastmeta.training import CheckpointFolder
 
@@ -55,14 +64,32 @@ def test_a_process_that_is_killed_is_started_anew_and_nothing_is_lost():
     assert done.returncode == 0 and "1 runs, " in done.stdout and " 0 kills" not in done.stdout, done.stderr
 
 
+class Negated(SinusoidTasks):
+    """A subclass that gives other tasks, and says nothing of parts."""
+
+    def sample(self, num_tasks, *, generator=None):
+        support_x, support_y, query_x, query_y = super().sample(num_tasks, generator=generator)
+        return TaskBatch(support_x, -support_y, query_x, -query_y)
+
+
+def of_groups():
+    """Sources over 24 rows of 4 groups, each with 3 rows of 2 classes."""
+    rows, group, kind = torch.arange(24.0).unsqueeze(1), torch.arange(24) % 4, torch.arange(24) // 4 % 2
+    yield RegressionTasks(TaskRows(rows, -rows, group[:21].tolist() + [0, 0, 0]), shots=1, query_shots="all")
+    yield PersonTasks(rows, kind, group, ways=2, shots=1, query_shots=2)
+    yield ClusterTasks(rows.view(24, 1, 1, 1), torch.stack([group, kind]), ways=2, shots=1, query_shots=2)
+
+
 @pytest.mark.parametrize(
     "tasks",
     [
         images(), images(ways=(2, 4), shots=(1, 3), query_shots="all"),
         images(augment=lambda x, generator: x + torch.rand(x.shape, dtype=x.dtype, generator=generator)),
         Prefetched(images(query_shots=1)), MixedTasks({images(): 1, images(shots=2): 2}), SinusoidTasks(),
+        Negated(), *of_groups(),
     ],
-    ids=["episodes", "unlike", "augmented", "prefetched", "mixed", "sinusoid"],
+    ids=["episodes", "unlike", "augmented", "prefetched", "mixed", "sinusoid", "sinusoid's kin", "rows", "persons",
+         "clusters"],
 )  # fmt: skip
 def test_parts_are_of_the_whole(tasks):
     """Every rank's part of two batches one after the other, from generators of its own."""

@@ -67,6 +67,10 @@ class PersonTasks:
 
     def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
         """`num_tasks` tasks, drawn with `generator` (of the windows' device) or the global one."""
+        return self.sample_part(num_tasks, slice(None), generator=generator)
+
+    def sample_part(self, num_tasks: int, part: slice, *, generator: torch.Generator | None = None) -> TaskBatch:
+        """The tasks `part` of the `num_tasks` of `sample`: all are drawn, and the rows of these gathered."""
         values.count("num_tasks", num_tasks, 0)
         values.generator("generator", generator, self.x.device)
         drawn = {"device": self.x.device, "generator": generator}
@@ -75,10 +79,10 @@ class PersonTasks:
         chosen = self._activities[person].gather(1, chosen)  # [T, N]
         counts, starts = (column[person].gather(1, chosen) for column in (self._counts, self._starts))
         window = subsets(counts.numel(), counts.flatten(), self.shots + self.query_shots, **drawn)
-        rows = self._rows[starts.unsqueeze(-1) + window.unflatten(0, counts.shape)]
+        rows = self._rows[(starts.unsqueeze(-1) + window.unflatten(0, counts.shape))[part]]
         labels = torch.arange(self.ways, device=self.x.device)
 
-        def part(rows: Tensor) -> tuple[Tensor, Tensor]:
-            return self.x[rows.flatten(1)], labels.repeat_interleave(rows.shape[2]).repeat(num_tasks, 1)
+        def labelled(rows: Tensor) -> tuple[Tensor, Tensor]:
+            return self.x[rows.flatten(1)], labels.repeat_interleave(rows.shape[2]).repeat(len(rows), 1)
 
-        return TaskBatch(*part(rows[..., : self.shots]), *part(rows[..., self.shots :]))
+        return TaskBatch(*labelled(rows[..., : self.shots]), *labelled(rows[..., self.shots :]))

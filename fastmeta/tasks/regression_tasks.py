@@ -62,6 +62,10 @@ class RegressionTasks:
 
     def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
         """`num_tasks` tasks, drawn with `generator` (of the rows' device) or the global one."""
+        return self.sample_part(num_tasks, slice(None), generator=generator)
+
+    def sample_part(self, num_tasks: int, part: slice, *, generator: torch.Generator | None = None) -> TaskBatch:
+        """The tasks `part` of the `num_tasks` of `sample`: all are drawn, and the rows of these gathered."""
         values.count("num_tasks", num_tasks, 0)
         values.generator("generator", generator, self._order.device)
         drawn = {"device": self._order.device, "generator": generator}
@@ -73,10 +77,11 @@ class RegressionTasks:
         place = score.topk(min(wanted, self._most), 1).indices
         place = torch.nn.functional.pad(place, (0, wanted - place.shape[1]))
         own = torch.arange(wanted, device=place.device) < count
+        own, place, start = own[part], place[part], start[part]
         row = self._order[start + torch.where(own, place, 0)]  # what is masked is a row of the task all the same
 
-        def part(row: Tensor) -> tuple[Tensor, Tensor]:
+        def rows(row: Tensor) -> tuple[Tensor, Tensor]:
             return self.task_rows.rows[row], self.task_rows.targets[row]
 
         mask = own[:, self.shots :] if self._short else None
-        return TaskBatch(*part(row[:, : self.shots]), *part(row[:, self.shots :]), None, mask)
+        return TaskBatch(*rows(row[:, : self.shots]), *rows(row[:, self.shots :]), None, mask)

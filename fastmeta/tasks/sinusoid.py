@@ -32,6 +32,10 @@ class SinusoidTasks:
 
     def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
         """`num_tasks` sinusoids, drawn with `generator` (of the tasks' device) or the global one."""
+        return self.sample_part(num_tasks, slice(None), generator=generator)
+
+    def sample_part(self, num_tasks: int, part: slice, *, generator: torch.Generator | None = None) -> TaskBatch:
+        """The tasks `part` of the `num_tasks` of `sample`: all are drawn, and the targets of these found."""
         values.count("num_tasks", num_tasks, 0)
         values.generator("generator", generator, self.device)
 
@@ -40,6 +44,8 @@ class SinusoidTasks:
 
         amplitude, phase = uniform(*self.amplitude, num_tasks, 1, 1), uniform(*self.phase, num_tasks, 1, 1)
         x = uniform(*self.x_range, num_tasks, self.shots + self.query_shots, 1)
+        if part != slice(None):
+            amplitude, phase, x = amplitude[part], phase[part], x[part]
         y = (x - phase).sin_().mul_(amplitude)
         sizes = (self.shots, self.query_shots)
         (support_x, query_x), (support_y, query_y) = (t.split_with_sizes(sizes, 1) for t in (x, y))

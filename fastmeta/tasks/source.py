@@ -35,9 +35,17 @@ def sample_part(
     tasks: TaskSource, num_tasks: int, part: slice, *, generator: torch.Generator | None = None
 ) -> TaskBatch:
     """The tasks `part` of those that `tasks.sample(num_tasks)` would give, and the generator left as by it."""
-    if hasattr(tasks, "sample_part"):
+    if _gives_parts(tasks):
         return tasks.sample_part(num_tasks, part, generator=generator)
     return part_of(tasks.sample(num_tasks, generator=generator), part)
+
+
+def _gives_parts(tasks: TaskSource) -> bool:
+    """Whether it has `sample_part`, and that of its own `sample`: a subclass may have changed the one alone."""
+    for kind in type(tasks).__mro__:
+        if "sample_part" in vars(kind) or "sample" in vars(kind):
+            return "sample_part" in vars(kind)
+    return hasattr(tasks, "sample_part")
 
 
 def part_of(batch: TaskBatch, part: slice) -> TaskBatch:

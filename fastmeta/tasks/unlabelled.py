@@ -151,6 +151,10 @@ class ClusterTasks:
 
     def sample(self, num_tasks: int, *, generator: torch.Generator | None = None) -> TaskBatch:
         """`num_tasks` tasks, drawn with `generator` (of the images' device) or the global one."""
+        return self.sample_part(num_tasks, slice(None), generator=generator)
+
+    def sample_part(self, num_tasks: int, part: slice, *, generator: torch.Generator | None = None) -> TaskBatch:
+        """The tasks `part` of the `num_tasks` of `sample`: all are drawn, and the rows of these gathered."""
         values.count("num_tasks", num_tasks, 0)
         values.generator("generator", generator, self.images.device)
         device, each = self.images.device, self.shots + self.query_shots
@@ -159,8 +163,8 @@ class ClusterTasks:
         cluster = subsets(num_tasks, self._clusters[partition], self.ways, **drawn)
         cluster = (cluster + self._first[partition].unsqueeze(1)).flatten()
         member = subsets(len(cluster), self._size[cluster], each, **drawn) + self._start[cluster].unsqueeze(1)
-        images = as_inputs(self.images[self._members[member.flatten()]])
-        return _batch(images.unflatten(0, (num_tasks, self.ways, each)), self.shots)
+        row = self._members[member].view(num_tasks, self.ways, each)[part]
+        return _batch(as_inputs(self.images[row.flatten()]).unflatten(0, row.shape), self.shots)
 
     def _index(self, partitions: Tensor, turns: int) -> tuple[Tensor, ...]:
         """All partitions' clusters one after the other: their members, where each begins and how long it is; and of
