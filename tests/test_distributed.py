@@ -1,5 +1,7 @@
 """Processes that train together: the same run as one process, whatever happens to one of them."""
 
+import contextlib
+import copy
 import json
 import os
 import subprocess
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import check_names, images
+from torch import nn
 
+from fastmeta.algorithms._norms_of_all import NormsOfAll
 from fastmeta.tasks import (
     ClusterTasks,
     MixedTasks,
@@ -21,6 +25,7 @@ from fastmeta.tasks import (
     TaskRows,
 )
 from fastmeta.tasks.source import sample_part
+from fastmeta.testing import relative_error, tolerance
 from fastmeta.training import CheckpointFolder
 
 HERE = Path(__file__).parent
@@ -55,6 +60,37 @@ def test_torchrun_trains(tmp_path):
     assert done.stdout.count("on 2 processes") == done.stdout.count("finished at step 4") == 1
     assert done.stdout.count("test split") == 1
     assert CheckpointFolder(tmp_path / "run").newest()[0].record["world_size"] == 2
+
+
+@pytest.mark.parametrize("norm", [
+    nn.BatchNorm1d(3), nn.BatchNorm2d(3, affine=False, momentum=None), nn.BatchNorm3d(3, track_running_stats=False),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_norm_of_all_ranks_is_torchs_where_there_is_one(norm, dtype):
+    norm, plain = copy.deepcopy(norm).to(dtype), copy.deepcopy(norm).to(dtype)
+    shape = {nn.BatchNorm1d: (6, 3), nn.BatchNorm2d: (6, 3, 2, 2), nn.BatchNorm3d: (2, 3, 2, 1, 2)}[type(norm)]
+    torch.manual_seed(0)
+    for training in (True, True, False):
+        x = (torch.randn(shape, dtype=torch.float64) + 2).to(dtype).requires_grad_()
+        weight = torch.randn(shape).to(dtype)
+        found = []
+        for layer, mode in ((norm, NormsOfAll(0, 1, lambda tensor: tensor, 0.5)), (plain, contextlib.nullcontext())):
+            layer.train(training)
+            with mode:
+                y = layer(x)
+            wanted = [x, *layer.parameters()]
+            found.append([y, *torch.autograd.grad((weight * y).sum(), wanted), *layer.buffers()])
+        for one, other in zip(*found, strict=True):
+            assert one.dtype == other.dtype
+            assert relative_error(one.double(), other.double()) <= tolerance(dtype, 1, 0)
+
+
+def test_a_norm_of_all_ranks_loses_nothing_to_a_large_mean():
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) + 1e4
+    with NormsOfAll(0, 1, lambda tensor: tensor, 1.0):
+        y = nn.BatchNorm1d(3)(x)
+    # float32 tells numbers of 10,000 apart by 0.001; of their squares it would be 8
+    assert relative_error(y, nn.BatchNorm1d(3).double()(x.double())) < 2e-3
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the agent's processes")

@@ -19,6 +19,7 @@ from ._blocks import call
 from ._chunks import ChunkedLearner
 from ._classes import Classes, classes_of, ordinary_ways
 from ._misfit import raise_misfit
+from ._norms_of_all import norms_of_all
 from ._rows import (
     Group,
     check_masks,
@@ -320,7 +321,12 @@ def by_rows(
     """
     rows = {key: valid_rows(value, mask) for key, value in beside.items()}
     args, kwargs = arguments(tree_map(lambda leaf: valid_rows(leaf, mask), x), **rows)
-    features = call(module, args, kwargs)
+    norms = norms_of_all()
+    if norms is None:
+        features = call(module, args, kwargs)
+    else:
+        with norms:
+            features = module(*args, **kwargs)
     if not isinstance(features, Tensor):
         raise ValueError(f"{name} must return {returns}, got {described(features)}")
     if features.dim() not in dims:

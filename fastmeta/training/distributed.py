@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..algorithms import MetaOutput
+from ..algorithms._norms_of_all import NormsOfAll, spanning
 from ..batch import TaskBatch
 from ..tasks.source import TaskSource, sample_part
 
@@ -81,6 +82,13 @@ class Ranks:
         if self.alone or not isinstance(module, DistributedDataParallel):
             return output.loss
         return output.loss * (len(output.task_loss) * self.world / count)
+
+    def norms(self, module: nn.Module, count: int) -> contextlib.AbstractContextManager[None]:
+        """Inside, batch norms that see the rows of all tasks see those of all ranks. `module` is called there, once and
+        as it is, with this rank's part of `count` tasks, and its gradients are found."""
+        share = len(range(count)[self.own(count)]) / count
+        weight = 1.0 if isinstance(module, DistributedDataParallel) else share  # then `loss` has it
+        return spanning(NormsOfAll(self.rank, self.world, self._sum, weight))
 
     def mean(
         self,

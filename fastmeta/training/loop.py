@@ -200,6 +200,7 @@ class Trainer:
         self._stop = StopSignals()
         self._seed, self._agreed_seconds = seed, 0.0
         self.skip_non_finite = skip_non_finite
+        self._calls_vary = compile or capture  # runs that try it, and others where it fails
         self.skipped = self._skipped_in_a_row = 0
         self._validated, self._unsaved = -1, True
         # On a CPU there is no queue to keep full, and checking at once keeps a bad gradient out of the
@@ -267,8 +268,11 @@ class Trainer:
         before = [buffer.clone() for buffer in self.algorithm.buffers()] if keep else []
         batch = self.ranks.sample(self.tasks, self.task_batch, self.generator)
         self.ranks.seed(self._seed, self.step)
-        output = self._differentiate(batch)
-        if not self.ranks.alone:
+        if self.ranks.alone:
+            output = self._differentiate(batch)
+        else:
+            with self._norms():
+                output = self._differentiate(batch)
             output = self._of_all_ranks(output, before)
         if not self._check_every_step:
             self._guard.watch(self.step + 1, output)
@@ -288,6 +292,12 @@ class Trainer:
         self._loss.add(loss)
         if output.accuracy is not None:
             self._accuracy.add(output.accuracy.mean())
+
+    def _norms(self) -> contextlib.AbstractContextManager[None]:
+        """Batch norms over the rows of all ranks, where each runs the module once for all its tasks."""
+        if self._calls_vary or getattr(self.algorithm, "task_chunk", None) is not None:
+            return contextlib.nullcontext()
+        return self.ranks.norms(self.module, self.task_batch)
 
     def _of_all_ranks(self, output: MetaOutput, before: list[torch.Tensor]) -> MetaOutput:
         votes = [self.seconds if self.ranks.first else 0.0, *self._stop.votes()]
