@@ -10,31 +10,28 @@ from fastmeta.dispatch.spec import Args, OpSpec
 class Structure:
     """The arguments without their tensors: opaque to pytree, so that `torch.func` hands it through untouched."""
 
-    def __init__(self, args: Args):
-        # of a tensor None, of a list of tensors its length, of anything else a box with it
-        self.kinds = tuple(
-            None if isinstance(a, Tensor) else len(a) if isinstance(a, (list, tuple)) else (a,) for a in args
-        )
+    def __init__(self, spec: OpSpec, args: Args):
+        self.places = spec.tensor_arguments
+        self.rest = list(args)  # and of a list of tensors its length
+        for position, _, many in self.places:
+            self.rest[position] = len(args[position]) if many else None
         self.lengths: tuple | None = None  # how the outputs were nested
 
     def join(self, tensors) -> Args:
-        it = iter(tensors)
-        return tuple(
-            [
-                next(it) if kind is None else kind[0] if isinstance(kind, tuple) else [next(it) for _ in range(kind)]
-                for kind in self.kinds
-            ]
-        )
+        args, it = self.rest.copy(), iter(tensors)
+        for position, _, many in self.places:
+            args[position] = [next(it) for _ in range(args[position])] if many else next(it)
+        return tuple(args)
 
     def split_outputs(self, outputs) -> tuple[Tensor, ...]:
         single = not isinstance(outputs, tuple)  # one Tensor, or one Tensor[]
         nested = (outputs,) if single else outputs
-        self.lengths = (single, tuple(len(o) if is_list(o) else None for o in nested))
+        self.lengths = (single, tuple([len(o) if is_list(o) else None for o in nested]))
         return tuple(flat_outputs(outputs))
 
     def nest(self, flat) -> tuple:
         it = iter(flat)
-        return tuple(next(it) if n is None else [next(it) for _ in range(n)] for n in self.lengths[1])
+        return tuple([next(it) if n is None else [next(it) for _ in range(n)] for n in self.lengths[1]])
 
     def join_outputs(self, flat):
         nested = self.nest(flat)
@@ -53,7 +50,7 @@ def lifted(spec: OpSpec, args: Args) -> Args:
 
 def save(ctx, spec: OpSpec, args: Args) -> None:
     ctx.save_for_backward(*tensors_of(args))
-    ctx.structure = Structure(args)
+    ctx.structure = Structure(spec, args)
 
 
 def saved(ctx) -> Args:

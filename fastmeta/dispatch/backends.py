@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastmeta import values
 from fastmeta.dispatch import native
+from fastmeta.dispatch.arguments import tensors_of
 from fastmeta.dispatch.spec import REGISTRY, Args, OpSpec
 
 METRICS = ("sqeuclidean", "euclidean", "cosine", "dot", "manhattan")
@@ -43,12 +44,8 @@ class Backend:
     run: Callable[[OpSpec, Args], object]
 
 
-def _tensors(args: Args) -> Iterator[Tensor]:
-    for arg in args:
-        if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, (list, tuple)):
-            yield from arg
+def _first(args: Args) -> Tensor:
+    return args[0] if isinstance(args[0], Tensor) else tensors_of(args)[0]
 
 
 def _map_tensors(args: Args, function) -> Args:
@@ -67,10 +64,8 @@ def _contiguous(args: Args) -> Args:
 
 
 def _dtype(args: Args) -> torch.dtype:
-    for t in _tensors(args):
-        if t.dtype.is_floating_point:
-            return t.dtype
-    raise AssertionError("every op has a floating argument")
+    found = _first(args).dtype
+    return found if found.is_floating_point else next(t.dtype for t in tensors_of(args) if t.is_floating_point())
 
 
 # reference ------------------------------------------------------------------------------------------------------
@@ -84,7 +79,7 @@ _AUTOGRAD_KEYS = [
 
 
 def _run_reference(spec: OpSpec, args: Args):
-    device_type = next(_tensors(args)).device.type
+    device_type = _first(args).device.type
     if torch.is_autocast_enabled(device_type):  # the inputs have been cast
         with torch.autocast(device_type, enabled=False):
             return _run_reference(spec, args)
@@ -129,7 +124,7 @@ _NATIVE_DTYPES = {
 
 
 def _native_why_not(spec: OpSpec, args: Args) -> str | None:
-    return _native_dtype_why_not(spec, next(_tensors(args)).device.type, _dtype(args))
+    return _native_dtype_why_not(spec, _first(args).device.type, _dtype(args))
 
 
 def _native_dtype_why_not(spec: OpSpec, device_type: str, dtype: torch.dtype) -> str | None:
@@ -152,29 +147,25 @@ def _run_native(spec: OpSpec, args: Args):
 
 
 def native_arguments(spec: OpSpec, args: Args) -> list:
-    if spec.shares:
-        args = _shared_once(args)
-    return [
-        (arg if arg.is_contiguous() else arg.contiguous())
-        if isinstance(arg, Tensor)
-        else [t if t.is_contiguous() else t.contiguous() for t in arg]
-        if isinstance(arg, (list, tuple))
-        else _ENUMS[name].index(arg)
-        if isinstance(arg, str)
-        else arg
-        for name, arg in zip(spec.argument_names, args, strict=True)
-    ]
+    passed = list(_shared_once(args) if spec.shares else args)
+    for position, _, many in spec.tensor_arguments:
+        arg = passed[position]
+        if many:
+            passed[position] = [t if t.is_contiguous() else t.contiguous() for t in arg]
+        elif not arg.is_contiguous():
+            passed[position] = arg.contiguous()
+    for position, name in spec.string_arguments:
+        passed[position] = _ENUMS[name].index(passed[position])
+    return passed
 
 
 def _shared_once(args: Args) -> Args:
     """Tensors that were expanded over the tasks as the one that all share, which costs no copy."""
-
-    def repeats(t: Tensor) -> bool:
-        return t.stride(0) == 0 and t.shape[0] > 1
-
-    if not any(map(repeats, _tensors(args))) or all(t.shape[0] == 1 or repeats(t) for t in _tensors(args)):
+    tensors = tensors_of(args)
+    repeats = [t.stride(0) == 0 and t.shape[0] > 1 for t in tensors]
+    if True not in repeats or all(r or t.shape[0] == 1 for t, r in zip(tensors, repeats, strict=True)):
         return args  # in the last case nothing else says how many tasks there are
-    return _map_tensors(args, lambda t: t[:1] if repeats(t) else t)
+    return _map_tensors(args, lambda t: t[:1] if t.stride(0) == 0 and t.shape[0] > 1 else t)
 
 
 # triton ---------------------------------------------------------------------------------------------------------
@@ -257,7 +248,7 @@ def why_not(name: str, spec: OpSpec, args: Args) -> str | None:
     """Why backend `name` cannot serve this call, as a sentence; None if it can."""
     if name not in spec.backends:
         return f"{name} has no kernel for {spec.name}; {', '.join(spec.backends)} have"
-    return why_missing(name, next(_tensors(args)).device.type) or BACKENDS[name].why_not(spec, args)
+    return why_missing(name, _first(args).device.type) or BACKENDS[name].why_not(spec, args)
 
 
 @cache
@@ -279,10 +270,10 @@ def choose(spec: OpSpec, args: Args) -> Backend:
         if reason is not None:
             raise ValueError(f"backend {forced} was asked for, but cannot run {spec.name}: {reason}")
         return BACKENDS[forced]
-    device_type = next(_tensors(args)).device.type
-    if device_type == "cpu":
+    first = _first(args)
+    if first.is_cpu:
         return _cpu_choice(spec.name, _dtype(args))
-    for name in AUTOMATIC[device_type]:
+    for name in AUTOMATIC[first.device.type]:
         if why_not(name, spec, args) is None:
             return BACKENDS[name]
     raise AssertionError("the reference serves every call")
@@ -304,7 +295,7 @@ def run_with_gradient(spec: OpSpec, args: Args, needs: int, wants_mean: bool, sc
     On a GPU only where it is sure that they are wanted: whether another gradient is asked for cannot be seen there
     without waiting.
     """
-    device_type = next(_tensors(args)).device.type
+    device_type = _first(args).device.type
     if not (wants_mean or device_type == "cpu") or not gives_gradient(spec, args):
         return None
     return run_native_gradient(spec, args, native_arguments(spec, args), needs, scale)
@@ -312,7 +303,7 @@ def run_with_gradient(spec: OpSpec, args: Args, needs: int, wants_mean: bool, sc
 
 def gives_gradient(spec: OpSpec, args: Args) -> bool:
     """Whether the backend that runs this call has a kernel that finds outputs and gradient at once."""
-    device_type = next(_tensors(args)).device.type
+    device_type = _first(args).device.type
     return native.has_kernel(f"{spec.name}_with_gradient", device_type) and choose(spec, args).run is _run_native
 
 
@@ -320,7 +311,7 @@ def run_native_gradient(spec: OpSpec, args: Args, native: list, needs: int, scal
     """`run_with_gradient` where `gives_gradient`; `native` are the `native_arguments` of `args`."""
     if spec.check is not None:
         spec.check(*args)
-    first = next(_tensors(args))
+    first = _first(args)
     calls[spec.name, "cpp" if first.is_cpu else "cuda"] += 1
     found = _native_op(f"{spec.name}_with_gradient")(*native, scale, needs)
     outputs = len(found) - len(spec.differentiable)
@@ -329,7 +320,7 @@ def run_native_gradient(spec: OpSpec, args: Args, native: list, needs: int, scal
 
 def has_shaped_update(spec: OpSpec, args: Args) -> bool:
     """Whether `run_shaped_update` may run this `fast_weight_update`, where no backend is asked for."""
-    device_type = next(_tensors(args)).device.type
+    device_type = _first(args).device.type
     return (
         native.has_kernel("fast_weight_update_shaped", device_type)
         and forced_backend() is None

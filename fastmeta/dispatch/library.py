@@ -60,7 +60,7 @@ def register(op: Op) -> Op:
 
 def _define(spec: OpSpec) -> None:
     LIBRARY.define(spec.schema)
-    _ = spec.bits, spec.rank_by_position  # now: dynamo cannot trace how a cached property is first found
+    _ = spec.tensor_arguments, spec.string_arguments, spec.rank_by_position  # now: dynamo cannot trace how a cached property is first found
     qualified = f"fastmeta::{spec.name}"
 
     # called from a frame that dynamo runs, it must not be traced: it is a kernel. Not torch.compiler.disable, which
@@ -102,7 +102,7 @@ def call(spec: OpSpec, args: Args, wants_mean: bool = False, weights: Tensor | N
             return spec.reference(*args), None
     if transformed:
         args = lifted(spec, args)
-        structure = Structure(args)
+        structure = Structure(spec, args)
         outputs = _functions[spec.name].apply(structure, *tensors_of(args))
         return structure.join_outputs(outputs), None
     if compiling or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
@@ -110,17 +110,18 @@ def call(spec: OpSpec, args: Args, wants_mean: bool = False, weights: Tensor | N
     if weights is not None and type(weights) not in _PLAIN:
         return dispatcher_op(spec)(*lifted(spec, args)), None
     tensors, needing, wanted = [], [], []
-    for arg, bit in zip(args, spec.bits, strict=True):
-        for index, t in enumerate((arg,) if isinstance(arg, Tensor) else arg if is_list(arg) else ()):
+    for position, bit, many in spec.tensor_arguments:
+        arg = args[position]
+        for index, t in enumerate(arg if many else (arg,)):
             if type(t) not in _PLAIN:
                 return dispatcher_op(spec)(*lifted(spec, args)), None
             if t.requires_grad:
                 needing.append(t)
-                wanted.append((bit, index if is_list(arg) else None, t.dim()))
+                wanted.append((bit, index if many else None, t.dim()))
             tensors.append(t)
     if not (needing and torch.is_grad_enabled()):
         return backends.run(spec, lifted(spec, args)), None
-    structure = Structure(args)
+    structure = Structure(spec, args)
     if weights is not None:
         weights = weights.detach()
     wants_mean = wants_mean and spec.with_gradient
@@ -130,6 +131,11 @@ def call(spec: OpSpec, args: Args, wants_mean: bool = False, weights: Tensor | N
 
 def plain_call(tensors) -> bool:
     """Whether nothing stands between the caller and a kernel: no transform, no tracing, and no graph."""
+    return plain_or_graph(tensors) and not (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))
+
+
+def plain_or_graph(tensors) -> bool:
+    """Whether nothing but a graph of plain autograd stands between the caller and a kernel."""
     if (
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
@@ -138,9 +144,8 @@ def plain_call(tensors) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
-    graph = torch.is_grad_enabled()
     for t in tensors:
-        if type(t) not in _PLAIN or (graph and t.requires_grad):
+        if type(t) not in _PLAIN:
             return False
     return True
 

@@ -103,6 +103,18 @@ class OpSpec:
         return tuple(bit_of.get(position) for position in range(len(self.argument_names)))
 
     @cached_property
+    def tensor_arguments(self) -> tuple[tuple[int, int | None, bool], ...]:
+        """Of each argument that is a tensor or a list of them its position, its bit and whether it is a list."""
+        kinds = enumerate(zip(self.argument_types, self.bits, strict=True))
+        return tuple((i, bit, "[]" in kind) for i, (kind, bit) in kinds if kind.startswith("Tensor"))
+
+    @cached_property
+    def string_arguments(self) -> tuple[tuple[int, str], ...]:
+        """Positions and names."""
+        kinds = zip(self.argument_names, self.argument_types, strict=True)
+        return tuple((position, name) for position, (name, kind) in enumerate(kinds) if kind == "str")
+
+    @cached_property
     def rank_by_position(self) -> tuple[tuple[int, int], ...]:
         return tuple((self.argument_names.index(name), rank) for name, rank in self.ranks)
 
