@@ -76,7 +76,9 @@ class Steps:
             return {name: w - rate * gradients[name] for (name, w), rate in zip(fast.items(), rates, strict=True)}
         if any(w.is_complex() for w in fast.values()) or len({(w.dtype, w.device) for w in fast.values()}) > 1:
             return {name: w - self.lr * gradients[name] for name, w in fast.items()}
-        return functional.fast_weight_update(dict(fast), dict(gradients), self.lr)
+        names = list(fast)  # lists, for which the update knows at once what it has checked before
+        moved = functional.fast_weight_update([fast[n] for n in names], [gradients[n] for n in names], self.lr)
+        return dict(zip(names, moved, strict=True))
 
     def _adam(
         self, adam: Adam, fast: Mapping[str, Tensor], gradients: Mapping[str, Tensor]

@@ -88,7 +88,11 @@ class LayerwiseEngine(VmapEngine):
         self, model: nn.Module, inner: InnerLoop, fast: Parameters, buffers: Parameters, x: Tensor, y: Tensor
     ) -> dict[str, Tensor]:
         slow, tasks = dict(model.named_parameters()), len(flatten(x)[0][0])
-        own = {n: w.unsqueeze(0).expand(tasks, *w.shape) if is_shared(w, slow[n]) else w for n, w in fast.items()}
+        # contiguous once, and not in every kernel
+        own = {
+            n: w.contiguous().unsqueeze(0).expand(tasks, *w.shape) if is_shared(w, slow[n]) else w
+            for n, w in fast.items()
+        }
 
         def losses(own, buffers, x, y):
             return self.losses(model, inner, own, buffers, x, y)

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from fastmeta import values
 from fastmeta.dispatch import backends
-from fastmeta.dispatch.library import plain_call
+from fastmeta.dispatch.library import plain_or_graph
 from fastmeta.dispatch.spec import leading_size
 from fastmeta.ops import fast_weight_update as _fast_weight_update
 
@@ -48,8 +48,12 @@ def fast_weight_update(params: Any, grads: Any, lr: Any) -> Any:
     to_kernel, rates, from_kernel, as_they_are = plan
     lrs = () if isinstance(rates, float) else [lr] * len(params) if isinstance(lr, Tensor) else lr
     tensors, n = (*params, *grads, *lrs), len(params)
-    if as_they_are is not None and backends.forced_backend() is None and plain_call(tensors):
-        if all(t.is_contiguous() for t in tensors):
+    if as_they_are is not None and backends.forced_backend() is None and plain_or_graph(tensors):
+        if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
+            if rates is not None:  # one node of the graph, in place of a reshape and back for every tensor
+                whole = [p.contiguous() for p in params]  # the result takes their strides
+                return type(params)(torch._foreach_add(whole, grads, alpha=-rates))
+        elif all([t.is_contiguous() for t in tensors]):
             return type(params)(backends.run_shaped_update(params, grads, lrs, rates or 0.0, *as_they_are))
     flat = [t if shape is None else t.reshape(shape) for t, shape in zip(tensors, to_kernel, strict=True)]
     outs = _fast_weight_update.SPEC(flat[:n], flat[n : 2 * n], flat[2 * n :], rates or 0.0)
