@@ -60,7 +60,8 @@ def register(op: Op) -> Op:
 
 def _define(spec: OpSpec) -> None:
     LIBRARY.define(spec.schema)
-    _ = spec.tensor_arguments, spec.string_arguments, spec.rank_by_position  # now: dynamo cannot trace how a cached property is first found
+    # now: dynamo cannot trace how a cached property is first found
+    _ = spec.tensor_arguments, spec.string_arguments, spec.rank_by_position
     qualified = f"fastmeta::{spec.name}"
 
     # called from a frame that dynamo runs, it must not be traced: it is a kernel. Not torch.compiler.disable, which

@@ -14,7 +14,7 @@ from ..functional.autocast import cast
 from ..functional.blocks import Block
 from ..ops.task_conv2d import SPEC as CONVOLUTION
 from ..ops.task_conv2d import out_size
-from ._blocks import BlockTensor, Pending, pending
+from ._blocks import BlockTensor, Pending, PixelTensor, pending, pixels_of
 from ._task_tensor import RULES, TaskTensor, mapped, rule, values_of
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -66,14 +66,13 @@ def _convolution(dims: int, plain: Callable) -> Callable:
             return mapped(plain, (input, weight), options)  # torch says what is wrong
         if dims == 1:
             stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
-        x, w = _rowwise(input), _rowwise(weight)
+        w = _rowwise(weight)
         bias = [] if bias is None else [_rowwise(bias)]
         if dims == 1:
             w = w.unsqueeze(3)
-        x, w, *bias = cast("lower", x, w, *bias)
-        pixels = (x.unsqueeze(3) if dims == 1 else x).movedim(2, -1)
-        y = CONVOLUTION(pixels, w, bias, *stride, *padding, *dilation, groups).movedim(-1, 2)
-        return TaskTensor(y.squeeze(3) if dims == 1 else y)
+        x, w, *bias = cast("lower", pixels_of(input), w, *bias)
+        y = CONVOLUTION(x, w, bias, *stride, *padding, *dilation, groups)
+        return PixelTensor(y, torch.Size((y.shape[1], y.shape[4], *y.shape[4 - dims : 4])))
 
     return answer
 
@@ -94,18 +93,19 @@ def _optional(tensor: Tensor | None) -> list[Tensor]:
 
 
 def _images(input: Tensor) -> Tensor | None:
-    """All tasks' `[B, C]`, `[B, C, L]` or `[B, C, H, W]` as a block takes them; None for what it does not take."""
-    if not isinstance(input, TaskTensor) or not 2 <= input.dim() <= 4 or input.values.dtype not in _FLOATS:
+    """The pixels of all tasks' `[B, C]`, `[B, C, L]` or `[B, C, H, W]`; None for what a block does not take."""
+    if not isinstance(input, TaskTensor) or not 2 <= input.dim() <= 4 or input.dtype not in _FLOATS:
         return None
-    return input.values.unsqueeze(3) if input.dim() == 2 else input.values
+    return pixels_of(input) if input.dim() > 2 else input.values[:, :, None, None]
 
 
 def _normed(
-    input: TaskTensor, x: Tensor, weight, bias, norm: str, groups: int, eps: float, running=None
+    input: TaskTensor, pixels: Tensor, weight, bias, norm: str, groups: int, eps: float, running=None
 ) -> BlockTensor:
     weight, bias = _optional(weight), _optional(bias)
-    x, *affine = cast("widest", x, *weight, *bias)
-    block = Block.of(x, affine[: len(weight)], affine[len(weight) :], norm, groups, running, eps)
+    x, *affine = cast("widest", pixels, *weight, *bias)
+    # contiguous once, and not in every kernel
+    block = Block.of_pixels(x.contiguous(), affine[: len(weight)], affine[len(weight) :], norm, groups, running, eps)
     return BlockTensor(Pending(block), input.shape)
 
 
@@ -120,7 +120,7 @@ def _batch_norm(
     if not training:
         running = [_rowwise(m) for m in (running_mean, running_var)]
         return _normed(input, x, weight, bias, "batch", 1, eps, running)
-    rows = x.shape[1] * x.shape[3:].numel()
+    rows = x.shape[1:4].numel()
     if rows <= 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     found = _normed(input, x, weight, bias, "batch", 1, eps)
@@ -151,7 +151,7 @@ def _instance_norm(
     input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
 ) -> TaskTensor:
     x = _images(input)
-    if x is None or input.dim() < 3 or running_mean is not None or not use_input_stats or x.shape[3:].numel() <= 1:
+    if x is None or input.dim() < 3 or running_mean is not None or not use_input_stats or x.shape[2:4].numel() <= 1:
         args = (input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
         return mapped(F.instance_norm, args, {})
     return _normed(input, x, weight, bias, "instance", 1, eps)
@@ -160,9 +160,10 @@ def _instance_norm(
 def _open_block(input: TaskTensor) -> Pending | None:
     """The block to which a layer behind `input` may be added: one that has not run, or a new one of images."""
     found = pending(input)
-    if found is None and input.dim() == 4 and input.values.dtype in _FLOATS:
-        if input.values.movedim(2, -1).is_contiguous():
-            return Pending(Block.of(input.values, [], [], "none", 1, None, 0.0))
+    if found is None and input.dim() == 4 and input.dtype in _FLOATS:
+        pixels = pixels_of(input)
+        if pixels.is_contiguous():
+            return Pending(Block.of_pixels(pixels, [], [], "none", 1, None, 0.0))
     return found
 
 

@@ -113,24 +113,34 @@ class Block(NamedTuple):
     norm: str
     groups: int
     eps: float
-    sequence: bool
+    sequence: bool = False
 
     @classmethod
-    def of(cls, x: Tensor, weight: list[Tensor], bias: list[Tensor], norm: str, groups: int, running, eps: float):
+    def of(cls, x: Tensor, *args) -> Block:
+        """Of `[T, B, C, H, W]` or `[T, B, C, L]`; the other arguments are those of `of_pixels`."""
         sequence = x.dim() == 4
         pixels = (x.unsqueeze(3) if sequence else x).movedim(2, -1).contiguous()  # once, and not in every kernel
-        kind, groups = _of_op(norm, groups, running, x.shape[2])
+        return cls.of_pixels(pixels, *args)._replace(sequence=sequence)
+
+    @classmethod
+    def of_pixels(
+        cls, pixels: Tensor, weight: list[Tensor], bias: list[Tensor], norm: str, groups: int, running, eps: float
+    ) -> Block:
+        kind, groups = _of_op(norm, groups, running, pixels.shape[4])
         moments = _moments(pixels, kind, groups, running)
-        tasks = leading_size([x, *weight, *bias, *moments])
+        tasks = leading_size([pixels, *weight, *bias, *moments])
         moments = [_expanded(m, tasks) for m in moments]
-        return cls(_expanded(pixels, tasks), weight, bias, moments, kind, groups, float(eps), sequence)
+        return cls(_expanded(pixels, tasks), weight, bias, moments, kind, groups, float(eps))
 
     def __call__(self, follow: Follow) -> Tensor:
+        y = self.run(follow).movedim(-1, 2)
+        return y.squeeze(3) if self.sequence else y
+
+    def run(self, follow: Follow) -> Tensor:
+        """`[T, B, H, W, C]`."""
         activation, slope, pool = follow
         activation, slope = ("relu", float(slope)) if activation == "leaky_relu" else (activation, 0.0)
-        *args, sequence = self
-        y = _norm_act_pool.SPEC(*args, activation, slope, pool).movedim(-1, 2)
-        return y.squeeze(3) if sequence else y
+        return _norm_act_pool.SPEC(*self[:-1], activation, slope, pool)
 
 
 def _of_op(norm: str, groups: int, running, channels: int) -> tuple[str, int]:
