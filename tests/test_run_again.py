@@ -7,6 +7,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from fastmeta import MAML
+from fastmeta.functional import meta_gradient
 from fastmeta.functional.run_again import call_again
 from fastmeta.tasks import TaskBatch
 
@@ -79,6 +80,23 @@ def test_under_a_default_device():
     finally:
         torch.set_default_device(None)
     assert not torch.overrides._get_current_function_mode_stack()
+
+
+@pytest.mark.parametrize("call", [call_again, functional_call])
+def test_compiled(call):
+    """What is compiled, in one piece, has the weights that it is given, and not the module's own."""
+    torch._dynamo.reset()
+    net, x = Net().double(), torch.ones(5, 6, dtype=torch.float64)
+    params = {name: w.detach().add(1).requires_grad_() for name, w in net.named_parameters()}
+
+    def loss(params):
+        return call(net, params, (x,)).square().mean()
+
+    net.saving, found = False, []
+    for one in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        swept = meta_gradient(one, one, params, lr=0.01, steps=2, first_order=True)
+        found.append((swept.loss, swept.gradient))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("engine", ["loop", "auto"])

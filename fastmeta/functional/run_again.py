@@ -57,6 +57,9 @@ def call_with(model: nn.Module, weights: Mapping[str, Tensor], args: tuple, kwar
 
 def call_again(model: nn.Module, weights: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any] | None = None):
     """As `torch.func.functional_call` with `weights` (parameters and buffers), which checkpointed parts find again."""
+    if torch.compiler.is_compiling():  # dynamo would take what follows for a plain device context, without the weights
+        with RefuseStaleWeights():  # where it gives up it calls parts as they are
+            return call_with(model, weights, args, kwargs)
     with _Weights(model, weights):
         return model(*args, **(kwargs or {}))
 
@@ -127,11 +130,14 @@ class RefuseStaleWeights(TorchFunctionMode):
     with weights that are not those of the call."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if torch.compiler.is_compiling():  # a compiled part holds the weights that it was called with; no hooks there
+            return func(*args, **(kwargs or {}))
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if hooks and getattr(hooks[0], "__module__", None) == checkpoint.__module__ and _checkpointed_under_a_call():
             raise RuntimeError(
-                "a part that is checkpointed under torch.func.functional_call runs again with the model's own weights, "
-                "and its gradient would be wrong: take fastmeta.functional.functional_call"
+                "a part that is checkpointed under torch.func.functional_call, or where torch.compile gives up, runs "
+                "again with the model's own weights, and its gradient would be wrong: take "
+                "fastmeta.functional.functional_call, not compiled"
             )
         return func(*args, **(kwargs or {}))
 
@@ -140,7 +146,7 @@ def _checkpointed_under_a_call() -> bool:
     checkpointed, frame = False, sys._getframe(2)
     while frame is not None:
         checkpointed = checkpointed or frame.f_code.co_filename == _CHECKPOINT
-        if checkpointed and frame.f_code is stateless._functional_call.__code__:
+        if checkpointed and frame.f_code in (stateless._functional_call.__code__, call_with.__code__):
             return True
         frame = frame.f_back
     return False
