@@ -49,10 +49,10 @@ IMAGES = [
         at("conv-strips-of-phases"),
     ),
     Bug(
-        "conv-second-block-of-tiles-reads-the-first",
+        "conv-later-blocks-of-tiles-in-the-first-image",
         "csrc/cpu/conv/tiles.h",
-        "source_tiles(g, walk, tiles, item.source, s);",
-        "source_tiles(g, TileWalk(g, item.begin), tiles, item.source, s);",
+        "int64_t image = line / lines, i",
+        "int64_t image = 0, i",
         at("conv-tiles"),
     ),
     Bug(
