@@ -88,7 +88,8 @@ def sensors(make: Make, small: bool) -> Problem:
         batch = _tasks(make, tasks, ways, rows, rows, 3, 10)
     else:
         people = PersonTasks(*windows, ways=ways, shots=rows, query_shots=rows)
-        batch = people.sample(tasks, generator=torch.Generator().manual_seed(0)).to(make.device).to(make.dtype)
+        # not 0: there a plain float64 loop's gradient jumps by 13 % where weights move by 1e-7, at a tie of a pool
+        batch = people.sample(tasks, generator=torch.Generator().manual_seed(1)).to(make.device).to(make.dtype)
     return Problem(model, batch, steps=steps)
 
 
