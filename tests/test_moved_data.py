@@ -49,6 +49,8 @@ def test_a_run_goes_on_with_what_has_moved(run, moved, tmp_path):
     assert "csv:p.csv?task=patient" in stderr and "--data csv:PATH" in stderr
     _, stderr = run(*go_on, "--data", "csv:new/p.csv?split_seed=3", code=2)
     assert "--resume cannot change data" in stderr
+    _, stderr = run(*go_on, "--image-size", 20, code=2)
+    assert "--image-size says how --data is read, and there is no --data" in stderr
     patients(tmp_path / "other.csv", count=16)
     _, stderr = run(*go_on, "--data", "csv:other.csv", code=2)
     assert "other.csv" in stderr and "that would be another run" in stderr

@@ -109,6 +109,10 @@ def train(
     """
     if data is not None:
         data = own_data(data, image_size=image_size, grey=grey, on_error=on_error.value if on_error else None)
+    else:  # of a run that goes on, which has its own
+        alone = {"--image-size": image_size, "--grey": grey, "--on-error": on_error}
+        for name in (name for name, value in alone.items() if value is not None):
+            raise ValueError(f"{name} says how --data is read, and there is no --data")
     given = dict(
         algorithm=algorithm, data=data, ways=ways, shots=shots, query_shots=query_shots, train_ways=train_ways,
         train_shots=train_shots, train_query_shots=train_query_shots, partition=partition, rotations=rotations,
