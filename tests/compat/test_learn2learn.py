@@ -288,6 +288,8 @@ def test_update_module(capsys):
     out = capsys.readouterr().out
     assert "update_module(): Parameters and updates have different length. (5 vs 0)" in out
     assert "maml_update(): Parameters and gradients have different length. (5 vs 0)" in out
+    with pytest.raises(ValueError, match=r"grads\[1\] must be \[5\] as its parameter, got \[1, 5\]"):
+        l2l.algorithms.maml_update(model, 0.1, [torch.ones(5, 5), torch.ones(1, 5)])
 
 
 def test_updates_from_attributes():

@@ -19,6 +19,8 @@ def maml_update(model: nn.Module, lr: float, grads=None) -> nn.Module:
         grads: one for each of `model.parameters()`; those that are None leave their parameter as it is. With another
             number a line is printed, and the first ones count. None: updates are what stands in the parameters'
             attribute `update`, to which `lr` does nothing, as in 0.2.0 (its documentation says `grad`).
+
+    Raises ValueError: a gradient of another shape than its parameter.
     """
     if grads is not None:
         parameters = list(model.parameters())
@@ -32,7 +34,11 @@ def maml_update(model: nn.Module, lr: float, grads=None) -> nn.Module:
 
 
 def _stepped(model: nn.Module, parameters: list[Tensor], lr: float, grads) -> nn.Module:
-    for p, g in zip(parameters, grads, strict=False):
+    pairs = list(zip(parameters, grads, strict=False))
+    for i, (p, g) in enumerate(pairs):  # all before any: a sum would make of it a parameter of another shape
+        if g is not None and g.shape != p.shape:
+            raise ValueError(f"grads[{i}] must be {list(p.shape)} as its parameter, got {list(g.shape)}")
+    for p, g in pairs:
         if g is not None:
             p.update = -lr * g
     return update_module(model)
