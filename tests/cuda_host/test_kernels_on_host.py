@@ -404,6 +404,11 @@ def test_special_values(ops, value):
             found = [cotangent, *special.flat(ops.fast_weight_update_bwd([cotangent], *arguments[1:], 3))]
         elif name == "adam_step":  # no gradient of the averages, and none is asked of the squares before
             found = special.flat(ops.adam_step_bwd([cotangent], [], [], [], *arguments, 7))[:3]
+        elif name == "task_conv2d":
+            x, weight, _, *geometry = arguments
+            of_x = ops.task_conv2d_bwd_data(cotangent, weight, *x.shape[2:4], *geometry)
+            of_weight = ops.task_conv2d_bwd_weight(cotangent, x, *weight.shape[3:], *geometry)
+            found = [of_x.view_as(tensors[0]), of_weight, cotangent.sum((1, 2, 3))]
         else:
             found = special.flat(getattr(ops, f"{name}_bwd")(cotangent, *arguments, 7 if "mlp" in name else 3))
         for a, b in zip([*ours, *found], [*truth, *gradients], strict=True):
