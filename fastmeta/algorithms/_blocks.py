@@ -150,7 +150,8 @@ def _in_tiles(layer: nn.Module, x: Any) -> bool:
 def _convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
     bias = [] if layer.bias is None else [layer.bias.unsqueeze(0)]
     pixels = x.permute(0, 2, 3, 1).unsqueeze(0)
-    y = task_conv2d.SPEC(pixels, layer.weight.unsqueeze(0), bias, *task_conv2d.SAME)
+    weight = layer.weight.contiguous().unsqueeze(0)  # once, and not in both gradients again
+    y = task_conv2d.SPEC(pixels, weight, bias, *task_conv2d.SAME)
     return y.squeeze(0).permute(0, 3, 1, 2)
 
 

@@ -107,8 +107,8 @@ FM_INLINE void to_taps(const V (&u)[4][4], V (&g)[3][3]) {
 
 // ---- tiles of images
 
-// The k-th of an image's tiles, and the pixels that it has there: of an image [height, width, channels] from pixel
-// (2 i + low, ...) on, N x N, a row of `beyond` where the image has none.
+// Where N x N pixels of an image [height, width, channels] stand, from pixel (first_h, first_w) on; `beyond` for those
+// that the image does not have.
 template <class P, int N>
 struct TilePixels {
   P at[N][N];
@@ -152,6 +152,7 @@ struct TileSpace {
   int64_t source_width, out_width, most;  // channels in whole vectors; tiles of a block
   int64_t source_step, out_step;          // from frequency to frequency: never whole pages apart
   int64_t panel_step;
+  // [16][tiles][channels]; weights, or for their gradient the sums, by frequency and by tap; where outputs start
   T *source, *out, *weights, *taps, *start;
   T *beyond, *dropped;  // pixels that an image does not have: zeros to read, and room to write
 
@@ -211,7 +212,8 @@ void tile_weights(const cpu::ConvGeometry& g, const T* weight, TileSpace<T>& s) 
   constexpr int W = kWidth<T>, B = kPackBlock<T>;
   const int64_t columns = g.out_c, channels = g.source_c, vectors = divide_up(columns, W);
   int64_t index[3][3];
-  for (const cpu::ConvTap* tap = g.taps; tap < g.taps + 9; ++tap) index[tap->h - g.low_h][tap->w - g.low_w] = tap->index;
+  for (const cpu::ConvTap* tap = g.taps; tap < g.taps + 9; ++tap)
+    index[tap->h - g.low_h][tap->w - g.low_w] = tap->index;
   for (int64_t v = 0, width; v < vectors; v += width) {
     width = panel_vectors(vectors - v);
     for (int64_t u = v; u < v + width; ++u) {
